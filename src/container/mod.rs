@@ -1,0 +1,1 @@
+//! OCI containers through libcontainer; the only room that names it.

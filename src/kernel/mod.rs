@@ -1,0 +1,1 @@
+//! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.

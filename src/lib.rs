@@ -1,0 +1,26 @@
+//! Snapback takes a checkpoint of a running process tree, keeps it in RAM and rolls the tree back to it in
+//! place, as often as asked.
+//!
+//! The rooms, each importing only from those before it: [`record`], [`kernel`], [`freeze`], then [`memory`],
+//! [`task`] and [`objects`] (which do not import one another), [`checkpoint`] and [`rollback`], [`engine`],
+//! [`container`] and [`keeper`], and `cli` in the binary's own face.
+
+pub mod record;
+
+pub mod kernel;
+
+pub mod freeze;
+
+pub mod memory;
+pub mod objects;
+pub mod task;
+
+pub mod checkpoint;
+pub mod rollback;
+
+pub mod engine;
+
+pub mod container;
+pub mod keeper;
+
+pub mod cli;

@@ -1,0 +1,1 @@
+//! Address spaces: VMA lists, shadows, dirty tracking, page store, shared memory.

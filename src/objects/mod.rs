@@ -1,0 +1,1 @@
+//! Descriptors: file tables and one file per kind of open file description.

@@ -1,0 +1,1 @@
+//! The context: an owned buffer chain of framed headers, and the object table.

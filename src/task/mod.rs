@@ -1,0 +1,1 @@
+//! Per-thread and per-process state: registers, signals, timers, credentials.
