@@ -5,6 +5,8 @@
 //! [`task`] and [`objects`] (which do not import one another), [`checkpoint`] and [`rollback`], [`engine`],
 //! [`container`] and [`keeper`], and `cli` in the binary's own face.
 
+pub mod outcome;
+
 pub mod record;
 
 pub mod kernel;

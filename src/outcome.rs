@@ -1,0 +1,60 @@
+//! How operations end and what they report. Below every room, so that each can refuse by name.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// How an operation ended. There is no fourth outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// A checkpoint was taken; the tree runs on.
+    Checkpointed,
+    /// The tree is back at the checkpoint and runs.
+    RolledBack,
+    /// Nothing was touched; [`Report::refused`] says why.
+    Refused,
+    /// A rollback failed after changes began: every process of the tree was killed.
+    Lost,
+}
+
+/// Why an operation was refused: what stands in the way, who holds it, what the user can do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{object} of {holder}: {remedy}")]
+pub struct Refusal {
+    /// The object, as `fd 7: io_uring ring`.
+    pub object: String,
+    /// Its holder, as `pid 12 (redis-server)`.
+    pub holder: String,
+    /// What is wrong and what to do about it.
+    pub remedy: String,
+}
+
+/// What one operation did and what it took.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The stop window in microseconds: from the first task stopped until all ran again.
+    pub stop_us: u64,
+    /// The whole operation in microseconds.
+    pub total_us: u64,
+    /// Microseconds by phase name.
+    pub phases: BTreeMap<String, u64>,
+    /// Processes in the checkpoint.
+    pub processes: usize,
+    /// Threads in the checkpoint.
+    pub threads: usize,
+    /// Pages that had to be put back (or, of a checkpoint, armed).
+    pub dirty_pages: u64,
+    /// Bytes copied into the tree.
+    pub copied_bytes: u64,
+    /// Bytes of headers in the context.
+    pub header_bytes: u64,
+    /// Processes and threads born since the checkpoint that were killed.
+    pub killed: usize,
+    /// Connections that could not be kept and were reset.
+    pub reset_connections: usize,
+    /// Set when `outcome` is [`Outcome::Refused`].
+    pub refused: Option<Refusal>,
+}
