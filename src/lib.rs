@@ -1,10 +1,11 @@
 //! Snapback takes a checkpoint of a running process tree, keeps it in RAM and rolls the tree back to it in
 //! place, as often as asked.
 //!
-//! The rooms, each importing only from those before it: [`record`], [`kernel`], [`freeze`], then [`memory`],
+//! The rooms, each importing only from those before it ([`outcome`] and [`fault`] lie below all): [`record`], [`kernel`], [`freeze`], then [`memory`],
 //! [`task`] and [`objects`] (which do not import one another), [`checkpoint`] and [`rollback`], [`engine`],
 //! [`container`] and [`keeper`], and `cli` in the binary's own face.
 
+pub mod fault;
 pub mod outcome;
 
 pub mod record;
