@@ -1,5 +1,5 @@
-//! The `snapback` command.
+//! The `snapback` command. Everything it does is in [`snapback::cli`].
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    snapback::cli::main(std::env::args_os())
 }

@@ -1,1 +1,179 @@
 //! The command line, one file per verb.
+//!
+//! A verb is a file `src/cli/VERB.rs` with a `clap::Args` struct named after the verb and a function
+//! `run(&Global, Args) -> anyhow::Result<Status>`; it is plugged in by three lines here: the `mod`, the variant of
+//! [`Command`] and the arm of [`dispatch`]. What a verb prints goes through [`output`], never `println!`: a caller
+//! may have closed our standard output, and `println!` panics then.
+//!
+//! A verb that failed returns an error, whose exit status follows from what is in its chain (see [`Status::of`]):
+//! [`Refusal`] is 3, [`LostError`] is 4, [`UsageError`] is 2, anything else 1. A verb that already reported its
+//! outcome, as with `--json`, returns the [`Status`] itself.
+//!
+//! Nothing is set up before the verb runs: no threads (libcontainer clones with raw `clone3`), and no log unless
+//! one is asked for.
+
+mod log;
+mod output;
+mod spec;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::outcome::Refusal;
+
+/// What `--version` prints after the name: callers such as containerd look for the line with `spec:`.
+const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0");
+
+/// In-memory checkpoint and in-place rollback of running containers, and the OCI runtime to run them.
+#[derive(Debug, Parser)]
+#[command(name = "snapback", version = VERSION, disable_version_flag = true, max_term_width = 120)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    /// Print the version
+    #[arg(short = 'v', long, action = clap::ArgAction::Version)]
+    version: (),
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// The options in front of the verb.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Directory of the containers' states
+    #[arg(long, value_name = "DIR", default_value = "/run/snapback")]
+    pub(crate) root: PathBuf,
+    /// Write log lines to this file instead of standard error
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Option<PathBuf>,
+    /// Format of the log
+    #[arg(long, value_name = "FORMAT", value_enum, default_value = "text")]
+    pub(crate) log_format: log::Format,
+    /// Log what is done, not only what fails
+    #[arg(long)]
+    pub(crate) debug: bool,
+    /// Refused: cgroups are made through the file system only
+    #[arg(long)]
+    pub(crate) systemd_cgroup: bool,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Write a default config.json
+    Spec(spec::Spec),
+}
+
+fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
+    match command {
+        Command::Spec(args) => spec::run(args),
+    }
+}
+
+/// How the command ends: its exit status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// 0: done.
+    Done,
+    /// 1: an error.
+    Error,
+    /// 2: the command line makes no sense.
+    Usage,
+    /// 3: refused, nothing was touched.
+    Refused,
+    /// 4: a rollback failed after changes began; the container was killed.
+    Lost,
+    /// The exit status of a program run in the foreground (128 + the signal that ended it).
+    Program(u8),
+}
+
+impl Status {
+    /// The exit status of a failed verb, by what the chain of its error holds.
+    fn of(error: &anyhow::Error) -> Status {
+        error
+            .chain()
+            .find_map(|cause| {
+                if cause.is::<Refusal>() {
+                    Some(Status::Refused)
+                } else if cause.is::<LostError>() {
+                    Some(Status::Lost)
+                } else if cause.is::<UsageError>() {
+                    Some(Status::Usage)
+                } else {
+                    None
+                }
+            })
+            .unwrap_or(Status::Error)
+    }
+
+    fn code(self) -> u8 {
+        match self {
+            Status::Done => 0,
+            Status::Error => 1,
+            Status::Usage => 2,
+            Status::Refused => 3,
+            Status::Lost => 4,
+            Status::Program(code) => code,
+        }
+    }
+}
+
+/// The options contradict one another or miss something: exit status 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct UsageError(pub(crate) String);
+
+/// A rollback failed after changes began and the container was killed: exit status 4.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct LostError(pub(crate) String);
+
+/// Runs the command line `args` (with the program's name in front) and returns the exit status: 0 done, 1 error,
+/// 2 usage, 3 refused with nothing touched, 4 lost; `run` and `exec` in the foreground return the program's own.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A failure to print help or usage to a closed stream leaves nothing to tell and nobody to tell it to.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let ended = log::start(&cli.global).and_then(|()| dispatch(&cli.global, cli.command));
+    let status = ended.unwrap_or_else(|error| {
+        output::error(&cli.global, &error);
+        Status::of(&error)
+    });
+    ExitCode::from(status.code())
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn status_follows_the_cause_through_contexts() {
+        let refusal = Refusal {
+            object: "fd 7: io_uring ring".into(),
+            holder: "pid 12 (redis-server)".into(),
+            remedy: "close it".into(),
+        };
+        let refused = Err::<(), _>(refusal).context("checkpoint").unwrap_err();
+        assert_eq!(Status::of(&refused), Status::Refused);
+        let lost = anyhow::Error::from(LostError("killed".into())).context("rollback");
+        assert_eq!(Status::of(&lost), Status::Lost);
+        assert_eq!(Status::of(&UsageError("no".into()).into()), Status::Usage);
+        assert_eq!(Status::of(&anyhow::anyhow!("plain")), Status::Error);
+    }
+}

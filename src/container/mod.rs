@@ -1,1 +1,3 @@
 //! OCI containers through libcontainer; the only room that names it.
+
+pub mod config;

@@ -1,0 +1,35 @@
+//! Printing that survives a closed standard output or error.
+
+use std::io::{self, ErrorKind, Write};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use super::{Global, log};
+
+/// Writes `text` to standard output. A reader that went away is no error: what the verb did is done all the same.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("writing to standard output")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes `value` as one JSON document with a newline at its end.
+pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(value).context("encoding the output")?;
+    text.push('\n');
+    print(&text)
+}
+
+/// Reports an error with its causes, on standard error and in the log file if there is one, where callers such as
+/// podman read the reason of a failure.
+pub(crate) fn error(global: &Global, error: &anyhow::Error) {
+    let message = format!("{error:#}");
+    log::error(global, &message);
+    // Standard error may be closed; then nobody listens.
+    let _ = writeln!(io::stderr(), "snapback: {message}");
+}
