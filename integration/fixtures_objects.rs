@@ -1,0 +1,1 @@
+//! Fixture programs of descriptors other than sockets.

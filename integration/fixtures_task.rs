@@ -1,0 +1,1 @@
+//! Fixture programs of threads and processes: registers, signals, timers, family.

@@ -1,0 +1,76 @@
+//! A child whose whole family is gone when the test is.
+
+use std::collections::BTreeSet;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{numbers, wait};
+
+/// A child process in a process group of its own. Dropping it kills it, its descendants and its group, by PID, and
+/// reaps it.
+#[derive(Debug)]
+pub(crate) struct Family {
+    /// The root of the tree.
+    pub(crate) child: Child,
+}
+
+impl Family {
+    /// Starts the command as leader of a new process group.
+    pub(crate) fn start(command: &mut Command) -> Self {
+        let child = command
+            .process_group(0)
+            .spawn()
+            .unwrap_or_else(|error| panic!("starting {command:?}: {error}"));
+        Self { child }
+    }
+
+    /// PID of the root.
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a PID")
+    }
+
+    /// The living of this family: the root, its descendants, and what is left in its process group.
+    pub(crate) fn members(&self) -> BTreeSet<i32> {
+        let all = numbers::processes();
+        let root = self.pid();
+        let mut members = BTreeSet::from([root]);
+        loop {
+            let before = members.len();
+            for (pid, stat) in &all {
+                if stat.group == root || members.contains(&stat.parent) {
+                    members.insert(*pid);
+                }
+            }
+            if members.len() == before {
+                break;
+            }
+        }
+        members.retain(|pid| all.get(pid).is_some_and(|stat| stat.state != 'Z'));
+        members
+    }
+
+    /// Kills all members and waits until they are gone.
+    pub(crate) fn end(&mut self) {
+        let gone = wait::within(wait::PATIENCE, || {
+            let members = self.members();
+            for pid in &members {
+                // It may be gone already; what counts is that the next look finds nobody.
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+            members.is_empty()
+        });
+        let _ = self.child.wait();
+        if !gone && !std::thread::panicking() {
+            panic!("{:?} did not die", self.members());
+        }
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

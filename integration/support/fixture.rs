@@ -1,0 +1,212 @@
+//! Fixture programs: building them, talking to them, and the run each has to pass. `fixtures/programs/fixture.h`
+//! has the protocol.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::AsFd;
+
+use super::family::Family;
+use super::session::Session;
+use super::{numbers, wait};
+
+/// Where the programs are, built once per test run.
+pub(crate) fn build_directory() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let build = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fixtures");
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+        let made = Command::new("make")
+            .args(["--silent", "-j2", "-C"])
+            .arg(&sources)
+            .arg(format!("BUILD={}", build.display()))
+            .env_remove("MAKEFLAGS")
+            .output()
+            .expect("running make");
+        assert!(
+            made.status.success(),
+            "building fixtures: {}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+        build
+    })
+}
+
+/// A running fixture program.
+#[derive(Debug)]
+pub(crate) struct Fixture {
+    /// The program and all it started.
+    pub(crate) family: Family,
+    name: String,
+    commands: ChildStdin,
+    answers: ChildStdout,
+    unread: Vec<u8>,
+    stderr: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Fixture {
+    /// Starts a program in a directory of its own and waits until it is ready.
+    #[track_caller]
+    pub(crate) fn start(name: &str) -> Self {
+        Self::start_with(name, |_| {})
+    }
+
+    /// The same after a change to the command that starts it, as an argument or an environment variable.
+    #[track_caller]
+    pub(crate) fn start_with(name: &str, change: impl FnOnce(&mut Command)) -> Self {
+        let directory = tempfile::Builder::new()
+            .prefix("fixture-")
+            .tempdir()
+            .expect("making a directory");
+        let stderr = directory.path().join("stderr");
+        let mut command = Command::new(build_directory().join(name));
+        command
+            .current_dir(directory.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(&stderr).expect("making a file"));
+        change(&mut command);
+        let mut family = Family::start(&mut command);
+        let commands = family.child.stdin.take().expect("a pipe");
+        let answers = family.child.stdout.take().expect("a pipe");
+        let mut fixture = Self {
+            family,
+            name: name.to_owned(),
+            commands,
+            answers,
+            unread: Vec::new(),
+            stderr,
+            _directory: directory,
+        };
+        let line = fixture.line("start");
+        assert_eq!(line, "READY", "{name} did not get ready");
+        fixture.settle();
+        fixture
+    }
+
+    /// Its PID.
+    pub(crate) fn pid(&self) -> i32 {
+        self.family.pid()
+    }
+
+    /// Waits until it is back in the read of the next command.
+    #[track_caller]
+    pub(crate) fn settle(&self) {
+        wait::until("the fixture program reads the next command", || {
+            numbers::reads_commands(self.pid())
+        });
+    }
+
+    /// Sends one command and returns its line of answer.
+    #[track_caller]
+    pub(crate) fn ask(&mut self, command: u8) -> String {
+        let what = char::from(command).to_string();
+        if let Err(error) = self.commands.write_all(&[command]) {
+            panic!(
+                "{} is gone at command {what}: {error}; stderr: {}",
+                self.name,
+                self.stderr()
+            );
+        }
+        let line = self.line(&what);
+        self.settle();
+        line
+    }
+
+    /// `m`.
+    #[track_caller]
+    pub(crate) fn mutate(&mut self) {
+        assert_eq!(self.ask(b'm'), "MUTATED", "{}", self.name);
+    }
+
+    /// `r`.
+    #[track_caller]
+    pub(crate) fn run_on(&mut self) {
+        assert_eq!(self.ask(b'r'), "OK", "{}", self.name);
+    }
+
+    /// `v`, which must pass.
+    #[track_caller]
+    pub(crate) fn verify(&mut self, when: &str) {
+        assert_eq!(self.ask(b'v'), "PASS", "{} {when}", self.name);
+    }
+
+    /// What it wrote to standard error.
+    pub(crate) fn stderr(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// The next line it writes.
+    #[track_caller]
+    fn line(&mut self, what: &str) -> String {
+        let deadline = Instant::now() + wait::PATIENCE;
+        loop {
+            if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=end).collect();
+                return String::from_utf8_lossy(&line[..end]).into_owned();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).expect("a timeout that fits");
+            let ready = poll(
+                &mut [PollFd::new(self.answers.as_fd(), PollFlags::POLLIN)],
+                timeout,
+            );
+            assert!(
+                ready.expect("polling a pipe") > 0,
+                "{} gave no answer to {what}; stderr: {}",
+                self.name,
+                self.stderr()
+            );
+            let mut bytes = [0; 4096];
+            let count = self.answers.read(&mut bytes).expect("reading a pipe");
+            assert!(
+                count > 0,
+                "{} ended at {what}; stderr: {}",
+                self.name,
+                self.stderr()
+            );
+            self.unread.extend_from_slice(&bytes[..count]);
+        }
+    }
+}
+
+/// Without snapback: what is wrecked is noticed, what is used legitimately is not.
+#[track_caller]
+pub(crate) fn control_run(program: &str) {
+    let mut fixture = Fixture::start(program);
+    fixture.verify("right after it is ready");
+    fixture.run_on();
+    fixture.verify("after it ran on");
+    fixture.mutate();
+    let answer = fixture.ask(b'v');
+    assert!(
+        answer.starts_with("FAIL "),
+        "{program} did not notice that it was wrecked: {answer}"
+    );
+}
+
+/// Wrecked and rolled back twice, run on in between.
+#[track_caller]
+pub(crate) fn rollback_run(program: &str) {
+    let mut session = Session::new();
+    let mut fixture = Fixture::start(program);
+    session.checkpoint(fixture.pid());
+    fixture.mutate();
+    session.rollback(fixture.pid());
+    fixture.verify("after the first rollback");
+    fixture.run_on();
+    fixture.verify("after it ran on");
+    fixture.mutate();
+    session.rollback(fixture.pid());
+    fixture.verify("after the second rollback");
+    fixture.run_on();
+    fixture.verify("at the end");
+    session.release(fixture.pid()).expect(0, "release");
+    fixture.verify("after the release");
+}
