@@ -2,3 +2,6 @@
 
 pub mod kcmp;
 pub mod pidfd;
+
+pub(crate) mod sock_diag;
+pub(crate) mod socket;
