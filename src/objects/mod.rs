@@ -1,1 +1,73 @@
-//! Descriptors: file tables and one file per kind of open file description.
+//! Descriptors: file tables, and one file per kind of open file description.
+//!
+//! Five operations on the descriptors of a stopped tree, each in the file of its name: *capture* (live state to
+//! records), *observe* (what is there now, of all that was recorded; the hot path), *plan* (pure: recorded and observed
+//! to a list of changes, or a refusal), *execute* (makes the changes) and *verify* (the oracle: compares live and
+//! recorded state by other means than the rest).
+//!
+//! A **description** is an open file description: what open(2), pipe2(2), accept4(2) … make and what dup(2) and fork(2)
+//! share. A **table** is what `CLONE_FILES` shares: numbers, each with a close-on-exec bit and a description. Both are
+//! recorded once, however many hold them.
+//!
+//! Every kind has a file with its `State` and the same functions, which [`state::State`] dispatches to:
+//!
+//! | function | when | what |
+//! |---|---|---|
+//! | `capture(&Live) -> Result<State, Refusal>` | checkpoint | the state to record |
+//! | `State::observe(&self, &Live) -> Result<State, Error>` | rollback, if the recorded object is still there | the state now, in the same shape |
+//! | `State::difference(&self, now: &State) -> Result<Option<Change>, Refusal>` | planning, pure | what must change to make `now` equal to `self` |
+//! | `State::replaceable(&self)` | planning, pure | can it be made again once it is gone? |
+//! | `make(...)` | execution | makes those that are gone, in the keeper; they are then passed into the tables |
+//! | `Change::apply(...)` | execution | makes the change on the live object |
+//! | `State::verify(&self, &Live) -> Result<Vec<String>, Error>` | after a rollback | what differs, in words |
+//!
+//! No function here may block: what it duplicates from the tree it reads and writes with `O_NONBLOCK` semantics that
+//! do not touch the shared flags (`MSG_DONTWAIT`, `RWF_NOWAIT`, `SPLICE_F_NONBLOCK`). A duplicate lives no longer than
+//! the call that made it.
+
+pub mod execute;
+pub mod fdinfo;
+pub mod live;
+pub mod model;
+pub mod socket;
+pub mod state;
+
+use nix::errno::Errno;
+
+use crate::outcome::Refusal;
+
+/// Why an operation on descriptors failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing was changed: an object that can't be recorded or brought back.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The kernel refused a call on a descriptor of the tree.
+    #[error("{what} of pid {pid}: {call}: {errno}")]
+    Descriptor {
+        /// What it was about, as `fd 7`.
+        what: String,
+        /// Host PID of the process.
+        pid: i32,
+        /// The call.
+        call: &'static str,
+        /// Its error.
+        errno: Errno,
+    },
+    /// The kernel refused a call of our own.
+    #[error("{call}: {errno}")]
+    Own {
+        /// The call.
+        call: &'static str,
+        /// Its error.
+        errno: Errno,
+    },
+    /// A text of `/proc` does not read as documented in proc(5).
+    #[error("{path}: {problem}")]
+    Text {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
