@@ -1,7 +1,6 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
 pub mod kcmp;
-pub mod memory_file;
 pub mod pidfd;
 
 pub(crate) mod sock_diag;

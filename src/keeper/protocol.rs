@@ -1,0 +1,172 @@
+//! What client and keeper say to each other: one JSON object per line over a unix stream socket.
+//!
+//! A client opens with [`Hello`] and may send its first [`Request`] with it, so that a request costs one round
+//! trip. The keeper answers the first request with its own [`Hello`] as soon as it has taken the request on, and
+//! every request with one [`Response`], in order. A connection that ends before the keeper's hello was never
+//! heard: the request was not carried out and may be tried anew.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, Write};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::outcome::{Refusal, Report};
+
+/// The version of this protocol. Both sides name theirs in [`Hello`]; they must be equal.
+pub const VERSION: u32 = 1;
+
+/// The longest line either side accepts, in bytes.
+pub const LINE_LIMIT: u64 = 1 << 20;
+
+/// The first line each way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`VERSION`] of the speaker.
+    pub protocol: u32,
+    /// The program and its version, for messages.
+    pub program: String,
+}
+
+impl Hello {
+    /// The hello of this program.
+    pub fn new() -> Hello {
+        Hello {
+            protocol: VERSION,
+            program: concat!("snapback ", env!("CARGO_PKG_VERSION")).into(),
+        }
+    }
+}
+
+impl Default for Hello {
+    fn default() -> Self {
+        Hello::new()
+    }
+}
+
+/// What a client asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Take a checkpoint under this name.
+    Checkpoint {
+        /// Its name.
+        name: String,
+    },
+    /// Roll the tree back to this checkpoint.
+    Rollback {
+        /// The checkpoint's name.
+        name: String,
+        /// Compare everything with the checkpoint before the tree runs again.
+        verify: bool,
+    },
+    /// List the checkpoints.
+    Checkpoints,
+    /// Free one checkpoint, or all.
+    Release {
+        /// The checkpoint's name; all of them if absent.
+        name: Option<String>,
+    },
+}
+
+/// What the keeper answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "snake_case")]
+pub enum Response {
+    /// A checkpoint was taken or a rollback done.
+    Done {
+        /// What was done and what it took.
+        report: Report,
+    },
+    /// The checkpoints there are.
+    Checkpoints {
+        /// Oldest first.
+        checkpoints: Vec<CheckpointInfo>,
+    },
+    /// The checkpoint or checkpoints are freed.
+    Released {
+        /// How many are left; with none left the keeper ends.
+        left: usize,
+    },
+    /// Nothing was done.
+    Failure(Failure),
+}
+
+/// How a request can fail, in the terms of the program's exit status.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "failure", rename_all = "snake_case")]
+pub enum Failure {
+    /// Nothing was touched.
+    #[error("{refusal}")]
+    Refused {
+        /// What stands in the way.
+        refusal: Refusal,
+    },
+    /// The tree was killed.
+    #[error("{message}")]
+    Lost {
+        /// What went wrong.
+        message: String,
+    },
+    /// An error; nothing was changed.
+    #[error("{message}")]
+    Error {
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// One checkpoint that a keeper holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointInfo {
+    /// Its name.
+    pub name: String,
+    /// When it was taken, in seconds since 1970.
+    pub taken_at: f64,
+    /// Bytes of headers by kind.
+    pub kinds: BTreeMap<String, u64>,
+    /// Bytes of headers, all kinds together.
+    pub header_bytes: u64,
+    /// Bytes that were resident in the tree when it was taken.
+    pub resident_bytes: u64,
+    /// Bytes of page contents that the checkpoint holds a copy of by now.
+    pub copied_bytes: u64,
+}
+
+/// Writes one message and its line end in one piece.
+///
+/// # Errors
+///
+/// Those of the stream.
+pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+    let mut line = Vec::with_capacity(512);
+    append(&mut line, message)?;
+    stream.write_all(&line)
+}
+
+/// Appends one message and its line end to `line`.
+pub(super) fn append(line: &mut Vec<u8>, message: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *line, message)?;
+    line.push(b'\n');
+    Ok(())
+}
+
+/// Reads one message; `None` if the stream ended before a line began.
+///
+/// # Errors
+///
+/// Those of the stream; `UnexpectedEof` within a line; `InvalidData` for a line that is too long or is not the
+/// message expected.
+pub fn receive<T: DeserializeOwned>(stream: &mut impl BufRead) -> io::Result<Option<T>> {
+    let mut line = Vec::with_capacity(512);
+    let mut limited = io::Read::take(stream, LINE_LIMIT);
+    limited.read_until(b'\n', &mut line)?;
+    match line.last() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(serde_json::from_slice(&line)?)),
+        Some(_) if line.len() as u64 == LINE_LIMIT => {
+            Err(io::Error::new(io::ErrorKind::InvalidData, "line too long"))
+        }
+        Some(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}

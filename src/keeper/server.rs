@@ -1,0 +1,456 @@
+//! The keeper's side of the protocol: a thread that listens, one per connection, one that works.
+
+use std::io::{self, BufReader, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::{Pid, geteuid};
+use parking_lot::{Condvar, Mutex};
+
+use crate::fault;
+use crate::keeper::directory::Locked;
+use crate::keeper::protocol::{
+    CheckpointInfo, Failure, Hello, Request, Response, VERSION, append, receive, send,
+};
+use crate::keeper::{Error, Identity, StateDirectory};
+use crate::kernel::pidfd;
+use crate::outcome::Report;
+
+/// How long a client may take to read an answer when the keeper ends.
+const WRITE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the keeper can do with the tree; carried out on one thread, which also made the value.
+pub trait Operations {
+    /// Takes a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; the tree runs as before.
+    fn checkpoint(&mut self, name: &str) -> Result<Report, Failure>;
+    /// Rolls the tree back.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed with the tree as before, or lost with the tree killed.
+    fn rollback(&mut self, name: &str, verify: bool) -> Result<Report, Failure>;
+    /// The checkpoints held, oldest first.
+    fn checkpoints(&self) -> Vec<CheckpointInfo>;
+    /// Frees one checkpoint, or all.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name, or it could not be freed.
+    fn release(&mut self, name: Option<&str>) -> Result<(), Failure>;
+    /// How many checkpoints are held: with none left the keeper ends.
+    fn held(&self) -> usize;
+    /// Whether the tree still lives.
+    fn is_alive(&self) -> bool;
+}
+
+enum Job {
+    Request {
+        request: Request,
+        reply: Sender<Response>,
+    },
+    /// The last connection was closed.
+    Idle,
+    /// The tree's root has exited.
+    RootDied,
+    /// `SIGTERM`: the keeper shall end.
+    Terminate,
+}
+
+/// What the threads know of one another.
+#[derive(Default)]
+struct Gate {
+    /// No request is taken on any more.
+    ending: bool,
+    /// Requests taken on and not yet carried out.
+    waiting: usize,
+    /// Requests taken on and not yet answered.
+    unanswered: usize,
+    /// Open connections.
+    connections: usize,
+    /// The client that started the keeper has not been heard yet; it must be before there can be nothing to keep.
+    awaits_first: bool,
+}
+
+struct Shared {
+    gate: Mutex<Gate>,
+    answered: Condvar,
+    jobs: Mutex<Sender<Job>>,
+}
+
+/// Attaches, listens in `directory` and serves clients, beginning with `first`, until the last checkpoint is released
+/// or the process `root` has exited.
+///
+/// # Errors
+///
+/// The socket could not be made; clients that were there have been told.
+pub(super) fn serve<O: Operations>(
+    directory: &StateDirectory,
+    lock: Locked,
+    first: UnixStream,
+    root: Identity,
+    attach: impl FnOnce() -> Result<O, Failure> + Send + 'static,
+) -> Result<(), Error> {
+    let signals =
+        block_sigterm().map_err(Error::io("cannot take signals for", directory.log_path()))?;
+    let (jobs, queue) = channel();
+    let shared = Arc::new(Shared {
+        gate: Mutex::new(Gate {
+            awaits_first: true,
+            ..Gate::default()
+        }),
+        answered: Condvar::new(),
+        jobs: Mutex::new(jobs),
+    });
+    let (attached, is_attached) = channel();
+    let (ended, end) = UnixStream::pair().map_err(|error| Error::Start(error.to_string()))?;
+    let tracer = {
+        let (shared, directory) = (Arc::clone(&shared), directory.clone());
+        let work = move || {
+            let _ended = ended;
+            match attach() {
+                Ok(operations) => {
+                    let _ = attached.send(Ok(()));
+                    work(&shared, &directory, &queue, operations);
+                }
+                Err(failure) => {
+                    let _ = attached.send(Err(failure));
+                }
+            }
+        };
+        let named = thread::Builder::new().name("tracer".to_owned());
+        named
+            .spawn(work)
+            .map_err(|error| Error::Start(error.to_string()))?
+    };
+    let ready = is_attached
+        .recv()
+        .unwrap_or_else(|_| Err(failure("the tracer thread died: see the log")))
+        .and_then(|()| watch(root))
+        .and_then(|root| {
+            fault::point("keeper.attached");
+            let listener = lock
+                .listen(directory)
+                .map_err(|error| failure(&error.to_string()))?;
+            Ok((root, listener))
+        });
+    let (root, listener) = match ready {
+        Ok(ready) => ready,
+        Err(failure) => {
+            // Nobody else can have connected yet, and whoever waits for the lock will start a keeper anew.
+            let removed = directory.remove(&lock);
+            drop(lock);
+            decline(first, failure.clone());
+            removed?;
+            return Err(Error::Start(failure.to_string()));
+        }
+    };
+    drop(lock);
+    fault::point("keeper.listening");
+    converse(&shared, first, true);
+    listen(&shared, &listener, &root, &signals, &end)
+        .map_err(Error::io("cannot serve", directory.log_path()))?;
+    // The tracer has ended: in good order, or by a panic that left the directory behind.
+    let ended = tracer.join();
+    if ended.is_err() {
+        directory.retire()?;
+    }
+    let mut gate = shared.gate.lock();
+    gate.ending = true;
+    while ended.is_ok() && gate.unanswered > 0 {
+        if shared
+            .answered
+            .wait_for(&mut gate, WRITE_PATIENCE)
+            .timed_out()
+        {
+            break;
+        }
+    }
+    match ended {
+        Ok(()) => Ok(()),
+        Err(_) => Err(Error::Start("the tracer thread died".to_owned())),
+    }
+}
+
+fn failure(message: &str) -> Failure {
+    Failure::Error {
+        message: message.to_owned(),
+    }
+}
+
+/// A descriptor of the root process that becomes readable when it exits.
+fn watch(root: Identity) -> Result<OwnedFd, Failure> {
+    let opened = pidfd::open(Pid::from_raw(root.pid)).map_err(|errno| {
+        failure(&format!(
+            "cannot hold process {}: {}",
+            root.pid,
+            errno.desc()
+        ))
+    })?;
+    // Only now is the PID certain not to be given to another.
+    match root.is_alive() {
+        Ok(true) => Ok(opened),
+        Ok(false) => Err(failure(&format!("process {} has exited", root.pid))),
+        Err(error) => Err(failure(&error.to_string())),
+    }
+}
+
+fn block_sigterm() -> io::Result<SignalFd> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?)
+}
+
+/// Takes connections until the tracer's end of `end` is closed.
+fn listen(
+    shared: &Arc<Shared>,
+    listener: &UnixListener,
+    root: &OwnedFd,
+    signals: &SignalFd,
+    end: &UnixStream,
+) -> io::Result<()> {
+    let mut watched = vec![end.as_fd(), listener.as_fd(), root.as_fd(), signals.as_fd()];
+    loop {
+        let mut polled: Vec<PollFd> = watched
+            .iter()
+            .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
+            .collect();
+        match poll(&mut polled, PollTimeout::NONE) {
+            Err(nix::errno::Errno::EINTR) => continue,
+            other => other?,
+        };
+        let fired: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        if fired[0] {
+            return Ok(());
+        }
+        if fired[1] {
+            match listener.accept() {
+                Ok((stream, _)) => converse(shared, stream, false),
+                Err(error) => tracing::warn!("cannot take a connection: {error}"),
+            }
+        }
+        // Each of these is told once: they stay readable.
+        if fired.get(3) == Some(&true) {
+            watched.truncate(3);
+            shared.tell(Job::Terminate);
+        }
+        if fired.get(2) == Some(&true) {
+            watched.truncate(2);
+            shared.tell(Job::RootDied);
+        }
+    }
+}
+
+impl Shared {
+    fn tell(&self, job: Job) {
+        // Without a tracer there is nobody to tell, and we are ending.
+        let _ = self.jobs.lock().send(job);
+    }
+
+    /// Takes a request on; `None` if the keeper is ending.
+    fn submit(&self, request: Request, is_first: bool) -> Option<Receiver<Response>> {
+        let mut gate = self.gate.lock();
+        if gate.ending {
+            return None;
+        }
+        let (reply, answer) = channel();
+        self.jobs
+            .lock()
+            .send(Job::Request { request, reply })
+            .ok()?;
+        gate.awaits_first &= !is_first;
+        gate.waiting += 1;
+        gate.unanswered += 1;
+        Some(answer)
+    }
+
+    fn answered(&self) {
+        self.gate.lock().unanswered -= 1;
+        self.answered.notify_all();
+    }
+}
+
+/// Tells a client that there will be no keeper.
+fn decline(stream: UnixStream, failure: Failure) {
+    let _ = stream.set_read_timeout(Some(WRITE_PATIENCE));
+    let _ = stream.set_write_timeout(Some(WRITE_PATIENCE));
+    let mut reader = BufReader::new(&stream);
+    let asked = receive::<Hello>(&mut reader).and_then(|_| receive::<Request>(&mut reader));
+    if matches!(asked, Ok(Some(_))) {
+        let told = send(&mut &stream, &Hello::new())
+            .and_then(|()| send(&mut &stream, &Response::Failure(failure)));
+        if let Err(error) = told {
+            tracing::warn!("the first client has gone: {error}");
+        }
+    }
+}
+
+/// Serves a connection on a thread of its own; the first is that of the client that started the keeper.
+fn converse(shared: &Arc<Shared>, stream: UnixStream, is_first: bool) {
+    shared.gate.lock().connections += 1;
+    let theirs = Arc::clone(shared);
+    let spawned = thread::Builder::new()
+        .name("client".to_owned())
+        .spawn(move || {
+            if let Err(error) = talk(&theirs, &stream, is_first) {
+                tracing::info!("a client has gone: {error}");
+            }
+            drop(stream);
+            theirs.hung_up(is_first);
+        });
+    if let Err(error) = spawned {
+        tracing::warn!("no thread for a client: {error}");
+        shared.hung_up(is_first);
+    }
+}
+
+impl Shared {
+    fn hung_up(&self, is_first: bool) {
+        let left = {
+            let mut gate = self.gate.lock();
+            gate.connections -= 1;
+            gate.awaits_first &= !is_first;
+            gate.connections
+        };
+        if left == 0 {
+            self.tell(Job::Idle);
+        }
+    }
+}
+
+fn talk(shared: &Shared, stream: &UnixStream, is_first: bool) -> io::Result<()> {
+    let peer = getsockopt(stream, PeerCredentials)?;
+    if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
+        return Err(io::Error::new(ErrorKind::PermissionDenied, "not root"));
+    }
+    stream.set_write_timeout(Some(WRITE_PATIENCE))?;
+    let mut reader = BufReader::new(stream);
+    let mut writer = stream;
+    match receive::<Hello>(&mut reader)? {
+        None => return Ok(()),
+        Some(hello) if hello.protocol != VERSION => return send(&mut writer, &Hello::new()),
+        Some(_) => {}
+    }
+    let mut greeted = false;
+    while let Some(request) = receive::<Request>(&mut reader)? {
+        let Some(answer) = shared.submit(request, is_first) else {
+            return Ok(());
+        };
+        let hello = if greeted {
+            Ok(())
+        } else {
+            send(&mut writer, &Hello::new())
+        };
+        greeted = true;
+        // The request is carried out to its end whether or not the client still listens.
+        let answer = answer.recv();
+        let sent = match answer {
+            Ok(response) => {
+                fault::point("keeper.reply");
+                let mut line = Vec::with_capacity(1024);
+                append(&mut line, &response)?;
+                hello.and_then(|()| io::Write::write_all(&mut writer, &line))
+            }
+            Err(_) => Err(io::Error::other("the tracer thread died")),
+        };
+        shared.answered();
+        sent?;
+    }
+    Ok(())
+}
+
+/// Carries out jobs until there is nothing left to keep.
+fn work<O: Operations>(
+    shared: &Shared,
+    directory: &StateDirectory,
+    queue: &Receiver<Job>,
+    mut operations: O,
+) {
+    while let Ok(job) = queue.recv() {
+        let (response, must_end) = match job {
+            Job::Request { request, reply } => {
+                fault::point("keeper.request");
+                let response = carry_out(&mut operations, &request);
+                shared.gate.lock().waiting -= 1;
+                (Some((reply, response)), false)
+            }
+            Job::Idle => (None, false),
+            Job::RootDied => {
+                tracing::info!("{} has ended", directory.label());
+                (None, true)
+            }
+            Job::Terminate => {
+                if let Err(failure) = operations.release(None) {
+                    tracing::error!("release at the end: {failure}");
+                }
+                (None, true)
+            }
+        };
+        let is_last = must_end || !operations.is_alive() || {
+            let gate = shared.gate.lock();
+            let asked = response.is_some() || gate.connections == 0;
+            asked && !gate.awaits_first && gate.waiting == 0 && operations.held() == 0
+        };
+        if is_last {
+            shared.gate.lock().ending = true;
+            // Clients must find no keeper once they have our last answer.
+            if let Err(error) = directory.retire() {
+                tracing::error!("{error}");
+            }
+        }
+        if let Some((reply, response)) = response {
+            // Its client may have gone.
+            let _ = reply.send(response);
+        }
+        if is_last {
+            break;
+        }
+    }
+    drop(operations);
+    while let Ok(job) = queue.try_recv() {
+        if let Job::Request { reply, .. } = job {
+            let gone = format!(
+                "{} has ended, and its checkpoints with it",
+                directory.label()
+            );
+            let _ = reply.send(Response::Failure(failure(&gone)));
+        }
+    }
+}
+
+fn carry_out<O: Operations>(operations: &mut O, request: &Request) -> Response {
+    let done = match request {
+        Request::Checkpoint { name } => operations.checkpoint(name).map(report),
+        Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
+        Request::Checkpoints => Ok(Response::Checkpoints {
+            checkpoints: operations.checkpoints(),
+        }),
+        Request::Release { name } => {
+            operations
+                .release(name.as_deref())
+                .map(|()| Response::Released {
+                    left: operations.held(),
+                })
+        }
+    };
+    done.unwrap_or_else(|failure| {
+        tracing::warn!("{request:?}: {failure}");
+        Response::Failure(failure)
+    })
+}
+
+fn report(report: Report) -> Response {
+    Response::Done { report }
+}
