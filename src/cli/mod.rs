@@ -12,9 +12,23 @@
 //! Nothing is set up before the verb runs: no threads (libcontainer clones with raw `clone3`), and no log unless
 //! one is asked for.
 
+mod create;
+mod delete;
+mod exec;
+mod features;
+mod foreground;
+mod kill;
+mod list;
 mod log;
 mod output;
+mod pause;
+mod ps;
+mod resume;
+mod run;
 mod spec;
+mod start;
+mod state;
+mod terminal;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -63,13 +77,49 @@ pub(crate) struct Global {
 /// The verbs.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Create a container; its program waits for start
+    Create(liboci_cli::Create),
+    /// Let the program of a created container run
+    Start(liboci_cli::Start),
+    /// Create and start a container
+    Run(liboci_cli::Run),
+    /// Run another program in a running container
+    Exec(liboci_cli::Exec),
+    /// Print the state of a container as JSON
+    State(liboci_cli::State),
+    /// List the containers
+    List(liboci_cli::List),
+    /// List the processes of a container
+    Ps(liboci_cli::Ps),
+    /// Freeze the processes of a container
+    Pause(liboci_cli::Pause),
+    /// Let a paused container run on
+    Resume(liboci_cli::Resume),
+    /// Send a signal to a container
+    Kill(kill::Kill),
+    /// Delete a container
+    Delete(liboci_cli::Delete),
     /// Write a default config.json
     Spec(spec::Spec),
+    /// Print what this runtime offers as JSON
+    Features(liboci_cli::Features),
 }
 
 fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
     match command {
-        Command::Spec(args) => spec::run(args),
+        Command::Create(args) => create::run(global, &args),
+        Command::Start(args) => start::run(global, &args),
+        Command::Run(args) => run::run(global, &args),
+        Command::Exec(args) => exec::run(global, &args),
+        Command::State(args) => state::run(global, &args),
+        Command::List(args) => list::run(global, &args),
+        Command::Ps(args) => ps::run(global, &args),
+        Command::Pause(args) => pause::run(global, &args),
+        Command::Resume(args) => resume::run(global, &args),
+        Command::Kill(args) => kill::run(global, &args),
+        Command::Delete(args) => delete::run(global, &args),
+        Command::Spec(args) => spec::run(&args),
+        Command::Features(_) => features::run(),
     }
 }
 

@@ -25,6 +25,23 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     print(&text)
 }
 
+/// Lays rows out in columns, each as wide as its widest cell and two spaces.
+pub(crate) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] = std::array::from_fn(|column| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.max().unwrap_or(0)
+    });
+    let line = |row: &[String; N]| {
+        let cells = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:width$}  "));
+        let line: String = cells.collect();
+        format!("{}\n", line.trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
 /// Reports an error with its causes, on standard error and in the log file if there is one, where callers such as
 /// podman read the reason of a failure.
 pub(crate) fn error(global: &Global, error: &anyhow::Error) {

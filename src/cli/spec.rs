@@ -21,7 +21,7 @@ pub(crate) struct Spec {
     rootless: bool,
 }
 
-pub(crate) fn run(args: Spec) -> anyhow::Result<Status> {
+pub(super) fn run(args: &Spec) -> anyhow::Result<Status> {
     if args.rootless {
         bail!("--rootless: containers are run by root only");
     }

@@ -1,7 +1,9 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
+pub mod disposition;
 pub mod kcmp;
+pub mod loopback;
 pub mod pidfd;
-
 pub(crate) mod sock_diag;
 pub(crate) mod socket;
+pub mod terminal;

@@ -1,0 +1,75 @@
+//! `run`: create and start a container; in the foreground, stay with it, then delete it.
+
+use std::path::Path;
+
+use anyhow::Context;
+use nix::sys::signal::SigSet;
+
+use super::foreground::{Signals, attend};
+use super::terminal::Console;
+use super::{Global, Status, UsageError};
+use crate::container::create::{self, Child, Options};
+use crate::container::{config, lifecycle};
+
+pub(super) fn run(global: &Global, args: &liboci_cli::Run) -> anyhow::Result<Status> {
+    let mut options = Options {
+        root: &global.root,
+        id: &args.container_id,
+        bundle: &args.bundle,
+        console_socket: args.console_socket.as_deref(),
+        pid_file: args.pid_file.as_deref(),
+        preserve_fds: args.preserve_fds,
+        no_pivot: args.no_pivot,
+        mask: SigSet::thread_get_mask().context("reading the signal mask")?,
+    };
+    if args.detach {
+        started(&options)?;
+        return Ok(Status::Done);
+    }
+    if args.console_socket.is_some() {
+        return Err(UsageError("--console-socket makes sense only with --detach".into()).into());
+    }
+
+    let signals = Signals::hold()?;
+    options.mask = signals.before;
+    let console = if config::has_terminal(&args.bundle, &args.container_id)? {
+        Some(Console::listen(&global.root)?)
+    } else {
+        None
+    };
+    let child = create::create(&Options {
+        console_socket: console.as_ref().map(Console::path),
+        ..options
+    })?;
+    let attended =
+        started_in_foreground(&global.root, &args.container_id, &child, &signals, console);
+    if args.keep && attended.is_ok() {
+        return attended;
+    }
+    // With an error the program may run still.
+    let deleted = lifecycle::delete(&global.root, &args.container_id, attended.is_err());
+    let status = attended?;
+    deleted?;
+    Ok(status)
+}
+
+fn started_in_foreground(
+    root: &Path,
+    id: &str,
+    child: &Child,
+    signals: &Signals,
+    console: Option<Console>,
+) -> anyhow::Result<Status> {
+    let terminal = console.map(Console::receive).transpose()?;
+    create::start(root, id)?;
+    attend(child, signals, terminal)
+}
+
+fn started(options: &Options<'_>) -> anyhow::Result<()> {
+    create::create(options)?;
+    create::start(options.root, options.id).inspect_err(|_| {
+        // The reason of the failure matters more than one of the clean-up.
+        let _ = lifecycle::delete(options.root, options.id, true);
+    })?;
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! `create` and `start`.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use libcontainer::container::Container;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
+use nix::sys::signal::SigSet;
+use nix::unistd::Pid;
+
+use super::config::{self, Bundle};
+use super::locate::{self, Init, Located, Status, locate, write_whole};
+use super::program::Program;
+use super::{Error, cgroups, children};
+use crate::kernel::{loopback, pidfd};
+
+/// What `create` is told.
+#[derive(Debug)]
+pub(crate) struct Options<'a> {
+    /// The directory of the containers' states.
+    pub(crate) root: &'a Path,
+    pub(crate) id: &'a str,
+    pub(crate) bundle: &'a Path,
+    /// The socket that gets the terminal of a container that has one.
+    pub(crate) console_socket: Option<&'a Path>,
+    /// Where the init's PID is written.
+    pub(crate) pid_file: Option<&'a Path>,
+    /// Number of descriptors from 3 on that the program inherits.
+    pub(crate) preserve_fds: i32,
+    /// Enter the root by moving the mount instead of pivot_root(2).
+    pub(crate) no_pivot: bool,
+    /// The signal mask the program starts with.
+    pub(crate) mask: SigSet,
+}
+
+/// A process of a container that is our child until we exit.
+#[derive(Debug)]
+pub(crate) struct Child {
+    pub(crate) pid: Pid,
+    pub(crate) pidfd: OwnedFd,
+}
+
+impl Child {
+    pub(super) fn new(pid: Pid) -> Result<Child, Error> {
+        let pidfd = pidfd::open(pid).map_err(Error::kernel(format!("opening process {pid}")))?;
+        Ok(Child { pid, pidfd })
+    }
+}
+
+/// Creates a container; its init waits for [`start`]. Only from a process without threads. On an error nothing is
+/// left of the container.
+pub(crate) fn create(options: &Options<'_>) -> Result<Child, Error> {
+    let Options { root, id, .. } = *options;
+    locate::check_id(id)?;
+    fs::create_dir_all(root).map_err(Error::io("creating", root))?;
+    let root = &fs::canonicalize(root).map_err(Error::io("opening", root))?;
+    let bundle = Bundle::load(options.bundle, id)?;
+
+    // Two at once with the same ID would both see that it is free. Unlocking is explicit (in `Drop`): the new init
+    // has a copy of the descriptor until it becomes the program.
+    let lock = File::open(root).map_err(Error::io("opening", root))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, error)| Error::kernel(format!("locking {}", root.display()))(error))?;
+    let directory = root.join(id);
+    if directory.exists() {
+        return Err(Error::Exists(id.to_owned()));
+    }
+
+    build(options, root, &bundle)
+        .and_then(|child| finish(options, &directory, &bundle, &child).map(|()| child))
+        .inspect_err(|_| {
+            children::abandon();
+            // What could not be removed is told by the error that comes first.
+            let _ =
+                cgroups::directories(&bundle.cgroup).and_then(|cgroups| cgroups::remove(&cgroups));
+            let _ = config::remove_directory(&directory);
+        })
+}
+
+fn build(options: &Options<'_>, root: &Path, bundle: &Bundle) -> Result<Child, Error> {
+    let what = || format!("creating container {:?}", options.id);
+    let stand_in = root.join(format!(".bundle-{}", options.id));
+    config::remove_directory(&stand_in)?;
+    let directory = if bundle.as_written {
+        bundle.directory.clone()
+    } else {
+        bundle.write_stand_in(&stand_in)?;
+        stand_in.clone()
+    };
+    let caller = Caller::remember();
+    let built = ContainerBuilder::new(options.id.to_owned(), SyscallType::default())
+        .with_executor(Program {
+            mask: options.mask,
+            restrictions: None,
+        })
+        .with_root_path(root)
+        .map(|builder| {
+            builder
+                .with_console_socket(absolute(options.console_socket))
+                .with_preserved_fds(options.preserve_fds)
+                .as_init(directory)
+                .with_systemd(false)
+                .with_no_pivot(options.no_pivot)
+                .with_detach(true)
+        })
+        .and_then(|builder| builder.build());
+    caller.restore();
+    let removed = config::remove_directory(&stand_in);
+    let container = built.map_err(Error::runtime(what()))?;
+    removed?;
+    let pid = container
+        .pid()
+        .ok_or_else(|| Error::Unsupported(format!("{}: it has no init", what())))?;
+    Child::new(pid)
+}
+
+/// What is left to do when libcontainer is done: the state's details, the loopback interface, the PID file.
+fn finish(
+    options: &Options<'_>,
+    directory: &Path,
+    bundle: &Bundle,
+    child: &Child,
+) -> Result<(), Error> {
+    let id = options.id;
+    let gone = || Error::Unsupported(format!("creating container {id:?}: its init has exited"));
+    let start_time = locate::alive_since(child.pid.as_raw()).ok_or_else(gone)?;
+    Init {
+        start_time,
+        cgroup: bundle.cgroup.clone(),
+        rootfs: bundle.rootfs(),
+    }
+    .save(directory)?;
+    if !bundle.as_written {
+        let mut container = load(id, directory)?;
+        container.state.bundle = bundle.directory.clone();
+        save(&container)?;
+    }
+    if bundle.has_new_network() {
+        bring_loopback_up(child.pid)?;
+    }
+    match options.pid_file {
+        Some(path) => write_whole(path, child.pid.to_string().as_bytes()),
+        None => Ok(()),
+    }
+}
+
+/// libcontainer leaves `lo` down in a new network namespace.
+fn bring_loopback_up(init: Pid) -> Result<(), Error> {
+    let open = |path: PathBuf| File::open(&path).map_err(Error::io("opening", path));
+    let ours = open("/proc/self/ns/net".into())?;
+    let theirs = open(format!("/proc/{init}/ns/net").into())?;
+    let enter = |namespace: &File| {
+        setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+            .map_err(Error::kernel("entering a network namespace"))
+    };
+    enter(&theirs)?;
+    let result = loopback::bring_up().map_err(Error::kernel("bringing up lo in the container"));
+    enter(&ours)?;
+    result
+}
+
+/// Lets a created container's init become the program. Only from a process without threads.
+pub(crate) fn start(root: &Path, id: &str) -> Result<(), Error> {
+    let located = locate(root, id)?;
+    if located.status != Status::Created {
+        return Err(located.wrong_status("only a created container can be started"));
+    }
+    let mut container = load(id, &located.directory)?;
+    container
+        .start()
+        .map_err(Error::runtime(format!("starting container {id:?}")))
+}
+
+/// Creates the container's view of libcontainer from its state.
+pub(super) fn load(id: &str, directory: &Path) -> Result<Container, Error> {
+    let directory = fs::canonicalize(directory).map_err(Error::io("opening", directory))?;
+    Container::load(directory).map_err(Error::runtime(format!(
+        "reading the state of container {id:?}"
+    )))
+}
+
+pub(super) fn save(container: &Container) -> Result<(), Error> {
+    container.save().map_err(Error::runtime(format!(
+        "writing the state of container {:?}",
+        container.id()
+    )))
+}
+
+pub(super) fn absolute(path: Option<&Path>) -> Option<PathBuf> {
+    path.map(|path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned()))
+}
+
+/// Properties of the calling process that libcontainer changes on the way: a command that goes on, as `run` in the
+/// foreground, must not keep them.
+#[derive(Debug)]
+pub(super) struct Caller {
+    dumpable: bool,
+    oom_score_adj: Option<String>,
+}
+
+const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
+
+impl Caller {
+    pub(super) fn remember() -> Caller {
+        let dumpable = prctl::get_dumpable().unwrap_or(true);
+        Caller {
+            dumpable,
+            oom_score_adj: fs::read_to_string(OOM_SCORE_ADJ).ok(),
+        }
+    }
+
+    /// Best effort: lowering the score needs a privilege that root may lack.
+    pub(super) fn restore(self) {
+        let _ = prctl::set_dumpable(self.dumpable);
+        if let Some(score) = self.oom_score_adj
+            && fs::read_to_string(OOM_SCORE_ADJ).is_ok_and(|now| now != score)
+        {
+            let _ = fs::write(OOM_SCORE_ADJ, score.trim_end());
+        }
+    }
+}
+
+/// The bundle of a container that is there.
+pub(super) fn bundle_of(located: &Located) -> Result<Bundle, Error> {
+    Bundle::load(&located.bundle, &located.id)
+}
