@@ -3,6 +3,7 @@
 pub mod disposition;
 pub mod kcmp;
 pub mod loopback;
+pub mod memory_file;
 pub mod pidfd;
 pub(crate) mod sock_diag;
 pub(crate) mod socket;

@@ -1,0 +1,148 @@
+//! The kinds of records, their stable numbers and their versions.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, version $version:literal, $text:literal;)+) => {
+        /// What a record describes. Numbers are part of the image format: never reused, never changed.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        #[repr(u16)]
+        pub enum Kind {
+            $($(#[$doc])* $name = $number,)+
+        }
+
+        impl Kind {
+            /// Every kind, by number.
+            pub const ALL: &'static [Kind] = &[$(Kind::$name),+];
+
+            /// The kind of this number, if there is one.
+            #[must_use]
+            pub const fn from_number(number: u16) -> Option<Kind> {
+                match number {
+                    $($number => Some(Kind::$name),)+
+                    _ => None,
+                }
+            }
+
+            /// The version of the payload that this build writes, and the newest it reads.
+            #[must_use]
+            pub const fn version(self) -> u16 {
+                match self {
+                    $(Kind::$name => $version,)+
+                }
+            }
+
+            /// The name in words, as errors and statistics show it.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Kind::$name => $text,)+
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// The first record of every image: where and when it was made. Written by the context itself.
+    ImageHeader = 1, version 1, "image header";
+    /// The last record: count, length and checksum of what came before. Written by the context itself.
+    Trailer = 2, version 1, "trailer";
+    /// Why the checkpoint failed, as text. Written by [`Context::fail`](super::Context::fail).
+    Error = 3, version 1, "error";
+
+    /// The process tree: its root and who is whose parent.
+    Tree = 16, version 1, "process tree";
+    /// One process.
+    Process = 17, version 1, "process";
+    /// One thread: registers and what else belongs to it alone.
+    Thread = 18, version 1, "thread";
+    /// Signal dispositions, shared by `CLONE_SIGHAND`.
+    SignalHandlers = 19, version 1, "signal handlers";
+    /// Signals that wait for a thread or a process.
+    PendingSignals = 20, version 1, "pending signals";
+    /// Interval and POSIX timers of a process.
+    Timers = 21, version 1, "timers";
+    /// User and group ids, capabilities and what goes with them.
+    Credentials = 22, version 1, "credentials";
+    /// The namespaces a process lives in.
+    Namespaces = 23, version 1, "namespaces";
+
+    /// One address space, shared by `CLONE_VM`.
+    AddressSpace = 32, version 1, "address space";
+    /// The VMAs of an address space.
+    VmaList = 33, version 1, "VMA list";
+    /// The ranges of an address space that had pages.
+    PopulatedRanges = 34, version 1, "populated ranges";
+    /// The content of a shared memory object.
+    SharedMemory = 35, version 1, "shared memory";
+
+    /// One descriptor table, shared by `CLONE_FILES`.
+    FileTable = 48, version 1, "file table";
+    /// An open file description of a regular file, a directory or a plain device.
+    OpenFile = 49, version 1, "open file";
+    /// A pipe or FIFO with its content.
+    Pipe = 50, version 1, "pipe";
+    /// A unix socket with its queue.
+    UnixSocket = 51, version 1, "unix socket";
+    /// A TCP socket.
+    TcpSocket = 52, version 1, "TCP socket";
+    /// A UDP socket.
+    UdpSocket = 53, version 1, "UDP socket";
+    /// An eventfd.
+    Eventfd = 54, version 1, "eventfd";
+    /// An epoll instance and what it watches.
+    Epoll = 55, version 1, "epoll";
+    /// A timerfd.
+    Timerfd = 56, version 1, "timerfd";
+    /// A signalfd.
+    Signalfd = 57, version 1, "signalfd";
+    /// An inotify instance and its watches.
+    Inotify = 58, version 1, "inotify";
+    /// A memfd.
+    Memfd = 59, version 1, "memfd";
+    /// An open file description that is kept as it is and not described further.
+    OtherFile = 60, version 1, "other file";
+}
+
+impl Kind {
+    /// The number in the frame.
+    #[must_use]
+    pub const fn number(self) -> u16 {
+        self as u16
+    }
+
+    /// Whether only the context itself writes this kind.
+    #[must_use]
+    pub const fn is_framing(self) -> bool {
+        matches!(self, Kind::ImageHeader | Kind::Trailer | Kind::Error)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn numbers_and_names_are_unique_and_lead_back() {
+        let names: HashSet<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+        assert_eq!(names.len(), Kind::ALL.len());
+        for &kind in Kind::ALL {
+            assert_eq!(Kind::from_number(kind.number()), Some(kind));
+            assert_ne!(kind.version(), 0);
+        }
+        assert_eq!(Kind::from_number(0), None);
+        assert_eq!(Kind::from_number(u16::MAX), None);
+    }
+}
