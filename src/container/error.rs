@@ -59,6 +59,14 @@ pub enum Error {
     /// Something asked for on the command line that can't be done.
     #[error("{0}")]
     Unsupported(String),
+    /// The program can't be started: it is not there, or no program.
+    #[error("{what}: {reason}")]
+    Program {
+        /// What was being done.
+        what: String,
+        /// `exec: "NAME": …`, as runc says it.
+        reason: String,
+    },
     /// libcontainer failed.
     #[error("{what}")]
     Runtime {
@@ -113,4 +121,20 @@ impl Error {
             source: source.into(),
         }
     }
+}
+
+/// How the error of a program that can't be started begins. It comes back from the container's process as text, with
+/// three layers of libcontainer's around it.
+pub(super) const PROGRAM: &str = "exec: \"";
+
+fn program_error(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if let Some(start) = text.find(PROGRAM) {
+            return Some(text[start..].to_owned());
+        }
+        cause = error.source();
+    }
+    None
 }

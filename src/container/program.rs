@@ -127,7 +127,7 @@ fn find(name: &str, env: &[String]) -> Result<PathBuf, String> {
     if name.contains('/') {
         return match executable(Path::new(name)) {
             Ok(()) => Ok(name.into()),
-            Err(error) => Err(format!("exec: {name:?}: stat {name}: {}", describe(error))),
+            Err(error) => Err(failure(name, &format!("stat {name}: {}", describe(error)))),
         };
     }
     let path = env
@@ -149,7 +149,15 @@ fn find(name: &str, env: &[String]) -> Result<PathBuf, String> {
     } else {
         "executable file not found in $PATH"
     };
-    Err(format!("exec: {name:?}: {reason}"))
+    Err(failure(name, reason))
+}
+
+fn failure(name: &str, reason: &str) -> String {
+    format!(
+        "{}{}\": {reason}",
+        super::error::PROGRAM,
+        name.escape_default()
+    )
 }
 
 fn describe(error: Errno) -> &'static str {
