@@ -2,6 +2,7 @@
 
 mod support;
 
+mod architecture;
 mod completeness;
 mod fixtures_memory;
 mod fixtures_objects;
