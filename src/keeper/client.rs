@@ -46,8 +46,8 @@ impl Client {
             let stream = match directory.connect()? {
                 Found::Keeper(stream) => stream,
                 Found::Nothing => return Err(no_keeper(directory)),
+                Found::Stale if !directory.remove_stale()? => continue,
                 Found::Stale => {
-                    directory.remove_stale()?;
                     return Err(Error::Died {
                         label: directory.label().to_owned(),
                     });

@@ -114,14 +114,14 @@ impl StateDirectory {
         }
     }
 
-    /// Removes what a killed keeper left, unless a new one has come meanwhile.
-    pub(super) fn remove_stale(&self) -> Result<(), Error> {
+    /// Removes what a killed keeper left; `false` if there is a keeper after all: one that was about to listen.
+    pub(super) fn remove_stale(&self) -> Result<bool, Error> {
         let Some(locked) = self.lock_existing()? else {
-            return Ok(());
+            return Ok(false);
         };
         match self.connect_in(&locked.directory)? {
-            Found::Keeper(_) => Ok(()),
-            Found::Stale | Found::Nothing => self.remove(&locked),
+            Found::Keeper(_) => Ok(false),
+            Found::Stale | Found::Nothing => self.remove(&locked).map(|()| true),
         }
     }
 

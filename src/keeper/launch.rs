@@ -140,6 +140,8 @@ fn leave_the_caller() -> io::Result<()> {
         nix::unistd::dup2(null.as_raw_fd(), stream)?;
     }
     nix::unistd::setsid()?;
+    // Executed as /proc/self/exe it would be called `exe`.
+    nix::sys::prctl::set_name(c"snapback")?;
     std::env::set_current_dir(Path::new("/"))?;
     umask(Mode::from_bits_truncate(0o077));
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;

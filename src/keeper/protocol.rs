@@ -117,7 +117,7 @@ pub enum Failure {
 }
 
 /// One checkpoint that a keeper holds.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointInfo {
     /// Its name.
     pub name: String,

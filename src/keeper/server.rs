@@ -276,6 +276,13 @@ impl Shared {
         Some(answer)
     }
 
+    /// Takes no requests on any more, unless there is one or the first is still to come.
+    fn end_if_idle(&self) -> bool {
+        let mut gate = self.gate.lock();
+        gate.ending |= gate.waiting == 0 && !gate.awaits_first;
+        gate.ending
+    }
+
     fn answered(&self) {
         self.gate.lock().unanswered -= 1;
         self.answered.notify_all();
@@ -379,38 +386,22 @@ fn work<O: Operations>(
     mut operations: O,
 ) {
     while let Ok(job) = queue.recv() {
-        let (response, must_end) = match job {
-            Job::Request { request, reply } => {
-                fault::point("keeper.request");
-                let response = carry_out(&mut operations, &request);
-                shared.gate.lock().waiting -= 1;
-                (Some((reply, response)), false)
+        let (answer, end) = carry_out(&mut operations, job, shared, directory);
+        let is_last = match end {
+            End::Never => false,
+            End::WithoutCheckpoints => operations.held() == 0 && shared.end_if_idle(),
+            End::Now => {
+                shared.gate.lock().ending = true;
+                true
             }
-            Job::Idle => (None, false),
-            Job::RootDied => {
-                tracing::info!("{} has ended", directory.label());
-                (None, true)
-            }
-            Job::Terminate => {
-                if let Err(failure) = operations.release(None) {
-                    tracing::error!("release at the end: {failure}");
-                }
-                (None, true)
-            }
-        };
-        let is_last = must_end || !operations.is_alive() || {
-            let gate = shared.gate.lock();
-            let asked = response.is_some() || gate.connections == 0;
-            asked && !gate.awaits_first && gate.waiting == 0 && operations.held() == 0
         };
         if is_last {
-            shared.gate.lock().ending = true;
             // Clients must find no keeper once they have our last answer.
             if let Err(error) = directory.retire() {
                 tracing::error!("{error}");
             }
         }
-        if let Some((reply, response)) = response {
+        if let Some((reply, response)) = answer {
             // Its client may have gone.
             let _ = reply.send(response);
         }
@@ -430,7 +421,47 @@ fn work<O: Operations>(
     }
 }
 
-fn carry_out<O: Operations>(operations: &mut O, request: &Request) -> Response {
+/// Whether the keeper may end after a job.
+enum End {
+    Never,
+    /// If no checkpoint is held and nobody is about to take one.
+    WithoutCheckpoints,
+    Now,
+}
+
+fn carry_out<O: Operations>(
+    operations: &mut O,
+    job: Job,
+    shared: &Shared,
+    directory: &StateDirectory,
+) -> (Option<(Sender<Response>, Response)>, End) {
+    match job {
+        Job::Request { request, reply } => {
+            fault::point("keeper.request");
+            let response = answer(operations, &request);
+            shared.gate.lock().waiting -= 1;
+            let end = match request {
+                _ if !operations.is_alive() => End::Now,
+                Request::Checkpoint { .. } | Request::Release { .. } => End::WithoutCheckpoints,
+                Request::Rollback { .. } | Request::Checkpoints => End::Never,
+            };
+            (Some((reply, response)), end)
+        }
+        Job::Idle => (None, End::WithoutCheckpoints),
+        Job::RootDied => {
+            tracing::info!("{} has ended", directory.label());
+            (None, End::Now)
+        }
+        Job::Terminate => {
+            if let Err(failure) = operations.release(None) {
+                tracing::error!("release at the end: {failure}");
+            }
+            (None, End::Now)
+        }
+    }
+}
+
+fn answer<O: Operations>(operations: &mut O, request: &Request) -> Response {
     let done = match request {
         Request::Checkpoint { name } => operations.checkpoint(name).map(report),
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command};
@@ -140,12 +140,14 @@ impl Drop for Root {
     }
 }
 
+type Keeper = thread::JoinHandle<Result<(), Error>>;
+
 /// A root directory, a process and keepers that run on threads of this program.
 struct Setting {
     root: tempfile::TempDir,
     process: Root,
     script: Arc<Script>,
-    keepers: Arc<Mutex<Vec<thread::JoinHandle<Result<(), Error>>>>>,
+    keepers: Mutex<Vec<Keeper>>,
 }
 
 impl Setting {
@@ -154,7 +156,7 @@ impl Setting {
             root: tempfile::tempdir().unwrap(),
             process: Root::new(),
             script: Arc::new(script),
-            keepers: Arc::default(),
+            keepers: Mutex::default(),
         }
     }
 
@@ -483,9 +485,8 @@ fn taken_paths_are_named() {
         scope.spawn(|| {
             let (mut stream, _) = listener.accept().unwrap();
             stream.write_all(b"220 mail.example.org\r\n").unwrap();
-            let _ = BufReader::new(stream)
-                .into_inner()
-                .shutdown(std::net::Shutdown::Write);
+            // Closed with bytes unread, the client would see a reset instead.
+            BufReader::new(stream).read_to_end(&mut Vec::new()).unwrap();
         });
         assert_eq!(
             taken(setting.first("a")),
