@@ -8,3 +8,4 @@ mod fixtures_memory;
 mod fixtures_objects;
 mod fixtures_sockets;
 mod fixtures_task;
+mod runtime;

@@ -1,6 +1,7 @@
 //! What the tests share: fixture programs, the `snapback` command, guards that leave nothing behind, numbers of
 //! `/proc`, and waiting on conditions.
 
+pub(crate) mod container;
 pub(crate) mod family;
 pub(crate) mod fixture;
 pub(crate) mod numbers;

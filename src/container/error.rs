@@ -116,9 +116,12 @@ impl Error {
         what: impl Into<String>,
     ) -> impl FnOnce(E) -> Error {
         let what = what.into();
-        move |source| Error::Runtime {
-            what,
-            source: source.into(),
+        move |source| {
+            let source = source.into();
+            match program_error(&source) {
+                Some(reason) => Error::Program { what, reason },
+                None => Error::Runtime { what, source },
+            }
         }
     }
 }
