@@ -17,7 +17,7 @@ impl Context {
         self.fill_and_commit(reservation, parts)
     }
 
-    /// Commits a record of a fixed part and what follows it, to be read by [`Record::fixed`].
+    /// Commits a record of a fixed part and what follows it, to be read by [`Record::fixed`](super::Record::fixed).
     ///
     /// # Errors
     ///
@@ -29,7 +29,7 @@ impl Context {
         self.append(kind, id, &[fixed.as_bytes(), tail])
     }
 
-    /// Commits a record that is a list, to be read by [`Record::list`].
+    /// Commits a record that is a list, to be read by [`Record::list`](super::Record::list).
     ///
     /// # Errors
     ///
@@ -43,7 +43,7 @@ impl Context {
         self.append(kind, id, &[list.as_bytes()])
     }
 
-    /// Commits a record in JSON, to be read by [`Record::json`]: for what is rare and of many shapes.
+    /// Commits a record in JSON, to be read by [`Record::json`](super::Record::json): for what is rare and of many shapes.
     ///
     /// # Errors
     ///
