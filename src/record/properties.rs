@@ -8,6 +8,7 @@ use proptest::sample::{Index, select};
 
 use super::context_tests::Shared;
 use super::decode_tests::{fixed_header, image_of};
+use super::fuzzing::with_right_checksums;
 use super::*;
 
 /// One call on a context. Indices choose among the reservations that are open.
@@ -223,5 +224,19 @@ proptest! {
         let image = small_image(&[]);
         let input = [&image[..keep.min(image.len())], &noise].concat();
         fuzz_one(&input);
+    }
+
+    #[test]
+    fn damage_behind_right_checksums_never_panics(
+        contents in vec(vec(any::<u8>(), 0..50), 0..6),
+        changes in vec((any::<Index>(), any::<u8>()), 1..6),
+    ) {
+        let mut image = small_image(&contents);
+        prop_assert!(with_right_checksums(&image) == image, "an intact image has the right ones");
+        for (index, byte) in changes {
+            let at = index.index(image.len());
+            image[at] = byte;
+        }
+        fuzz_one(&image);
     }
 }
