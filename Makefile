@@ -30,7 +30,7 @@ bench: deps fixtures
 lint: deps
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --document-private-items
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps
 	if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; fi
 
 ## packages of the machine that the build and the tests need

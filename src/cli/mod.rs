@@ -2,12 +2,12 @@
 //!
 //! A verb is a file `src/cli/VERB.rs` with a `clap::Args` struct named after the verb and a function
 //! `run(&Global, Args) -> anyhow::Result<Status>`; it is plugged in by three lines here: the `mod`, the variant of
-//! [`Command`] and the arm of [`dispatch`]. What a verb prints goes through [`output`], never `println!`: a caller
+//! `Command` and the arm of `dispatch`. What a verb prints goes through `output`, never `println!`: a caller
 //! may have closed our standard output, and `println!` panics then.
 //!
-//! A verb that failed returns an error, whose exit status follows from what is in its chain (see [`Status::of`]):
-//! [`Refusal`] is 3, [`LostError`] is 4, [`UsageError`] is 2, anything else 1. A verb that already reported its
-//! outcome, as with `--json`, returns the [`Status`] itself.
+//! A verb that failed returns an error, whose exit status follows from what is in its chain (see `Status::of`):
+//! [`Refusal`] is 3, `LostError` is 4, `UsageError` is 2, anything else 1. A verb that already reported its
+//! outcome, as with `--json`, returns the `Status` itself.
 //!
 //! Nothing is set up before the verb runs: no threads (libcontainer clones with raw `clone3`), and no log unless
 //! one is asked for.
