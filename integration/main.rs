@@ -8,4 +8,5 @@ mod fixtures_memory;
 mod fixtures_objects;
 mod fixtures_sockets;
 mod fixtures_task;
+mod refusals;
 mod runtime;
