@@ -683,6 +683,29 @@ fn hooks_see_the_container() {
 }
 
 #[test]
+fn a_tmpfs_starts_with_what_it_covers_if_asked_for() {
+    let containers = Containers::new();
+    let script = "cat /var/link/file && echo new >/var/link/file";
+    let bundle = containers.script("bundle", script);
+    let below = bundle.join("rootfs/var/covered");
+    fs::create_dir(&below).unwrap();
+    fs::write(below.join("file"), "old\n").unwrap();
+    // Absolute, and to be followed inside the container only.
+    std::os::unix::fs::symlink("/var/covered", bundle.join("rootfs/var/link")).unwrap();
+    configure(&bundle, |config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({
+            "destination": "/var/link", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "tmpcopyup"],
+        }));
+    });
+    let ran = containers
+        .session
+        .run(&["run", "--bundle", text(&bundle), &unique("copy-up")]);
+    assert_eq!(ran.expect(DONE, "run").out, "old\n");
+    assert_eq!(fs::read_to_string(below.join("file")).unwrap(), "old\n");
+}
+
+#[test]
 fn spec_and_features_are_valid() {
     let containers = Containers::new();
     let session = &containers.session;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use super::Error;
+use super::{Error, copy_up};
 
 /// The configuration `spec` writes: what `runc spec` writes, with `sh` on a terminal in new PID, network, IPC, UTS
 /// and mount namespaces.
@@ -22,6 +22,8 @@ pub(super) struct Bundle {
     pub(super) spec: Spec,
     /// The container's cgroup below the root of every hierarchy.
     pub(super) cgroup: PathBuf,
+    /// Where a tmpfs is to start with the content it covers.
+    pub(super) copy_up: Vec<PathBuf>,
     /// Whether libcontainer would understand the file as it is in the bundle.
     pub(super) as_written: bool,
 }
@@ -78,11 +80,15 @@ impl Bundle {
         if process.no_new_privileges() == Some(false) {
             process.set_no_new_privileges(None);
         }
-        let as_written = spec.linux() == written.linux() && spec.process() == written.process();
+        let copy_up = copy_up::take(&mut spec);
+        let as_written = copy_up.is_empty()
+            && spec.linux() == written.linux()
+            && spec.process() == written.process();
         Ok(Bundle {
             directory,
             spec,
             cgroup,
+            copy_up,
             as_written,
         })
     }

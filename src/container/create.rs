@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use super::config::{self, Bundle};
 use super::locate::{self, Init, Located, Status, locate, write_whole};
 use super::program::Program;
-use super::{Error, cgroups, children};
+use super::{Error, cgroups, children, copy_up};
 use crate::kernel::{loopback, pidfd};
 
 /// What `create` is told.
@@ -140,6 +140,7 @@ fn finish(
         container.state.bundle = bundle.directory.clone();
         save(&container)?;
     }
+    copy_up::fill(&bundle.copy_up, &bundle.rootfs(), child.pid)?;
     if bundle.has_new_network() {
         bring_loopback_up(child.pid)?;
     }

@@ -7,6 +7,7 @@
 mod cgroups;
 pub(crate) mod children;
 pub mod config;
+mod copy_up;
 pub(crate) mod create;
 mod error;
 pub(crate) mod exec;
