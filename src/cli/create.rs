@@ -15,6 +15,7 @@ pub(super) fn run(global: &Global, args: &liboci_cli::Create) -> anyhow::Result<
         pid_file: args.pid_file.as_deref(),
         preserve_fds: args.preserve_fds,
         no_pivot: args.no_pivot,
+        no_new_keyring: args.no_new_keyring,
         mask: SigSet::thread_get_mask().context("reading the signal mask")?,
     })?;
     Ok(Status::Done)

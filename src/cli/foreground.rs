@@ -13,7 +13,7 @@ use super::Status;
 use super::terminal::Terminal;
 use crate::container::children;
 use crate::container::create::Child;
-use crate::kernel::pidfd;
+use crate::kernel::{disposition, pidfd};
 
 /// Signals wait here, from before the container is created until it is attended to, so that none is lost between.
 #[derive(Debug)]
@@ -38,6 +38,8 @@ impl Signals {
             held.remove(fault);
         }
         let before = SigSet::thread_get_mask().context("reading the signal mask")?;
+        // A caller that ignores it would make the kernel throw the program's exit status away.
+        disposition::set_default(Signal::SIGCHLD).context("resetting SIGCHLD")?;
         held.thread_block().context("blocking signals")?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let waiting = SignalFd::with_flags(&held, flags).context("creating a signalfd")?;

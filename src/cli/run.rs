@@ -20,6 +20,7 @@ pub(super) fn run(global: &Global, args: &liboci_cli::Run) -> anyhow::Result<Sta
         pid_file: args.pid_file.as_deref(),
         preserve_fds: args.preserve_fds,
         no_pivot: args.no_pivot,
+        no_new_keyring: args.no_new_keyring,
         mask: SigSet::thread_get_mask().context("reading the signal mask")?,
     };
     if args.detach {

@@ -1,7 +1,9 @@
 //! `create` and `start`.
 
-use std::fs::{self, File};
+use std::ffi::CString;
+use std::fs::{self, DirBuilder, File};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use libcontainer::container::Container;
@@ -11,13 +13,14 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::sys::signal::SigSet;
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 
 use super::config::{self, Bundle};
 use super::locate::{self, Init, Located, Status, locate, write_whole};
 use super::program::Program;
 use super::{Error, cgroups, children, copy_up};
-use crate::kernel::{loopback, pidfd};
+use crate::kernel::{keyring, loopback, pidfd};
 
 /// What `create` is told.
 #[derive(Debug)]
@@ -34,6 +37,8 @@ pub(crate) struct Options<'a> {
     pub(crate) preserve_fds: i32,
     /// Enter the root by moving the mount instead of pivot_root(2).
     pub(crate) no_pivot: bool,
+    /// Leave the program the session keyring of the caller.
+    pub(crate) no_new_keyring: bool,
     /// The signal mask the program starts with.
     pub(crate) mask: SigSet,
 }
@@ -57,7 +62,12 @@ impl Child {
 pub(crate) fn create(options: &Options<'_>) -> Result<Child, Error> {
     let Options { root, id, .. } = *options;
     locate::check_id(id)?;
-    fs::create_dir_all(root).map_err(Error::io("creating", root))?;
+    let mut directories = DirBuilder::new();
+    directories
+        .recursive(true)
+        .mode(0o700)
+        .create(root)
+        .map_err(Error::io("creating", root))?;
     let root = &fs::canonicalize(root).map_err(Error::io("opening", root))?;
     let bundle = Bundle::load(options.bundle, id)?;
 
@@ -93,6 +103,7 @@ fn build(options: &Options<'_>, root: &Path, bundle: &Bundle) -> Result<Child, E
         stand_in.clone()
     };
     let caller = Caller::remember();
+    prepare_inheritance(options.id, options.no_new_keyring)?;
     let built = ContainerBuilder::new(options.id.to_owned(), SyscallType::default())
         .with_executor(Program {
             mask: options.mask,
@@ -119,6 +130,19 @@ fn build(options: &Options<'_>, root: &Path, bundle: &Bundle) -> Result<Child, E
     Child::new(pid)
 }
 
+/// Sets what a container's process inherits from the caller and libcontainer leaves alone, as runc does: the file
+/// creation mask, also of the mount points made for it, and the keys it possesses.
+pub(super) fn prepare_inheritance(id: &str, no_new_keyring: bool) -> Result<(), Error> {
+    umask(Mode::from_bits_truncate(0o022));
+    if no_new_keyring {
+        return Ok(());
+    }
+    let name = CString::new(format!("_ses.{id}")).unwrap_or_default();
+    keyring::join_session(&name).map_err(Error::kernel(
+        "joining a session keyring (see --no-new-keyring)",
+    ))
+}
+
 /// What is left to do when libcontainer is done: the state's details, the loopback interface, the PID file.
 fn finish(
     options: &Options<'_>,
@@ -135,6 +159,8 @@ fn finish(
         rootfs: bundle.rootfs(),
     }
     .save(directory)?;
+    // Kept: `exec` must not depend on what becomes of the bundle.
+    bundle.write_config(directory)?;
     if !bundle.as_written {
         let mut container = load(id, directory)?;
         container.state.bundle = bundle.directory.clone();
@@ -226,7 +252,7 @@ impl Caller {
     }
 }
 
-/// The bundle of a container that is there.
-pub(super) fn bundle_of(located: &Located) -> Result<Bundle, Error> {
-    Bundle::load(&located.bundle, &located.id)
+/// The configuration that a container was created with.
+pub(super) fn configuration(located: &Located) -> Result<Bundle, Error> {
+    Bundle::load(&located.directory, &located.id)
 }

@@ -12,7 +12,7 @@ use nix::sys::signal::SigSet;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, UserBuilder};
 
 use super::config::{self, Bundle};
-use super::create::{Caller, Child, absolute, bundle_of};
+use super::create::{Caller, Child, absolute, configuration, prepare_inheritance};
 use super::locate::{Located, Status, locate, write_whole};
 use super::program::{Program, Restrictions};
 use super::{Error, children};
@@ -70,7 +70,7 @@ impl<'a> Prepared<'a> {
             }
             _ => return Err(located.wrong_status("container not running")),
         }
-        let bundle = bundle_of(&located)?;
+        let bundle = configuration(&located)?;
         let process = match options.process {
             Some(path) => read_process(path)?,
             None => describe(&options, &bundle)?,
@@ -168,6 +168,7 @@ impl<'a> Prepared<'a> {
         bundle.write_config(place)?;
 
         let caller = Caller::remember();
+        prepare_inheritance(id, false)?;
         let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
             .with_executor(Program {
                 mask: options.mask,

@@ -112,7 +112,9 @@ impl Executor for Program {
         let failed = |what: &'static str| {
             move |error: Errno| ExecutorError::Other(format!("{what}: {error}"))
         };
-        disposition::set_default(Signal::SIGPIPE).map_err(failed("resetting SIGPIPE"))?;
+        for signal in [Signal::SIGPIPE, Signal::SIGCHLD] {
+            disposition::set_default(signal).map_err(failed("resetting a signal"))?;
+        }
         self.mask
             .thread_set_mask()
             .map_err(failed("setting the signal mask"))?;

@@ -3,6 +3,7 @@
 pub mod confined;
 pub mod disposition;
 pub mod kcmp;
+pub mod keyring;
 pub mod loopback;
 pub mod memory_file;
 pub mod pidfd;
