@@ -57,7 +57,13 @@ impl Vma {
 
 impl fmt::Debug for Vma {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bit = |bit, letter| if self.prot & bit as u8 != 0 { letter } else { '-' };
+        let bit = |bit, letter| {
+            if self.prot & bit as u8 != 0 {
+                letter
+            } else {
+                '-'
+            }
+        };
         write!(
             f,
             "{:x}-{:x} {}{}{}{} {:x} {:x}:{} {}",
@@ -77,7 +83,10 @@ impl fmt::Debug for Vma {
 
 /// Parses the text of a maps file. `None`: not the format of proc_pid_maps(5).
 pub fn parse(text: &[u8]) -> Option<Vec<Vma>> {
-    text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).map(parse_line).collect()
+    text.split(|&byte| byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(parse_line)
+        .collect()
 }
 
 fn parse_line(line: &[u8]) -> Option<Vma> {
@@ -90,11 +99,15 @@ fn parse_line(line: &[u8]) -> Option<Vma> {
     let major = number(&mut rest, b':', 16)?;
     let minor = number(&mut rest, b' ', 16)?;
     let inode = number(&mut rest, b' ', 10)?;
-    let prot = [(b'r', libc::PROT_READ), (b'w', libc::PROT_WRITE), (b'x', libc::PROT_EXEC)]
-        .iter()
-        .zip(mode)
-        .filter(|((letter, _), byte)| letter == *byte)
-        .fold(0, |prot, ((_, bit), _)| prot | *bit as u8);
+    let prot = [
+        (b'r', libc::PROT_READ),
+        (b'w', libc::PROT_WRITE),
+        (b'x', libc::PROT_EXEC),
+    ]
+    .iter()
+    .zip(mode)
+    .filter(|((letter, _), byte)| letter == *byte)
+    .fold(0, |prot, ((_, bit), _)| prot | *bit as u8);
     Some(Vma {
         start,
         end,
@@ -109,7 +122,10 @@ fn parse_line(line: &[u8]) -> Option<Vma> {
 
 /// Takes the digits up to `delimiter` (or the end of the line) off the front of `rest`.
 fn number(rest: &mut &[u8], delimiter: u8, radix: u32) -> Option<u64> {
-    let at = rest.iter().position(|&byte| byte == delimiter).unwrap_or(rest.len());
+    let at = rest
+        .iter()
+        .position(|&byte| byte == delimiter)
+        .unwrap_or(rest.len());
     let (digits, after) = rest.split_at(at);
     *rest = after.get(1..).unwrap_or_default();
     let mut value = 0u64;
@@ -146,6 +162,11 @@ mod tests {
     #[test]
     fn parses_our_own() {
         let text = std::fs::read("/proc/self/maps").unwrap();
-        assert!(parse(&text).unwrap().iter().any(|vma| &*vma.name == b"[stack]"));
+        assert!(
+            parse(&text)
+                .unwrap()
+                .iter()
+                .any(|vma| &*vma.name == b"[stack]")
+        );
     }
 }

@@ -43,7 +43,14 @@ impl std::fmt::Debug for Categories {
             (Self::PRESENT, "present"),
             (Self::SWAPPED, "swapped"),
         ];
-        f.debug_set().entries(names.iter().filter(|(bit, _)| self.has(*bit)).map(|(_, name)| name)).finish()
+        f.debug_set()
+            .entries(
+                names
+                    .iter()
+                    .filter(|(bit, _)| self.has(*bit))
+                    .map(|(_, name)| name),
+            )
+            .finish()
     }
 }
 
@@ -77,7 +84,8 @@ struct ScanArguments {
 }
 const _: () = assert!(size_of::<ScanArguments>() == 96 && size_of::<Region>() == 24);
 
-const PAGEMAP_SCAN: libc::c_ulong = nix::request_code_readwrite!(b'f', 16, size_of::<ScanArguments>());
+const PAGEMAP_SCAN: libc::c_ulong =
+    nix::request_code_readwrite!(b'f', 16, size_of::<ScanArguments>());
 const PM_SCAN_WP_MATCHING: u64 = 1;
 
 /// What a scan looks for and does.
@@ -91,12 +99,22 @@ pub enum Scan {
 
 /// Scans `[start, end)` and appends what it finds to `found`, in address order. Holes are not reported, and never
 /// armed: arming one would allocate page tables for it.
-pub fn scan(pagemap: impl AsFd, what: Scan, start: u64, end: u64, found: &mut Vec<Region>) -> Result<(), Errno> {
+pub fn scan(
+    pagemap: impl AsFd,
+    what: Scan,
+    start: u64,
+    end: u64,
+    found: &mut Vec<Region>,
+) -> Result<(), Errno> {
     const ROOM: usize = 1024;
     let mut room = [Region::default(); ROOM];
     let mut arguments = ScanArguments {
         size: size_of::<ScanArguments>() as u64,
-        flags: if what == Scan::Arm { PM_SCAN_WP_MATCHING } else { 0 },
+        flags: if what == Scan::Arm {
+            PM_SCAN_WP_MATCHING
+        } else {
+            0
+        },
         start,
         end,
         vec: room.as_mut_ptr() as u64,
@@ -108,8 +126,13 @@ pub fn scan(pagemap: impl AsFd, what: Scan, start: u64, end: u64, found: &mut Ve
     while arguments.start < end {
         // SAFETY: `arguments` is the kernel's struct pm_scan_arg (size asserted above) and `vec` points to ROOM
         // regions that outlive the call.
-        let got =
-            unsafe { libc::ioctl(pagemap.as_fd().as_raw_fd(), PAGEMAP_SCAN, &raw mut arguments) };
+        let got = unsafe {
+            libc::ioctl(
+                pagemap.as_fd().as_raw_fd(),
+                PAGEMAP_SCAN,
+                &raw mut arguments,
+            )
+        };
         let got = Errno::result(got)? as usize;
         for region in &room[..got] {
             match found.last_mut() {

@@ -52,7 +52,14 @@ pub enum Event {
 fn request(request: u32, tid: Pid, addr: usize, data: usize) -> Result<libc::c_long> {
     // SAFETY: only used with requests that take integers in `addr` and `data`, or with pointers that the caller in
     // this file derives from live references of the right type.
-    Errno::result(unsafe { libc::ptrace(request, tid.as_raw(), addr as *mut c_void, data as *mut c_void) })
+    Errno::result(unsafe {
+        libc::ptrace(
+            request,
+            tid.as_raw(),
+            addr as *mut c_void,
+            data as *mut c_void,
+        )
+    })
 }
 
 /// Attaches to a task without stopping it (`PTRACE_SEIZE`, Linux 3.4).
@@ -95,20 +102,46 @@ pub fn registers(tid: Pid) -> Result<Registers> {
 
 /// Writes the general registers.
 pub fn set_registers(tid: Pid, regs: &Registers) -> Result<()> {
-    request(libc::PTRACE_SETREGS, tid, 0, std::ptr::from_ref(regs) as usize).map(drop)
+    request(
+        libc::PTRACE_SETREGS,
+        tid,
+        0,
+        std::ptr::from_ref(regs) as usize,
+    )
+    .map(drop)
 }
+
+/// The regset of the XSAVE area (`NT_X86_XSTATE`, `include/uapi/linux/elf.h`).
+const NT_X86_XSTATE: usize = 0x202;
 
 /// Reads the extended state (x87, SSE, AVX …, XSAVE layout) into `buffer`, returning its length in bytes.
 pub fn xstate(tid: Pid, buffer: &mut [u8]) -> Result<usize> {
-    let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    request(libc::PTRACE_GETREGSET, tid, libc::NT_X86_XSTATE as usize, &raw mut iov as usize)?;
+    let mut iov = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    request(
+        libc::PTRACE_GETREGSET,
+        tid,
+        NT_X86_XSTATE,
+        &raw mut iov as usize,
+    )?;
     Ok(iov.iov_len)
 }
 
 /// Writes the extended state as [`xstate`] read it.
 pub fn set_xstate(tid: Pid, state: &[u8]) -> Result<()> {
-    let mut iov = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
-    request(libc::PTRACE_SETREGSET, tid, libc::NT_X86_XSTATE as usize, &raw mut iov as usize).map(drop)
+    let mut iov = libc::iovec {
+        iov_base: state.as_ptr().cast_mut().cast(),
+        iov_len: state.len(),
+    };
+    request(
+        libc::PTRACE_SETREGSET,
+        tid,
+        NT_X86_XSTATE,
+        &raw mut iov as usize,
+    )
+    .map(drop)
 }
 
 /// Reads the mask of blocked signals, bit `n - 1` for signal `n`. In a call that has put a temporary mask in place

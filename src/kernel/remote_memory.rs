@@ -22,11 +22,21 @@ pub fn read(pid: Pid, ranges: &[Range], buffer: &mut [u8]) -> Result<(), Errno> 
     for group in ranges.chunks(MOST) {
         let len: usize = group.iter().map(|range| range.len).sum();
         let target = &mut buffer[done..done + len];
-        let local = libc::iovec { iov_base: target.as_mut_ptr().cast(), iov_len: len };
+        let local = libc::iovec {
+            iov_base: target.as_mut_ptr().cast(),
+            iov_len: len,
+        };
         let remote = iovecs(group);
         // SAFETY: `local` covers exactly the exclusive slice `target`; the remote side is checked by the kernel.
         let got = Errno::result(unsafe {
-            libc::process_vm_readv(pid.as_raw(), &raw const local, 1, remote.as_ptr(), remote.len() as u64, 0)
+            libc::process_vm_readv(
+                pid.as_raw(),
+                &raw const local,
+                1,
+                remote.as_ptr(),
+                remote.len() as u64,
+                0,
+            )
         })?;
         if got as usize != len {
             return Err(Errno::EFAULT);
@@ -42,11 +52,21 @@ pub fn write(pid: Pid, ranges: &[Range], buffer: &[u8]) -> Result<(), Errno> {
     for group in ranges.chunks(MOST) {
         let len: usize = group.iter().map(|range| range.len).sum();
         let source = &buffer[done..done + len];
-        let local = libc::iovec { iov_base: source.as_ptr().cast_mut().cast(), iov_len: len };
+        let local = libc::iovec {
+            iov_base: source.as_ptr().cast_mut().cast(),
+            iov_len: len,
+        };
         let remote = iovecs(group);
         // SAFETY: the local side is only read, within `source`; the remote side is checked by the kernel.
         let got = Errno::result(unsafe {
-            libc::process_vm_writev(pid.as_raw(), &raw const local, 1, remote.as_ptr(), remote.len() as u64, 0)
+            libc::process_vm_writev(
+                pid.as_raw(),
+                &raw const local,
+                1,
+                remote.as_ptr(),
+                remote.len() as u64,
+                0,
+            )
         })?;
         if got as usize != len {
             return Err(Errno::EFAULT);
@@ -57,5 +77,11 @@ pub fn write(pid: Pid, ranges: &[Range], buffer: &[u8]) -> Result<(), Errno> {
 }
 
 fn iovecs(ranges: &[Range]) -> Vec<libc::iovec> {
-    ranges.iter().map(|range| libc::iovec { iov_base: range.start as *mut _, iov_len: range.len }).collect()
+    ranges
+        .iter()
+        .map(|range| libc::iovec {
+            iov_base: range.start as *mut _,
+            iov_len: range.len,
+        })
+        .collect()
 }

@@ -22,7 +22,8 @@ struct Register {
 
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = nix::request_code_readwrite!(0xaa, 0x3f, size_of::<Api>());
-const UFFDIO_REGISTER: libc::c_ulong = nix::request_code_readwrite!(0xaa, 0x00, size_of::<Register>());
+const UFFDIO_REGISTER: libc::c_ulong =
+    nix::request_code_readwrite!(0xaa, 0x00, size_of::<Register>());
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
@@ -54,8 +55,16 @@ impl WriteTracker {
     /// Registers a range for tracking; nothing is armed yet. `EBUSY`: another userfaultfd has it; `EINVAL`: a
     /// mapping in it cannot be tracked (vDSO, device memory).
     pub fn register(&self, start: u64, len: u64) -> Result<(), Errno> {
-        let mut register = Register { start, len, mode: MODE_WP, ioctls: 0 };
+        let mut register = Register {
+            start,
+            len,
+            mode: MODE_WP,
+            ioctls: 0,
+        };
         // SAFETY: `register` is the kernel's struct uffdio_register and outlives the call.
-        Errno::result(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) }).map(drop)
+        Errno::result(unsafe {
+            libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register)
+        })
+        .map(drop)
     }
 }

@@ -1,0 +1,430 @@
+//! The window into an address space, and running batches through it.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use zerocopy::IntoBytes;
+
+use crate::kernel::ptrace::{self, Event, Registers};
+use crate::kernel::runner::{self, CODE_SIZE, Control, LIVENESS_OFFSET, Step};
+use crate::kernel::window::Window;
+use crate::kernel::{maps, pidfd, remote_memory};
+
+use super::batch::{Batch, MOST_STEPS, Outputs};
+use super::stopped::{Stopped, Thread};
+use super::{Context, Error, Result, refuse};
+
+/// Where, from the start of a window, its page store begins.
+pub const STORE_OFFSET: usize = LIVENESS_OFFSET + 4096;
+
+const STEPS_OFFSET: usize = CODE_SIZE + size_of::<Control>();
+const DATA_OFFSET: usize = (STEPS_OFFSET + MOST_STEPS * size_of::<Step>()).next_multiple_of(64);
+const _: () = assert!(DATA_OFFSET + super::batch::MOST_DATA <= LIVENESS_OFFSET);
+
+/// User code segment of 64-bit tasks on x86-64.
+const USER_CS: u64 = 0x33;
+/// The flags register to start a batch with: interrupts enabled, direction forward.
+const CLEAN_FLAGS: u64 = 0x202;
+
+/// A window: memory shared between us and one address space of the target.
+///
+/// The target sees one mapping named `/memfd:snapback (deleted)`, not inherited by its children. Its first part
+/// holds the runner, its steps and their data; the rest, read-only to the target, is the page store.
+#[derive(Debug)]
+pub struct TargetWindow {
+    /// Its address in the target.
+    pub address: u64,
+    /// Our view of it.
+    pub window: Window,
+}
+
+impl TargetWindow {
+    /// Where a byte of the window is in the target.
+    pub fn address_of(&self, offset: usize) -> u64 {
+        self.address + offset as u64
+    }
+
+    /// First address after it in the target.
+    pub fn end(&self) -> u64 {
+        self.address + self.window.len() as u64
+    }
+
+    /// Bytes of its page store.
+    pub fn store_len(&self) -> usize {
+        self.window.len() - STORE_OFFSET
+    }
+
+    /// Whether a VMA of the target is (part of) this window.
+    pub fn covers(&self, vma: &maps::Vma) -> bool {
+        vma.start >= self.address && vma.end <= self.end()
+    }
+
+    /// Gives back the lock that shows the tracer is alive.
+    pub(super) fn hide(&mut self) {
+        self.window.hide();
+    }
+}
+
+impl Stopped<'_> {
+    /// Runs a batch in the leader of a process. The process needs a window ([`Stopped::open_window`]).
+    pub fn run(&mut self, pid: Pid, batch: &Batch) -> Result<Outputs> {
+        self.run_on(pid, pid, batch)
+    }
+
+    /// Runs a batch in one thread.
+    pub fn run_on(&mut self, pid: Pid, tid: Pid, batch: &Batch) -> Result<Outputs> {
+        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let thread = process
+            .threads
+            .iter_mut()
+            .find(|thread| thread.tid == tid)
+            .ok_or(Error::Gone(tid))?;
+        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let target = member
+            .window
+            .as_mut()
+            .ok_or_else(|| refuse(pid, "the window", "it is missing"))?;
+        run(thread, target, batch)
+    }
+
+    /// Makes sure that a process has a window with a page store of at least `store` bytes.
+    ///
+    /// A window that the program has unmapped is replaced. The first use in an address space costs two single steps
+    /// of injected calls and a batch.
+    pub fn open_window(&mut self, pid: Pid, store: usize) -> Result<()> {
+        if self.member(pid)?.window.is_some() {
+            return Ok(());
+        }
+        let len = (STORE_OFFSET + store).next_multiple_of(4096);
+        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let thread = process.threads.first_mut().ok_or(Error::Gone(pid))?;
+        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
+
+        let registers = *thread.registers()?;
+        if registers.cs != USER_CS {
+            return Err(refuse(
+                pid,
+                "a 32-bit program",
+                "only 64-bit programs can be taken",
+            ));
+        }
+        let place = Bootstrap::find(pid, &member.maps)?;
+        let memfd_flags = libc::MFD_CLOEXEC | MFD_EXEC;
+        let mut remote_fd = place.call(thread, &member.memory, libc::SYS_memfd_create, |name| {
+            [name, memfd_flags.into(), 0, 0, 0, 0]
+        })?;
+        if remote_fd == Err(Errno::EINVAL) {
+            // Before Linux 6.3 there is no MFD_EXEC.
+            remote_fd = place.call(thread, &member.memory, libc::SYS_memfd_create, |name| {
+                [name, libc::MFD_CLOEXEC.into(), 0, 0, 0, 0]
+            })?;
+        }
+        let remote_fd = remote_fd.map_err(|errno| {
+            refuse(
+                pid,
+                "its file table",
+                format!("one free descriptor is needed for a moment: {errno}; raise RLIMIT_NOFILE"),
+            )
+        })?;
+        let memfd: OwnedFd = pidfd::get_fd(member.pidfd.as_fd(), remote_fd as i32)
+            .context(|| format!("pidfd_getfd {pid} {remote_fd}"))?;
+        nix::unistd::ftruncate(&memfd, len as i64).context(|| "size a window".into())?;
+        let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let address = place.call(thread, &member.memory, libc::SYS_mmap, |_| {
+            [
+                0,
+                len as u64,
+                prot as u64,
+                libc::MAP_SHARED as u64,
+                remote_fd,
+                0,
+            ]
+        })?;
+        place.erase(&member.memory)?;
+        let address = address.map_err(|errno| {
+            refuse(
+                pid,
+                "its address space",
+                format!("a window of {len} bytes can't be mapped: {errno}; raise RLIMIT_AS"),
+            )
+        })?;
+
+        let window = Window::map(&memfd, len).context(|| "map a window".into())?;
+        window.write(0, runner::code());
+        let mut target = TargetWindow { address, window };
+        let mut batch = Batch::new();
+        let close = batch.call(libc::SYS_close, &[remote_fd.into()]);
+        let read_only = batch.call(
+            libc::SYS_mprotect,
+            &[
+                (address + LIVENESS_OFFSET as u64).into(),
+                (len - LIVENESS_OFFSET).into(),
+                libc::PROT_READ.into(),
+            ],
+        );
+        let not_inherited = batch.call(
+            libc::SYS_madvise,
+            &[address.into(), len.into(), libc::MADV_DONTFORK.into()],
+        );
+        let done = run(thread, &mut target, &batch)?;
+        for (step, what) in [
+            (close, "close"),
+            (read_only, "mprotect"),
+            (not_inherited, "madvise"),
+        ] {
+            done.result(step)
+                .map_err(|errno| Error::Call { pid, what, errno })?;
+        }
+        member.window = Some(target);
+        Ok(())
+    }
+
+    /// Removes a process's window from its address space. What was in its page store is gone.
+    pub fn close_window(&mut self, pid: Pid) -> Result<()> {
+        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let thread = process.threads.first_mut().ok_or(Error::Gone(pid))?;
+        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let Some(mut target) = member.window.take() else {
+            return Ok(());
+        };
+        target.hide();
+        thread.registers()?;
+        // The runner can't unmap itself and come back, so this goes by single step.
+        let place = Bootstrap::find(pid, &member.maps)?;
+        let result = place.call(thread, &member.memory, libc::SYS_munmap, |_| {
+            [target.address, target.window.len() as u64, 0, 0, 0, 0]
+        })?;
+        place.erase(&member.memory)?;
+        result.map(drop).map_err(|errno| Error::Call {
+            pid,
+            what: "munmap",
+            errno,
+        })
+    }
+}
+
+const MFD_EXEC: u32 = 0x10;
+const WINDOW_NAME: &CStr = c"snapback";
+
+fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<Outputs> {
+    let tid = thread.tid;
+    let registers = *thread.registers()?;
+    let mask = thread.signal_mask()?;
+    let (home, flags) = runner::home(&registers);
+    let steps = batch.encode(
+        target.address_of(STEPS_OFFSET),
+        target.address_of(DATA_OFFSET),
+    );
+    let control = Control {
+        steps: target.address_of(STEPS_OFFSET),
+        count: steps.len() as u64,
+        mask,
+        flags,
+        home,
+    };
+    target
+        .window
+        .show_alive()
+        .context(|| "take the liveness lock".into())?;
+    target.window.write(CODE_SIZE, control.as_bytes());
+    target.window.write(STEPS_OFFSET, steps.as_bytes());
+    target.window.write(DATA_OFFSET, batch.data());
+
+    thread.state.mask_differs = true;
+    ptrace::set_signal_mask(tid, u64::MAX).context(|| format!("block signals of {tid}"))?;
+    let mut start = registers;
+    start.rip = target.address;
+    start.rsp = target.address_of(STEPS_OFFSET);
+    start.eflags = CLEAN_FLAGS;
+    start.orig_rax = u64::MAX;
+    thread.state.registers_differ = true;
+    ptrace::set_registers(tid, &start).context(|| format!("set registers of {tid}"))?;
+    ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+    let born = await_trap(thread)?;
+
+    let mut results = vec![Step::default(); steps.len()];
+    target.window.read(STEPS_OFFSET, results.as_mut_bytes());
+    let mut data = vec![0; batch.data().len()];
+    target.window.read(DATA_OFFSET, &mut data);
+    Ok(Outputs {
+        results: results.iter().map(|step| step.result).collect(),
+        data,
+        born,
+    })
+}
+
+/// Waits for the trap at the end of a batch or step; collects the children made on the way.
+fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
+    let tid = thread.tid;
+    let mut born = Vec::new();
+    loop {
+        match wait(tid)? {
+            Event::Signal(libc::SIGTRAP) => return Ok(born),
+            Event::Forked(child) => {
+                match ptrace::wait(child).context(|| format!("wait for {child}"))? {
+                    Event::Interrupted => born.push(child),
+                    event => {
+                        return Err(Error::Unexpected {
+                            tid: child,
+                            event: format!("{event:?}"),
+                        });
+                    }
+                }
+            }
+            // The interrupt that stopped it may be reported once more.
+            Event::Interrupted | Event::Other(_) => {}
+            // These can't be blocked. It gets it when it runs on.
+            Event::Signal(libc::SIGSTOP) => thread.state.owed = Some(libc::SIGSTOP),
+            event @ Event::Signal(_) => {
+                return Err(Error::Unexpected {
+                    tid,
+                    event: format!("{event:?}"),
+                });
+            }
+            Event::Exited(_) => return Err(Error::Gone(tid)),
+        }
+        ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+    }
+}
+
+/// Most batches end within microseconds: look a few times before going to sleep.
+fn wait(tid: Pid) -> Result<Event> {
+    const LOOKS: usize = 64;
+    for _ in 0..LOOKS {
+        if let Some(event) = ptrace::poll(tid).context(|| format!("wait for {tid}"))? {
+            return Ok(event);
+        }
+    }
+    ptrace::wait(tid).context(|| format!("wait for {tid}"))
+}
+
+/// A place in the target for the few instructions that make its first calls: the zero padding behind the vDSO's
+/// ELF image, which every address space has and nothing reads.
+struct Bootstrap {
+    address: u64,
+}
+
+impl Bootstrap {
+    /// Room for the code, the name of the window's memfd and a signal mask.
+    const SIZE: usize = 256;
+
+    fn find(pid: Pid, held_maps: &std::fs::File) -> Result<Self> {
+        let mut text = vec![0; 1 << 20];
+        let len = read_whole(held_maps, &mut text).context(|| format!("read /proc/{pid}/maps"))?;
+        let vmas = maps::parse(&text[..len]).unwrap_or_default();
+        let vdso = vmas
+            .iter()
+            .find(|vma| &*vma.name == b"[vdso]")
+            .ok_or_else(|| {
+                refuse(
+                    pid,
+                    "its address space",
+                    "it has no vDSO (or the process has exec'd meanwhile)",
+                )
+            })?;
+        let address = vdso.end - Self::SIZE as u64;
+        let mut padding = [0; Self::SIZE];
+        let range = remote_memory::Range {
+            start: address,
+            len: Self::SIZE,
+        };
+        remote_memory::read(pid, &[range], &mut padding)
+            .context(|| format!("read the vDSO of {pid}"))?;
+        if padding != [0; Self::SIZE] {
+            return Err(refuse(
+                pid,
+                "its vDSO",
+                "it has no free room at its end; this kernel is not supported",
+            ));
+        }
+        Ok(Self { address })
+    }
+
+    /// Makes one system call by single step. `arguments` is given the address of the window's name.
+    fn call(
+        &self,
+        thread: &mut Thread,
+        memory: &std::fs::File,
+        number: libc::c_long,
+        arguments: impl Fn(u64) -> [u64; 6],
+    ) -> Result<std::result::Result<u64, Errno>> {
+        let tid = thread.tid;
+        let registers = *thread.registers()?;
+        let mut code = runner::bootstrap(&registers, thread.signal_mask()?);
+        let name_at = self.address + code.len() as u64;
+        code.extend(WINDOW_NAME.to_bytes_with_nul());
+        assert!(code.len() <= Self::SIZE);
+        memory
+            .write_all_at(&code, self.address)
+            .context(|| format!("write to the vDSO padding of {tid}"))?;
+
+        let [rdi, rsi, rdx, r10, r8, r9] = arguments(name_at);
+        let rip = self.address;
+        let call = Registers {
+            rax: number as u64,
+            orig_rax: u64::MAX,
+            rip,
+            rdi,
+            rsi,
+            rdx,
+            r10,
+            r8,
+            r9,
+            ..registers
+        };
+        thread.state.mask_differs = true;
+        ptrace::set_signal_mask(tid, u64::MAX).context(|| format!("block signals of {tid}"))?;
+        thread.state.registers_differ = true;
+        ptrace::set_registers(tid, &call).context(|| format!("set registers of {tid}"))?;
+        ptrace::step(tid).context(|| format!("step {tid}"))?;
+        loop {
+            match wait(tid)? {
+                Event::Signal(libc::SIGTRAP) => break,
+                Event::Interrupted => ptrace::step(tid).context(|| format!("step {tid}"))?,
+                Event::Signal(libc::SIGSTOP) => {
+                    thread.state.owed = Some(libc::SIGSTOP);
+                    ptrace::step(tid).context(|| format!("step {tid}"))?;
+                }
+                Event::Exited(_) => return Err(Error::Gone(tid)),
+                event => {
+                    return Err(Error::Unexpected {
+                        tid,
+                        event: format!("{event:?}"),
+                    });
+                }
+            }
+        }
+        let result = ptrace::registers(tid)
+            .context(|| format!("registers of {tid}"))?
+            .rax;
+        let failed = result > -4096i64 as u64;
+        Ok(if failed {
+            Err(Errno::from_raw(-(result as i64) as i32))
+        } else {
+            Ok(result)
+        })
+    }
+
+    fn erase(&self, memory: &std::fs::File) -> Result<()> {
+        memory
+            .write_all_at(&[0; Self::SIZE], self.address)
+            .context(|| "clean the vDSO padding".into())
+    }
+}
+
+/// Reads a file of procfs from its start; it hands out a page or so at a time.
+fn read_whole(file: &std::fs::File, buffer: &mut Vec<u8>) -> std::io::Result<usize> {
+    let mut len = 0;
+    loop {
+        if len == buffer.len() {
+            buffer.resize(buffer.len() * 2, 0);
+        }
+        match file.read_at(&mut buffer[len..], len as u64)? {
+            0 => return Ok(len),
+            got => len += got,
+        }
+    }
+}

@@ -1,0 +1,495 @@
+//! A stopped tree.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::marker::PhantomData;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use crate::kernel::procfs;
+use crate::kernel::ptrace::{self, Event, Options, Registers};
+
+use super::tree::{Member, OnTracerDeath, Tree};
+use super::{Context, Error, Result, discover, refuse};
+
+/// How long a task may take to stop: one in an uninterruptible wait (disk, a vfork child) does not.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long one attempt waits before it lets all go for a moment, so that a vfork child can exec.
+const ATTEMPT: Duration = Duration::from_millis(50);
+
+/// A stopped thread.
+#[derive(Debug)]
+pub struct Thread {
+    /// Its TID in our namespace.
+    pub tid: Pid,
+    pub(super) state: State,
+}
+
+/// What has been read and changed of a stopped thread's registers.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// It has reported its stop; before that it can't be let go.
+    pub(super) stopped: bool,
+    /// The registers to run on with; read when first needed.
+    pub(super) registers: Option<Box<Registers>>,
+    /// The signal mask to run on with, once it was read.
+    pub(super) mask: Option<u64>,
+    /// The task's registers are not those of `registers`.
+    pub(super) registers_differ: bool,
+    /// All signals are blocked for a batch.
+    pub(super) mask_differs: bool,
+    /// A signal taken from the task that it still has to get.
+    pub(super) owed: Option<i32>,
+}
+
+impl Thread {
+    fn new(tid: Pid) -> Self {
+        Self {
+            tid,
+            state: State::default(),
+        }
+    }
+
+    /// The registers it will run on with.
+    pub fn registers(&mut self) -> Result<&Registers> {
+        if self.state.registers.is_none() {
+            let registers =
+                ptrace::registers(self.tid).context(|| format!("registers of {}", self.tid))?;
+            self.state.registers = Some(Box::new(registers));
+        }
+        self.state.registers.as_deref().ok_or(Error::Gone(self.tid))
+    }
+
+    /// Sets the registers it will run on with.
+    pub fn set_registers(&mut self, registers: &Registers) {
+        self.state.registers = Some(Box::new(*registers));
+        self.state.registers_differ = true;
+    }
+
+    /// The signal mask it will run on with.
+    pub fn signal_mask(&mut self) -> Result<u64> {
+        if let Some(mask) = self.state.mask {
+            return Ok(mask);
+        }
+        let mask =
+            ptrace::signal_mask(self.tid).context(|| format!("signal mask of {}", self.tid))?;
+        self.state.mask = Some(mask);
+        Ok(mask)
+    }
+
+    /// Sets the signal mask it will run on with.
+    pub fn set_signal_mask(&mut self, mask: u64) {
+        self.state.mask = Some(mask);
+        self.state.mask_differs = true;
+    }
+
+    /// Puts registers and mask into the task as they are to be when it runs on.
+    pub fn settle(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.state.registers_differ)
+            && let Some(registers) = &self.state.registers
+        {
+            ptrace::set_registers(self.tid, registers)
+                .context(|| format!("set registers of {}", self.tid))?;
+        }
+        if std::mem::take(&mut self.state.mask_differs)
+            && let Some(mask) = self.state.mask
+        {
+            ptrace::set_signal_mask(self.tid, mask)
+                .context(|| format!("set signal mask of {}", self.tid))?;
+        }
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.settle()?;
+        match ptrace::detach(self.tid, self.state.owed.take().unwrap_or(0)) {
+            // Killed while it was stopped.
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(errno) => Err(errno).context(|| format!("detach from {}", self.tid)),
+        }
+    }
+}
+
+/// A stopped process.
+#[derive(Debug)]
+pub struct Process {
+    /// Its PID in our namespace.
+    pub pid: Pid,
+    /// Its parent's PID in our namespace.
+    pub parent: Pid,
+    /// Its threads, the leader first. Empty: it is a zombie.
+    pub threads: Vec<Thread>,
+}
+
+impl Process {
+    /// Whether it has ended and waits to be reaped.
+    pub fn is_zombie(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// Its command name, for messages.
+    pub fn comm(&self) -> String {
+        procfs::comm(self.pid)
+    }
+
+    /// As messages name it: `pid 12 (redis-server)`.
+    pub fn holder(&self) -> String {
+        format!("pid {} ({})", self.pid, self.comm())
+    }
+}
+
+/// A tree all of whose tasks are stopped by this thread. Dropped, it lets them run on.
+///
+/// ptrace is bound to the thread that attached, so it can't be sent to another.
+#[derive(Debug)]
+pub struct Stopped<'t> {
+    pub(super) tree: &'t mut Tree,
+    pub(super) processes: BTreeMap<Pid, Process>,
+    on_death: OnTracerDeath,
+    since: Instant,
+    bound_to_thread: PhantomData<*const ()>,
+}
+
+impl<'t> Stopped<'t> {
+    pub(super) fn stop(tree: &'t mut Tree, on_death: OnTracerDeath) -> Result<Self> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            tree.let_stragglers_go();
+            let mut attempt = Stopped {
+                tree: &mut *tree,
+                processes: BTreeMap::new(),
+                on_death,
+                since: Instant::now(),
+                bound_to_thread: PhantomData,
+            };
+            match attempt.stop_all() {
+                Ok(()) => {
+                    let processes = std::mem::take(&mut attempt.processes);
+                    let since = attempt.since;
+                    drop(attempt);
+                    return Ok(Stopped {
+                        tree,
+                        processes,
+                        on_death,
+                        since,
+                        bound_to_thread: PhantomData,
+                    });
+                }
+                Err(Retry::Failed(error)) => return Err(error),
+                Err(Retry::Stubborn(pid, tid)) => {
+                    // Let go of all others: they may be what it waits for, as a vfork child is.
+                    drop(attempt);
+                    while tree.has_stragglers() && Instant::now() < deadline {
+                        tree.let_stragglers_go();
+                        std::thread::yield_now();
+                    }
+                    if Instant::now() >= deadline {
+                        let state =
+                            procfs::Stat::of_thread(pid, tid).map_or('?', |stat| stat.state);
+                        return Err(refuse(
+                            pid,
+                            format!("thread {tid}"),
+                            format!(
+                                "it did not stop within {PATIENCE:?} (state {state}); try again when it does not wait for a disk or a vfork child"
+                            ),
+                        ));
+                    }
+                }
+            }
+        }
+    }
+
+    fn stop_all(&mut self) -> std::result::Result<(), Retry> {
+        let mut found: BTreeSet<Pid> = std::iter::once(self.tree.root).collect();
+        found.extend(
+            self.tree
+                .members
+                .values()
+                .filter(|member| member.is_alive())
+                .map(|member| member.pid),
+        );
+        loop {
+            let mut fresh = Vec::new();
+            for pid in &found {
+                self.seize_new_threads(*pid, &mut fresh)?;
+            }
+            let deadline = Instant::now() + ATTEMPT;
+            for (pid, tid) in &fresh {
+                self.await_stop(*pid, *tid, deadline)?;
+            }
+            let before = found.len();
+            self.add_children(&mut found)?;
+            if fresh.is_empty() && found.len() == before {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Seizes and interrupts the threads of a process that are not held yet.
+    fn seize_new_threads(
+        &mut self,
+        pid: Pid,
+        fresh: &mut Vec<(Pid, Pid)>,
+    ) -> std::result::Result<(), Retry> {
+        let options = match self.on_death {
+            OnTracerDeath::RunOn => Options::HOLD,
+            OnTracerDeath::Die => Options::HOLD_OR_KILL,
+        };
+        let Ok(tids) = procfs::tasks(pid) else {
+            return Ok(()); // ended meanwhile
+        };
+        for tid in tids {
+            let held = self.processes.get(&pid);
+            if held.is_some_and(|process| process.threads.iter().any(|thread| thread.tid == tid)) {
+                continue;
+            }
+            match ptrace::seize(tid, options) {
+                Ok(()) => {
+                    ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
+                }
+                Err(Errno::ESRCH) => continue,
+                Err(_) => {
+                    let Ok(stat) = procfs::Stat::of_thread(pid, tid) else {
+                        continue;
+                    };
+                    if matches!(stat.state, 'Z' | 'X') {
+                        if tid == pid && procfs::tasks(pid).is_ok_and(|tids| tids.len() == 1) {
+                            self.note_process(pid, stat.parent())?;
+                            continue;
+                        }
+                        if tid != pid {
+                            continue;
+                        }
+                    }
+                    // A child of a task that we held when it was made is ours already.
+                    if !self.is_ours(pid, tid) {
+                        return Err(discover::why_not_seized(pid, tid).into());
+                    }
+                }
+            }
+            let parent = procfs::Stat::read(pid).map_or(Pid::from_raw(0), |stat| stat.parent());
+            let process = self.note_process(pid, parent)?;
+            process.threads.push(Thread::new(tid));
+            process
+                .threads
+                .sort_by_key(|thread| (thread.tid != pid, thread.tid));
+            fresh.push((pid, tid));
+        }
+        Ok(())
+    }
+
+    fn is_ours(&self, pid: Pid, tid: Pid) -> bool {
+        let status =
+            std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+        procfs::status_line(&status, "TracerPid") == Some(&nix::unistd::gettid().to_string())
+            || procfs::status_line(&status, "TracerPid") == Some(&Pid::this().to_string())
+    }
+
+    fn note_process(&mut self, pid: Pid, parent: Pid) -> Result<&mut Process> {
+        if !self.tree.members.contains_key(&pid) {
+            // A zombie has no memory to open; it is known by its place in the tree alone.
+            match Member::open(pid) {
+                Ok(member) => drop(self.tree.members.insert(pid, member)),
+                Err(_)
+                    if procfs::Stat::read(pid)
+                        .is_ok_and(|stat| matches!(stat.state, 'Z' | 'X')) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.processes.entry(pid).or_insert_with(|| Process {
+            pid,
+            parent,
+            threads: Vec::new(),
+        }))
+    }
+
+    /// Waits until an interrupted task has stopped, or notes that it ended.
+    fn await_stop(
+        &mut self,
+        pid: Pid,
+        tid: Pid,
+        deadline: Instant,
+    ) -> std::result::Result<(), Retry> {
+        let mut turns = 0u32;
+        loop {
+            match ptrace::poll(tid) {
+                Ok(Some(Event::Interrupted)) => {
+                    let threads = self
+                        .processes
+                        .get_mut(&pid)
+                        .into_iter()
+                        .flat_map(|process| &mut process.threads);
+                    threads
+                        .filter(|thread| thread.tid == tid)
+                        .for_each(|thread| thread.state.stopped = true);
+                    return Ok(());
+                }
+                Ok(Some(Event::Exited(_))) | Err(_) => {
+                    if let Some(process) = self.processes.get_mut(&pid) {
+                        process.threads.retain(|thread| thread.tid != tid);
+                        if process.threads.is_empty() && !procfs::path(pid, "stat").exists() {
+                            self.processes.remove(&pid);
+                        }
+                    }
+                    return Ok(());
+                }
+                // A fork that was under way: the child is found below its parent. Go on to the stop asked for.
+                Ok(Some(Event::Forked(_) | Event::Other(_))) => {
+                    ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+                }
+                // A signal on its way is handed back when the task runs on.
+                Ok(Some(Event::Signal(signal))) => {
+                    ptrace::resume(tid, signal).context(|| format!("resume {tid}"))?;
+                }
+                Ok(None) => {
+                    turns += 1;
+                    if turns > 64 {
+                        if Instant::now() > deadline {
+                            return Err(Retry::Stubborn(pid, tid));
+                        }
+                        std::thread::yield_now();
+                    }
+                }
+            }
+        }
+    }
+
+    fn add_children(&mut self, found: &mut BTreeSet<Pid>) -> Result<()> {
+        let mut known_inside = BTreeSet::new();
+        for process in self.processes.values() {
+            for thread in &process.threads {
+                if let Ok(children) = procfs::children(process.pid, thread.tid) {
+                    found.extend(
+                        children
+                            .into_iter()
+                            .filter(|child| !self.tree.shadows.contains_key(child)),
+                    );
+                }
+            }
+        }
+        for pid in &*found {
+            if let Some(member) = self.tree.members.get(pid) {
+                known_inside.insert(member.namespace_pid);
+            }
+        }
+        known_inside.extend(self.tree.shadows.values());
+        let mut known = found.clone();
+        known.extend(self.tree.shadows.keys());
+        found.extend(
+            self.tree
+                .scope
+                .joined(self.tree.root, &known, &known_inside)?,
+        );
+        Ok(())
+    }
+
+    /// When the first task was stopped.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// The root's PID.
+    pub fn root(&self) -> Pid {
+        self.tree.root
+    }
+
+    /// What is known of the tree.
+    pub fn tree(&self) -> &Tree {
+        self.tree
+    }
+
+    /// What is known of the tree, to be changed.
+    pub fn tree_mut(&mut self) -> &mut Tree {
+        self.tree
+    }
+
+    /// Its processes by PID, zombies too.
+    pub fn processes(&self) -> impl Iterator<Item = &Process> {
+        self.processes.values()
+    }
+
+    /// Its processes by PID, zombies too, to be changed.
+    pub fn processes_mut(&mut self) -> impl Iterator<Item = &mut Process> {
+        self.processes.values_mut()
+    }
+
+    /// One process.
+    pub fn process(&self, pid: Pid) -> Option<&Process> {
+        self.processes.get(&pid)
+    }
+
+    /// One process, to be changed.
+    pub fn process_mut(&mut self, pid: Pid) -> Option<&mut Process> {
+        self.processes.get_mut(&pid)
+    }
+
+    /// What is held of a process of this tree.
+    pub fn member(&self, pid: Pid) -> Result<&Member> {
+        self.tree.members.get(&pid).ok_or(Error::Gone(pid))
+    }
+
+    /// Number of threads.
+    pub fn thread_count(&self) -> usize {
+        self.processes
+            .values()
+            .map(|process| process.threads.len())
+            .sum()
+    }
+
+    /// Forgets a process that was killed and is gone.
+    pub fn remove(&mut self, pid: Pid) {
+        self.processes.remove(&pid);
+    }
+
+    /// Lets every task run on.
+    pub fn resume(mut self) -> Result<()> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        let mut first_error = Ok(());
+        for process in std::mem::take(&mut self.processes).values_mut() {
+            for thread in &mut process.threads {
+                if !thread.state.stopped {
+                    self.tree.stragglers.push(thread.tid);
+                    continue;
+                }
+                let result = thread.release();
+                if first_error.is_ok() {
+                    first_error = result;
+                }
+            }
+            if let Some(window) = self
+                .tree
+                .members
+                .get_mut(&process.pid)
+                .and_then(|member| member.window.as_mut())
+            {
+                window.hide();
+            }
+        }
+        first_error
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        // Best effort: whoever cares about errors has called `resume`.
+        let _ = self.release();
+    }
+}
+
+/// Why an attempt at stopping did not succeed.
+enum Retry {
+    /// This thread of this process does not stop.
+    Stubborn(Pid, Pid),
+    Failed(Error),
+}
+
+impl From<Error> for Retry {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}

@@ -1,0 +1,145 @@
+//! Stops, injects into and lets go of real processes.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+
+use nix::unistd::Pid;
+
+use super::*;
+
+struct Victim(Child);
+
+impl Victim {
+    fn start(program: &str, arguments: &[&str]) -> Self {
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start a program");
+        Self(child)
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.0.id() as i32)
+    }
+
+    fn echo(&mut self, line: &str) -> String {
+        writeln!(self.0.stdin.as_mut().unwrap(), "{line}").unwrap();
+        let mut answer = String::new();
+        BufReader::new(self.0.stdout.as_mut().unwrap())
+            .read_line(&mut answer)
+            .unwrap();
+        answer.trim_end().into()
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_batch_runs_and_the_program_does_not_notice() {
+    let mut cat = Victim::start("cat", &[]);
+    let pid = cat.pid();
+    assert_eq!(cat.echo("before"), "before");
+    let mut tree = Tree::new(pid).unwrap();
+    for round in 0..20 {
+        let mut stopped = tree.stop(OnTracerDeath::RunOn).unwrap();
+        stopped.open_window(pid, 1 << 20).unwrap();
+        let mut batch = Batch::new();
+        let out = batch.output(16);
+        let text = batch.input(b"hello\0");
+        let getpid = batch.call(libc::SYS_getpid, &[]);
+        let copied = batch.copy(out.arg(), text, 6);
+        let nowhere = batch.call(libc::SYS_close, &[12345.into()]);
+        batch.must_succeed(nowhere);
+        let skipped = batch.call(libc::SYS_getpid, &[]);
+        let done = stopped.run(pid, &batch).unwrap();
+        assert_eq!(done.result(getpid), Ok(pid.as_raw() as u64));
+        assert_eq!(done.result(copied), Ok(0));
+        assert_eq!(&done.bytes(&out)[..6], b"hello\0");
+        assert_eq!(done.result(nowhere), Err(nix::errno::Errno::EBADF));
+        assert_eq!(done.result(skipped), Err(nix::errno::Errno::ECANCELED));
+        stopped.resume().unwrap();
+        let line = format!("round {round}");
+        assert_eq!(cat.echo(&line), line);
+    }
+    let mut stopped = tree.stop(OnTracerDeath::RunOn).unwrap();
+    stopped.close_window(pid).unwrap();
+    stopped.resume().unwrap();
+    assert!(
+        !std::fs::read_to_string(format!("/proc/{pid}/maps"))
+            .unwrap()
+            .contains("snapback")
+    );
+    assert_eq!(cat.echo("after"), "after");
+}
+
+#[test]
+fn a_whole_tree_stops_and_runs_on() {
+    let shell = Victim::start(
+        "sh",
+        &[
+            "-c",
+            "sleep 1000 & sleep 1000 & echo up; read line; kill %1 %2",
+        ],
+    );
+    let pid = shell.pid();
+    let mut tree = Tree::new(pid).unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    loop {
+        let stopped = tree.stop(OnTracerDeath::RunOn).unwrap();
+        if stopped.processes().count() == 3 {
+            for process in stopped.processes() {
+                let stat = crate::kernel::procfs::Stat::read(process.pid).unwrap();
+                assert_eq!(stat.state, 't');
+            }
+            break;
+        }
+        drop(stopped);
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the shell has not started its children"
+        );
+    }
+    let stat = crate::kernel::procfs::Stat::read(pid).unwrap();
+    assert_ne!(stat.state, 't');
+    drop(shell);
+}
+
+#[test]
+fn a_tree_that_forks_all_the_time_is_stopped_whole() {
+    let shell = Victim::start("sh", &["-c", "while :; do /bin/true & /bin/true; done"]);
+    let mut tree = Tree::new(shell.pid()).unwrap();
+    for _ in 0..100 {
+        let stopped = tree.stop(OnTracerDeath::RunOn).unwrap();
+        for process in stopped.processes().filter(|process| !process.is_zombie()) {
+            for thread in &process.threads {
+                let stat = crate::kernel::procfs::Stat::of_thread(process.pid, thread.tid).unwrap();
+                assert_eq!(stat.state, 't', "{process:?}");
+                for child in crate::kernel::procfs::children(process.pid, thread.tid).unwrap() {
+                    assert!(stopped.process(child).is_some(), "{child} was missed");
+                }
+            }
+        }
+        stopped.resume().unwrap();
+        tree.forget_dead(|_| false);
+    }
+}
+
+#[test]
+fn roots_that_cannot_be_taken_are_refused_by_name() {
+    let refusal = |pid: i32| match Tree::new(Pid::from_raw(pid)) {
+        Err(Error::Refused(refusal)) => refusal.remedy,
+        other => panic!("{other:?}"),
+    };
+    assert!(refusal(0).contains("positive"));
+    assert!(refusal(i32::MAX).contains("no such process"));
+    assert!(refusal(2).contains("kernel thread") || !std::path::Path::new("/proc/2/comm").exists());
+    assert!(refusal(Pid::this().as_raw()).contains("outside"));
+    assert!(refusal(1).contains("outside"));
+}

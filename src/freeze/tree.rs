@@ -1,0 +1,190 @@
+//! A process tree as it is known between operations.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::unistd::Pid;
+
+use crate::kernel::ptrace::{self, Event};
+use crate::kernel::{pidfd, procfs};
+
+use super::inject::TargetWindow;
+use super::stopped::Stopped;
+use super::{Context, Result, discover, refuse};
+
+/// What becomes of stopped tasks if the thread that stopped them dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnTracerDeath {
+    /// They run on from where they were.
+    RunOn,
+    /// They are killed: for operations that pass through states which must not run.
+    Die,
+}
+
+/// A process of a tree, with what is held open of it between operations. None of this keeps a resource of the
+/// process itself alive.
+#[derive(Debug)]
+pub struct Member {
+    /// Its PID in our namespace.
+    pub pid: Pid,
+    /// Its PID in its own PID namespace.
+    pub namespace_pid: i32,
+    /// Means this very process for ever.
+    pub pidfd: OwnedFd,
+    /// `/proc/PID/mem` of the address space it had when it became known.
+    pub memory: File,
+    /// `/proc/PID/maps` of that address space; it reads as empty once the process has exec'd or exited.
+    pub maps: File,
+    /// `/proc/PID/pagemap` of that address space.
+    pub pagemap: File,
+    /// The window into it, once one was needed.
+    pub window: Option<TargetWindow>,
+}
+
+impl Member {
+    pub(super) fn open(pid: Pid) -> Result<Self> {
+        let open = |name: &str, write| {
+            OpenOptions::new()
+                .read(true)
+                .write(write)
+                .open(procfs::path(pid, name))
+                .context(|| format!("open /proc/{pid}/{name}"))
+        };
+        let status = std::fs::read_to_string(procfs::path(pid, "status"))
+            .context(|| format!("read /proc/{pid}/status"))?;
+        Ok(Self {
+            pid,
+            namespace_pid: procfs::namespace_pids(&status)
+                .last()
+                .copied()
+                .unwrap_or(pid.as_raw()),
+            pidfd: pidfd::open(pid).context(|| format!("pidfd_open {pid}"))?,
+            memory: open("mem", true)?,
+            maps: open("maps", false)?,
+            pagemap: open("pagemap", false)?,
+            window: None,
+        })
+    }
+
+    /// Whether the process has not been reaped.
+    pub fn is_alive(&self) -> bool {
+        pidfd::send_signal(self.pidfd.as_fd(), 0).is_ok()
+    }
+}
+
+/// A process tree below one root.
+#[derive(Debug)]
+pub struct Tree {
+    pub(super) root: Pid,
+    pub(super) scope: discover::Scope,
+    pub(super) members: BTreeMap<Pid, Member>,
+    /// PIDs in our namespace and in theirs of processes that are ours.
+    pub(super) shadows: BTreeMap<Pid, i32>,
+    /// Tasks that were asked to stop, have not yet, and are to be let go as soon as they have.
+    pub(super) stragglers: Vec<Pid>,
+}
+
+impl Tree {
+    /// Takes note of the tree below `root`, a process; nothing is stopped.
+    ///
+    /// The tree is `root` and its descendants; if `root` is the init of a PID namespace of its own, every process of
+    /// that namespace, wherever its parent is.
+    pub fn new(root: Pid) -> Result<Self> {
+        discover::check_root(root)?;
+        let member = Member::open(root)?;
+        Ok(Self {
+            root,
+            scope: discover::Scope::of(root)?,
+            members: BTreeMap::from([(root, member)]),
+            shadows: BTreeMap::new(),
+            stragglers: Vec::new(),
+        })
+    }
+
+    /// The root's PID.
+    pub fn root(&self) -> Pid {
+        self.root
+    }
+
+    /// Whether the root lives; a zombie does not.
+    pub fn is_alive(&self) -> bool {
+        self.members[&self.root].is_alive()
+            && procfs::Stat::read(self.root).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+    }
+
+    /// A process that is or was in the tree.
+    pub fn member(&self, pid: Pid) -> Option<&Member> {
+        self.members.get(&pid)
+    }
+
+    /// As [`Tree::member`], to be changed.
+    pub fn member_mut(&mut self, pid: Pid) -> Option<&mut Member> {
+        self.members.get_mut(&pid)
+    }
+
+    /// Leaves a process out of the tree for ever: a shadow.
+    pub fn add_shadow(&mut self, pid: Pid) {
+        let status = std::fs::read_to_string(procfs::path(pid, "status")).unwrap_or_default();
+        let inside = procfs::namespace_pids(&status)
+            .last()
+            .copied()
+            .unwrap_or(pid.as_raw());
+        self.shadows.insert(pid, inside);
+    }
+
+    /// Forgets a shadow that was killed and reaped.
+    pub fn remove_shadow(&mut self, pid: Pid) {
+        self.shadows.remove(&pid);
+    }
+
+    /// Whether tasks of a failed attempt at stopping the tree have still to be let go.
+    pub fn has_stragglers(&self) -> bool {
+        !self.stragglers.is_empty()
+    }
+
+    /// Lets those tasks go that have stopped by now. To be called now and then while there are stragglers.
+    pub fn let_stragglers_go(&mut self) {
+        self.stragglers.retain(|tid| match ptrace::poll(*tid) {
+            Ok(None) => true,
+            Ok(Some(Event::Interrupted)) => {
+                let _ = ptrace::detach(*tid, 0);
+                false
+            }
+            Ok(Some(Event::Signal(signal))) => ptrace::resume(*tid, signal).is_ok(),
+            Ok(Some(Event::Forked(_) | Event::Other(_))) => ptrace::resume(*tid, 0).is_ok(),
+            Ok(Some(Event::Exited(_))) | Err(_) => false,
+        });
+    }
+
+    /// Drops what is held of processes that `keep` does not name and that are gone.
+    pub fn forget_dead(&mut self, keep: impl Fn(Pid) -> bool) {
+        let root = self.root;
+        self.members
+            .retain(|pid, member| *pid == root || keep(*pid) || member.is_alive());
+    }
+
+    /// Stops every task of the tree, however many are being made meanwhile.
+    ///
+    /// On failure all that was stopped runs again.
+    pub fn stop(&mut self, on_death: OnTracerDeath) -> Result<Stopped<'_>> {
+        if !self.is_alive() {
+            return Err(refuse(
+                self.root,
+                "the tree",
+                "its root process has ended; release the checkpoints and start it again",
+            ));
+        }
+        Stopped::stop(self, on_death)
+    }
+
+    /// Kills every process of the tree, the root first, and the shadows.
+    pub fn kill(&mut self) {
+        let root = self.root;
+        let root_first =
+            std::iter::once(root).chain(self.members.keys().copied().filter(|pid| *pid != root));
+        for pid in root_first {
+            let _ = pidfd::send_signal(self.members[&pid].pidfd.as_fd(), libc::SIGKILL);
+        }
+    }
+}

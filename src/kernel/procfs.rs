@@ -1,0 +1,146 @@
+//! `/proc/PID` (proc(5)): tasks, children, status, the small text files.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use nix::unistd::Pid;
+
+/// `/proc/PID/NAME`.
+pub fn path(pid: Pid, name: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/{name}"))
+}
+
+/// The TIDs of a process, in no particular order. `ENOENT`: there is no such process.
+pub fn tasks(pid: Pid) -> io::Result<Vec<Pid>> {
+    numbers(&path(pid, "task"))
+}
+
+/// The PIDs that a directory of procfs lists.
+pub fn numbers(directory: &std::path::Path) -> io::Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        if let Some(number) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        {
+            found.push(Pid::from_raw(number));
+        }
+    }
+    Ok(found)
+}
+
+/// The children that one thread of a process has made (`CONFIG_PROC_CHILDREN`). Exact only while it is stopped.
+pub fn children(pid: Pid, tid: Pid) -> io::Result<Vec<Pid>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children"))?;
+    Ok(text
+        .split_ascii_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .map(Pid::from_raw)
+        .collect())
+}
+
+/// The command name of a process, for messages; `?` if it is gone.
+pub fn comm(pid: Pid) -> String {
+    fs::read_to_string(path(pid, "comm")).map_or_else(|_| "?".into(), |text| text.trim_end().into())
+}
+
+/// The fields of `/proc/PID/stat` (or `/proc/PID/task/TID/stat`) from the third on: state, ppid …
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stat {
+    /// `R`, `S`, `D`, `Z`, `T`, `t`, `X` …
+    pub state: char,
+    fields: Vec<u64>,
+}
+
+impl Stat {
+    /// Reads it for a process.
+    pub fn read(pid: Pid) -> io::Result<Self> {
+        Self::parse(&fs::read_to_string(path(pid, "stat"))?)
+    }
+
+    /// Reads it for one thread.
+    pub fn of_thread(pid: Pid, tid: Pid) -> io::Result<Self> {
+        Self::parse(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat"))?)
+    }
+
+    fn parse(text: &str) -> io::Result<Self> {
+        let bad = || {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                "not the format of /proc/PID/stat",
+            )
+        };
+        // The command name may hold spaces and parentheses.
+        let (_, rest) = text.rsplit_once(") ").ok_or_else(bad)?;
+        let mut words = rest.split_ascii_whitespace();
+        let state = words
+            .next()
+            .and_then(|word| word.chars().next())
+            .ok_or_else(bad)?;
+        let fields = words
+            .map(|word| word.parse::<i64>().map_or(u64::MAX, |value| value as u64))
+            .collect();
+        Ok(Self { state, fields })
+    }
+
+    /// Field `number` as proc_pid_stat(5) counts them, from 4 (ppid) on; 0 if the kernel does not have it.
+    pub fn field(&self, number: usize) -> u64 {
+        number
+            .checked_sub(4)
+            .and_then(|index| self.fields.get(index))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// PID of the parent.
+    pub fn parent(&self) -> Pid {
+        Pid::from_raw(self.field(4) as i32)
+    }
+
+    /// When it started, in clock ticks since boot: with the PID it names a process for ever.
+    pub fn start_time(&self) -> u64 {
+        self.field(22)
+    }
+}
+
+/// The value of a line of `/proc/PID/status`, as `Uid`.
+pub fn status_line<'a>(status: &'a str, key: &str) -> Option<&'a str> {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+        .map(str::trim)
+}
+
+/// The PIDs of a process in every PID namespace it is in, ours first.
+pub fn namespace_pids(status: &str) -> Vec<i32> {
+    status_line(status, "NSpid")
+        .unwrap_or_default()
+        .split_ascii_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_survives_a_nasty_name() {
+        let stat = Stat::parse("7 (a) R (b) S 1 7 7 0 -1 4194560 0").unwrap();
+        assert_eq!((stat.state, stat.parent()), ('S', Pid::from_raw(1)));
+        assert_eq!(stat.field(8), u64::MAX);
+        assert_eq!(stat.field(50), 0);
+        assert!(Stat::parse("nonsense").is_err());
+    }
+
+    #[test]
+    fn reads_ourselves() {
+        let me = Pid::this();
+        assert!(tasks(me).unwrap().contains(&me));
+        assert_eq!(Stat::read(me).unwrap().parent(), Pid::parent());
+        let status = fs::read_to_string(path(me, "status")).unwrap();
+        assert_eq!(namespace_pids(&status)[0], me.as_raw());
+    }
+}
