@@ -218,6 +218,7 @@ impl<'t> Stopped<'t> {
             for (pid, tid) in &fresh {
                 self.await_stop(*pid, *tid, deadline)?;
             }
+            self.open_members()?;
             let before = found.len();
             self.add_children(&mut found)?;
             if fresh.is_empty() && found.len() == before {
@@ -256,7 +257,7 @@ impl<'t> Stopped<'t> {
                     };
                     if matches!(stat.state, 'Z' | 'X') {
                         if tid == pid && procfs::tasks(pid).is_ok_and(|tids| tids.len() == 1) {
-                            self.note_process(pid, stat.parent())?;
+                            self.note_process(pid, stat.parent());
                             continue;
                         }
                         if tid != pid {
@@ -270,7 +271,7 @@ impl<'t> Stopped<'t> {
                 }
             }
             let parent = procfs::Stat::read(pid).map_or(Pid::from_raw(0), |stat| stat.parent());
-            let process = self.note_process(pid, parent)?;
+            let process = self.note_process(pid, parent);
             process.threads.push(Thread::new(tid));
             process
                 .threads
@@ -287,22 +288,36 @@ impl<'t> Stopped<'t> {
             || procfs::status_line(&status, "TracerPid") == Some(&Pid::this().to_string())
     }
 
-    fn note_process(&mut self, pid: Pid, parent: Pid) -> Result<&mut Process> {
-        if !self.tree.members.contains_key(&pid) {
-            // A zombie has no memory to open; it is known by its place in the tree alone.
-            match Member::open(pid) {
-                Ok(member) => drop(self.tree.members.insert(pid, member)),
-                Err(_)
-                    if procfs::Stat::read(pid)
-                        .is_ok_and(|stat| matches!(stat.state, 'Z' | 'X')) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(self.processes.entry(pid).or_insert_with(|| Process {
+    fn note_process(&mut self, pid: Pid, parent: Pid) -> &mut Process {
+        self.processes.entry(pid).or_insert_with(|| Process {
             pid,
             parent,
             threads: Vec::new(),
-        }))
+        })
+    }
+
+    /// Opens what is held of processes seen for the first time, once they are stopped.
+    fn open_members(&mut self) -> Result<()> {
+        let missing: Vec<Pid> = self
+            .processes
+            .values()
+            .filter(|process| !process.is_zombie() && !self.tree.members.contains_key(&process.pid))
+            .map(|process| process.pid)
+            .collect();
+        for pid in missing {
+            match Member::open(pid) {
+                Ok(member) => drop(self.tree.members.insert(pid, member)),
+                // Killed while it was stopped: only SIGKILL does that.
+                Err(_)
+                    if procfs::Stat::read(pid)
+                        .map_or(true, |stat| matches!(stat.state, 'Z' | 'X')) =>
+                {
+                    self.processes.remove(&pid);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Waits until an interrupted task has stopped, or notes that it ended.

@@ -36,6 +36,10 @@ impl Victim {
 
 impl Drop for Victim {
     fn drop(&mut self) {
+        let pid = self.pid();
+        for child in crate::kernel::procfs::children(pid, pid).unwrap_or_default() {
+            let _ = nix::sys::signal::kill(child, nix::sys::signal::SIGKILL);
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
