@@ -3,10 +3,14 @@
 mod support;
 
 mod architecture;
+mod bad_input;
 mod completeness;
+mod faults;
 mod fixtures_memory;
 mod fixtures_objects;
 mod fixtures_sockets;
 mod fixtures_task;
+mod leaks;
+mod real_programs;
 mod refusals;
 mod runtime;

@@ -1,0 +1,1 @@
+//! Real programs, rolled back under load and checked by their own state.
