@@ -12,9 +12,11 @@
 //! Nothing is set up before the verb runs: no threads (libcontainer clones with raw `clone3`), and no log unless
 //! one is asked for.
 
+mod check;
 mod create;
 mod delete;
 mod exec;
+mod fault_points;
 mod features;
 mod foreground;
 mod kill;
@@ -103,6 +105,10 @@ enum Command {
     Spec(spec::Spec),
     /// Print what this runtime offers as JSON
     Features(liboci_cli::Features),
+    Check(check::Check),
+    /// Print the names that the environment variable SNAPBACK_FAULT takes
+    #[command(hide = true)]
+    FaultPoints,
 }
 
 fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
@@ -120,6 +126,8 @@ fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
         Command::Delete(args) => delete::run(global, &args),
         Command::Spec(args) => spec::run(&args),
         Command::Features(_) => features::run(),
+        Command::Check(args) => check::run(args),
+        Command::FaultPoints => fault_points::run(),
     }
 }
 

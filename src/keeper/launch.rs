@@ -86,6 +86,7 @@ pub(super) fn start(
     locked: &Locked,
     errand: &Errand,
 ) -> Result<UnixStream, Error> {
+    Identity::of(errand.target.pid)?;
     let log = directory.create_log()?;
     let failed = |error: io::Error| Error::Start(error.to_string());
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;

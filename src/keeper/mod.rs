@@ -69,14 +69,14 @@ pub enum Error {
         ours: u32,
     },
     /// A step on the way failed.
-    #[error("{what} {}: {source}", path.display())]
+    #[error("{what} {}: {error}", path.display())]
     Io {
         /// What was tried, as `cannot create`.
         what: &'static str,
         /// On which path.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
     },
     /// The answer was not of the protocol.
     #[error("the keeper's answer makes no sense: {0}")]
@@ -92,6 +92,6 @@ pub enum Error {
 impl Error {
     fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
-        move |source| Error::Io { what, path, source }
+        move |error| Error::Io { what, path, error }
     }
 }

@@ -1,7 +1,7 @@
 //! The process that a keeper is asked to keep: identified beyond doubt, and one that can be kept.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 
 /// Set in a kernel thread's flags, field 9 of `/proc/PID/stat` (`include/linux/sched.h`).
@@ -51,12 +51,12 @@ pub enum TargetError {
         relation: &'static str,
     },
     /// `/proc` could not be read.
-    #[error("cannot look at process {pid}: {source}")]
+    #[error("cannot look at process {pid}: {error}")]
     Proc {
         /// Its PID.
         pid: i32,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -70,15 +70,30 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Looks a process up: enough to find its keeper, at the price of one file read.
+    ///
+    /// # Errors
+    ///
+    /// There is no such process, or it has exited.
+    pub fn look_up(pid: i32) -> Result<Identity, TargetError> {
+        if pid <= 0 {
+            return Err(TargetError::Invalid(pid));
+        }
+        let stat = Stat::read(pid)?;
+        if stat.is_dead() {
+            return Err(TargetError::Dead(pid));
+        }
+        let start_time = stat.start_time;
+        Ok(Identity { pid, start_time })
+    }
+
     /// Looks a process up and checks that it can be the root of a tree to keep.
     ///
     /// # Errors
     ///
     /// [`TargetError`] says why it cannot.
     pub fn of(pid: i32) -> Result<Identity, TargetError> {
-        if pid <= 0 {
-            return Err(TargetError::Invalid(pid));
-        }
+        let found = Identity::look_up(pid)?;
         let stat = Stat::read(pid)?;
         let tgid = thread_group(pid)?;
         if tgid != pid {
@@ -93,9 +108,6 @@ impl Identity {
                 comm: stat.comm,
             });
         }
-        if stat.is_dead() {
-            return Err(TargetError::Dead(pid));
-        }
         if let Some(relation) = relation_to_us(pid)? {
             return Err(TargetError::Ourselves {
                 pid,
@@ -103,10 +115,7 @@ impl Identity {
                 relation,
             });
         }
-        Ok(Identity {
-            pid,
-            start_time: stat.start_time,
-        })
+        Ok(found)
     }
 
     /// Whether the process that this was taken from still lives.
@@ -142,7 +151,7 @@ impl Stat {
         let text = read(pid, "stat")?;
         Stat::parse(&text).ok_or_else(|| TargetError::Proc {
             pid,
-            source: io::Error::new(
+            error: io::Error::new(
                 io::ErrorKind::InvalidData,
                 "unexpected form of /proc/PID/stat",
             ),
@@ -170,11 +179,14 @@ impl Stat {
 }
 
 fn read(pid: i32, file: &str) -> Result<String, TargetError> {
-    let bytes =
-        fs::read(format!("/proc/{pid}/{file}")).map_err(|source| match source.raw_os_error() {
-            Some(libc::ENOENT | libc::ESRCH) => TargetError::Missing(pid),
-            _ => TargetError::Proc { pid, source },
-        })?;
+    let failed = |error: io::Error| match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH) => TargetError::Missing(pid),
+        _ => TargetError::Proc { pid, error },
+    };
+    let mut bytes = Vec::with_capacity(4096);
+    fs::File::open(format!("/proc/{pid}/{file}"))
+        .and_then(|mut file| file.read_to_end(&mut bytes))
+        .map_err(failed)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 

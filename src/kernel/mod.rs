@@ -9,6 +9,7 @@ pub mod maps;
 pub mod memory_file;
 pub mod pagemap;
 pub mod pidfd;
+pub mod probe;
 pub mod procfs;
 pub mod ptrace;
 pub mod remote_memory;
