@@ -15,7 +15,7 @@ pub mod ptrace;
 pub mod remote_memory;
 pub mod runner;
 pub(crate) mod sock_diag;
-pub(crate) mod socket;
+pub mod socket;
 pub mod terminal;
 pub mod userfaultfd;
 pub mod window;

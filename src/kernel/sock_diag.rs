@@ -3,13 +3,16 @@
 //! (Linux 4.5, `CONFIG_INET_DIAG_DESTROY`), which aborts a connection.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send,
     socket,
 };
+
+use super::socket::in_network_namespace;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -111,14 +114,42 @@ impl SockDiag {
         })
     }
 
+    /// Opens the client in the network namespace of process `pid`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); the error of open(2) or setns(2) if the namespace can't be entered.
+    pub(crate) fn open_of(pid: i32) -> nix::Result<Self> {
+        let namespace = |of: &str| format!("/proc/{of}/ns/net");
+        let failed =
+            |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        let theirs = std::fs::File::open(namespace(&pid.to_string())).map_err(failed)?;
+        let own = std::fs::metadata(namespace("thread-self")).map_err(failed)?;
+        let same = theirs.metadata().map_err(failed)?.ino() == own.ino();
+        if same {
+            Self::open()
+        } else {
+            in_network_namespace(theirs.as_fd(), Self::open)?
+        }
+    }
+
     /// All unix sockets of the namespace.
     pub(crate) fn unix(&mut self) -> nix::Result<Vec<UnixSocket>> {
-        let mut request = vec![libc::AF_UNIX as u8, 0, 0, 0];
-        request.extend(u32::MAX.to_ne_bytes());
-        request.extend(0u32.to_ne_bytes());
-        request.extend((UNIX_SHOW | 0x40).to_ne_bytes());
-        request.extend([0xff; 8]);
-        self.dump(&request, parse_unix)
+        self.dump(&unix_request(0), parse_unix)
+    }
+
+    /// The unix socket of this inode; `ENOENT` if there is none in the namespace.
+    pub(crate) fn unix_socket(&mut self, inode: u32) -> nix::Result<UnixSocket> {
+        let mut found = Err(Errno::ENOENT);
+        self.send(
+            SOCK_DIAG_BY_FAMILY,
+            (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16,
+            &unix_request(inode),
+        )?;
+        self.receive(|message| {
+            found = parse_unix(message).ok_or(Errno::EPROTO);
+            Ok(())
+        })?;
+        found
     }
 
     /// All sockets of `family` (`AF_INET`, `AF_INET6`) and `protocol` (`IPPROTO_TCP`, `IPPROTO_UDP`); of TCP also those that
@@ -229,6 +260,16 @@ impl SockDiag {
             }
         }
     }
+}
+
+/// `struct unix_diag_req` for one inode, or for all with 0.
+fn unix_request(inode: u32) -> Vec<u8> {
+    let mut request = vec![libc::AF_UNIX as u8, 0, 0, 0];
+    request.extend(u32::MAX.to_ne_bytes());
+    request.extend(inode.to_ne_bytes());
+    request.extend(UNIX_SHOW.to_ne_bytes());
+    request.extend([0xff; 8]);
+    request
 }
 
 /// Parses `struct unix_diag_msg` and its attributes.

@@ -8,20 +8,23 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{chroot, fchdir};
+use serde::{Deserialize, Serialize};
 
 /// `SO_COOKIE` (Linux 4.6): a number that means this socket until the machine restarts.
-pub(crate) const SO_COOKIE: i32 = 57;
+pub const SO_COOKIE: i32 = 57;
 /// `SO_NETNS_COOKIE` (Linux 5.14): the same for the network namespace it belongs to.
-pub(crate) const SO_NETNS_COOKIE: i32 = 71;
+pub const SO_NETNS_COOKIE: i32 = 71;
 
 /// A socket address as the kernel writes it: `struct sockaddr` of the family's own length.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
-pub(crate) struct Address(pub(crate) Vec<u8>);
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct Address(pub Vec<u8>);
 
 impl Address {
     /// The address family, `AF_UNSPEC` of an empty address.
-    pub(crate) fn family(&self) -> i32 {
+    pub fn family(&self) -> i32 {
         match self.0.get(..2) {
             Some(family) => i32::from(u16::from_ne_bytes([family[0], family[1]])),
             None => libc::AF_UNSPEC,
@@ -30,7 +33,7 @@ impl Address {
 
     /// The name of a unix address: a path (without its terminating zero), or a zero byte and an abstract name.
     /// `None` for a socket without a name.
-    pub(crate) fn unix_name(&self) -> Option<&[u8]> {
+    pub fn unix_name(&self) -> Option<&[u8]> {
         let name = self
             .0
             .get(2..)
@@ -42,12 +45,12 @@ impl Address {
     }
 
     /// The path of a unix address bound to a file.
-    pub(crate) fn unix_path(&self) -> Option<&[u8]> {
+    pub fn unix_path(&self) -> Option<&[u8]> {
         self.unix_name().filter(|name| name[0] != 0)
     }
 
     /// The unix address of a name as [`Self::unix_name`] gives it.
-    pub(crate) fn unix(name: &[u8]) -> Self {
+    pub fn unix(name: &[u8]) -> Self {
         let mut bytes = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
         bytes.extend(name);
         if name.first().is_some_and(|&byte| byte != 0) {
@@ -57,7 +60,7 @@ impl Address {
     }
 
     /// The internet address, with its port.
-    pub(crate) fn inet(&self) -> Option<SocketAddr> {
+    pub fn inet(&self) -> Option<SocketAddr> {
         let port = u16::from_be_bytes(self.0.get(2..4)?.try_into().ok()?);
         let address = match self.family() {
             libc::AF_INET => IpAddr::from(<[u8; 4]>::try_from(self.0.get(4..8)?).ok()?),
@@ -69,47 +72,42 @@ impl Address {
 
     /// An address that connects a socket to nothing (`AF_UNSPEC`): dissolves the association of a datagram socket,
     /// and aborts a TCP connection.
-    pub(crate) fn unspecified() -> Self {
+    pub fn unspecified() -> Self {
         Self(vec![0; 16])
     }
 }
 
 /// Who sent a message (`SCM_CREDENTIALS`), in the caller's PID and user namespaces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Credentials {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Credentials {
     /// Process id.
-    pub(crate) pid: i32,
+    pub pid: i32,
     /// User id.
-    pub(crate) uid: u32,
+    pub uid: u32,
     /// Group id.
-    pub(crate) gid: u32,
+    pub gid: u32,
 }
 
 /// One message: a datagram, or a stretch of a stream.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Message {
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Message {
     /// The bytes.
-    pub(crate) data: Vec<u8>,
+    pub data: Vec<u8>,
     /// Where it came from; empty without a name.
-    pub(crate) source: Address,
+    pub source: Address,
     /// Of a socket with `SO_PASSCRED`.
-    pub(crate) credentials: Option<Credentials>,
+    pub credentials: Option<Credentials>,
     /// It carries descriptors (`SCM_RIGHTS`).
-    pub(crate) rights: bool,
+    pub rights: bool,
     /// The last bytes of it did not fit.
-    pub(crate) truncated: bool,
+    pub truncated: bool,
 }
 
 /// Reads an option into `value` and returns its length.
 ///
 /// # Errors
 /// As getsockopt(2).
-pub(crate) fn option(
-    fd: BorrowedFd<'_>,
-    level: i32,
-    name: i32,
-    value: &mut [u8],
-) -> nix::Result<usize> {
+pub fn option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> nix::Result<usize> {
     let mut length = value.len() as libc::socklen_t;
     // SAFETY: the pointer and length describe `value`, which the kernel writes within.
     let result = unsafe {
@@ -128,7 +126,7 @@ pub(crate) fn option(
 ///
 /// # Errors
 /// As getsockopt(2).
-pub(crate) fn int_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> nix::Result<i32> {
+pub fn int_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> nix::Result<i32> {
     let mut value = [0; 4];
     option(fd, level, name, &mut value).map(|_| i32::from_ne_bytes(value))
 }
@@ -137,7 +135,7 @@ pub(crate) fn int_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> nix::Resu
 ///
 /// # Errors
 /// As getsockopt(2).
-pub(crate) fn u64_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> nix::Result<u64> {
+pub fn u64_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> nix::Result<u64> {
     let mut value = [0; 8];
     option(fd, level, name, &mut value).map(|_| u64::from_ne_bytes(value))
 }
@@ -146,12 +144,7 @@ pub(crate) fn u64_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> nix::Resu
 ///
 /// # Errors
 /// As setsockopt(2).
-pub(crate) fn set_option(
-    fd: BorrowedFd<'_>,
-    level: i32,
-    name: i32,
-    value: &[u8],
-) -> nix::Result<()> {
+pub fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> nix::Result<()> {
     // SAFETY: the pointer and length describe `value`, which the kernel reads.
     let result = unsafe {
         libc::setsockopt(
@@ -169,7 +162,7 @@ pub(crate) fn set_option(
 ///
 /// # Errors
 /// `EINVAL` for a listener.
-pub(crate) fn unread(fd: BorrowedFd<'_>) -> nix::Result<u32> {
+pub fn unread(fd: BorrowedFd<'_>) -> nix::Result<u32> {
     queue(fd, libc::FIONREAD)
 }
 
@@ -177,7 +170,7 @@ pub(crate) fn unread(fd: BorrowedFd<'_>) -> nix::Result<u32> {
 ///
 /// # Errors
 /// `EINVAL` for a listener.
-pub(crate) fn unsent(fd: BorrowedFd<'_>) -> nix::Result<u32> {
+pub fn unsent(fd: BorrowedFd<'_>) -> nix::Result<u32> {
     queue(fd, libc::TIOCOUTQ)
 }
 
@@ -204,7 +197,7 @@ fn name(fd: BorrowedFd<'_>, call: NameCall) -> nix::Result<Address> {
 ///
 /// # Errors
 /// As getsockname(2).
-pub(crate) fn local_address(fd: BorrowedFd<'_>) -> nix::Result<Address> {
+pub fn local_address(fd: BorrowedFd<'_>) -> nix::Result<Address> {
     name(fd, libc::getsockname)
 }
 
@@ -212,7 +205,7 @@ pub(crate) fn local_address(fd: BorrowedFd<'_>) -> nix::Result<Address> {
 ///
 /// # Errors
 /// As getpeername(2), but `ENOTCONN`.
-pub(crate) fn peer_address(fd: BorrowedFd<'_>) -> nix::Result<Option<Address>> {
+pub fn peer_address(fd: BorrowedFd<'_>) -> nix::Result<Option<Address>> {
     match name(fd, libc::getpeername) {
         Err(Errno::ENOTCONN) => Ok(None),
         other => other.map(Some),
@@ -223,7 +216,7 @@ pub(crate) fn peer_address(fd: BorrowedFd<'_>) -> nix::Result<Option<Address>> {
 ///
 /// # Errors
 /// As socket(2).
-pub(crate) fn create(domain: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
+pub fn create(domain: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
     // SAFETY: takes integers.
     let fd = unsafe {
         libc::socket(
@@ -237,11 +230,31 @@ pub(crate) fn create(domain: i32, kind: i32, protocol: i32) -> nix::Result<Owned
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Makes two connected unix sockets, close-on-exec and non-blocking: socketpair(2).
+///
+/// # Errors
+/// As socketpair(2).
+pub fn pair(kind: i32) -> nix::Result<(OwnedFd, OwnedFd)> {
+    let mut ends = [-1; 2];
+    // SAFETY: the kernel writes two descriptors.
+    let result = unsafe {
+        libc::socketpair(
+            libc::AF_UNIX,
+            kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+            0,
+            ends.as_mut_ptr(),
+        )
+    };
+    Errno::result(result)?;
+    // SAFETY: the kernel has just returned these descriptors; nobody else knows them.
+    Ok(unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) })
+}
+
 /// Binds to an address: bind(2).
 ///
 /// # Errors
 /// As bind(2).
-pub(crate) fn bind(fd: BorrowedFd<'_>, address: &Address) -> nix::Result<()> {
+pub fn bind(fd: BorrowedFd<'_>, address: &Address) -> nix::Result<()> {
     // SAFETY: the pointer and length describe the address, which the kernel reads.
     let result = unsafe {
         libc::bind(
@@ -257,7 +270,7 @@ pub(crate) fn bind(fd: BorrowedFd<'_>, address: &Address) -> nix::Result<()> {
 ///
 /// # Errors
 /// As connect(2).
-pub(crate) fn connect(fd: BorrowedFd<'_>, address: &Address) -> nix::Result<()> {
+pub fn connect(fd: BorrowedFd<'_>, address: &Address) -> nix::Result<()> {
     // SAFETY: the pointer and length describe the address, which the kernel reads.
     let result = unsafe {
         libc::connect(
@@ -273,7 +286,7 @@ pub(crate) fn connect(fd: BorrowedFd<'_>, address: &Address) -> nix::Result<()> 
 ///
 /// # Errors
 /// As listen(2).
-pub(crate) fn listen(fd: BorrowedFd<'_>, backlog: i32) -> nix::Result<()> {
+pub fn listen(fd: BorrowedFd<'_>, backlog: i32) -> nix::Result<()> {
     // SAFETY: takes two integers.
     Errno::result(unsafe { libc::listen(fd.as_raw_fd(), backlog) }).map(drop)
 }
@@ -282,7 +295,7 @@ pub(crate) fn listen(fd: BorrowedFd<'_>, backlog: i32) -> nix::Result<()> {
 ///
 /// # Errors
 /// As accept4(2).
-pub(crate) fn accept(fd: BorrowedFd<'_>) -> nix::Result<Option<OwnedFd>> {
+pub fn accept(fd: BorrowedFd<'_>) -> nix::Result<Option<OwnedFd>> {
     if !readable(fd)? {
         return Ok(None);
     }
@@ -309,7 +322,7 @@ pub(crate) fn accept(fd: BorrowedFd<'_>) -> nix::Result<Option<OwnedFd>> {
 ///
 /// # Errors
 /// As poll(2).
-pub(crate) fn readable(fd: BorrowedFd<'_>) -> nix::Result<bool> {
+pub fn readable(fd: BorrowedFd<'_>) -> nix::Result<bool> {
     Ok(poll(fd)?.0)
 }
 
@@ -317,7 +330,7 @@ pub(crate) fn readable(fd: BorrowedFd<'_>) -> nix::Result<bool> {
 ///
 /// # Errors
 /// As poll(2).
-pub(crate) fn poll(fd: BorrowedFd<'_>) -> nix::Result<(bool, bool)> {
+pub fn poll(fd: BorrowedFd<'_>) -> nix::Result<(bool, bool)> {
     let mut entry = libc::pollfd {
         fd: fd.as_raw_fd(),
         events: libc::POLLIN | libc::POLLRDHUP,
@@ -335,7 +348,7 @@ pub(crate) fn poll(fd: BorrowedFd<'_>) -> nix::Result<(bool, bool)> {
 ///
 /// # Errors
 /// As shutdown(2).
-pub(crate) fn shutdown(fd: BorrowedFd<'_>, how: i32) -> nix::Result<()> {
+pub fn shutdown(fd: BorrowedFd<'_>, how: i32) -> nix::Result<()> {
     // SAFETY: takes two integers.
     Errno::result(unsafe { libc::shutdown(fd.as_raw_fd(), how) }).map(drop)
 }
@@ -351,7 +364,7 @@ struct Control([u8; CONTROL_ROOM]);
 ///
 /// # Errors
 /// As recvmsg(2), but `EAGAIN`.
-pub(crate) fn receive(fd: BorrowedFd<'_>, room: usize, flags: i32) -> nix::Result<Option<Message>> {
+pub fn receive(fd: BorrowedFd<'_>, room: usize, flags: i32) -> nix::Result<Option<Message>> {
     let mut data = vec![0u8; room];
     let mut source = vec![0u8; size_of::<libc::sockaddr_storage>()];
     let mut control = Control([0; CONTROL_ROOM]);
@@ -427,7 +440,7 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, room: usize, flags: i32) -> nix::Resul
 ///
 /// # Errors
 /// As sendmsg(2).
-pub(crate) fn send(
+pub fn send(
     fd: BorrowedFd<'_>,
     data: &[u8],
     address: &Address,
@@ -499,7 +512,7 @@ pub(crate) fn send(
 ///
 /// # Errors
 /// As setns(2).
-pub(crate) fn in_network_namespace<T: Send>(
+pub fn in_network_namespace<T: Send>(
     namespace: BorrowedFd<'_>,
     work: impl FnOnce() -> T + Send,
 ) -> nix::Result<T> {
@@ -510,11 +523,36 @@ pub(crate) fn in_network_namespace<T: Send>(
     })
 }
 
+/// Runs `work` on a thread of its own that sees what process `pid` sees: its network namespace, root and working
+/// directory. Files it makes have just the permissions that are asked for.
+///
+/// # Errors
+/// As open(2), setns(2), unshare(2), chroot(2) and fchdir(2).
+pub fn as_seen_by<T: Send>(pid: i32, work: impl FnOnce() -> T + Send) -> nix::Result<T> {
+    let open = |what: &str| {
+        std::fs::File::open(format!("/proc/{pid}/{what}"))
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+    };
+    let (namespace, root, directory) = (open("ns/net")?, open("root")?, open("cwd")?);
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            fchdir(root.as_raw_fd())?;
+            chroot(".")?;
+            fchdir(directory.as_raw_fd())?;
+            umask(Mode::empty());
+            Ok(work())
+        });
+        thread.join().unwrap_or(Err(Errno::ECANCELED))
+    })
+}
+
 /// Whether two descriptors are the same socket.
 ///
 /// # Errors
 /// As getsockopt(2) of [`SO_COOKIE`].
-pub(crate) fn same(one: impl AsFd, other: impl AsFd) -> nix::Result<bool> {
+pub fn same(one: impl AsFd, other: impl AsFd) -> nix::Result<bool> {
     Ok(u64_option(one.as_fd(), libc::SOL_SOCKET, SO_COOKIE)?
         == u64_option(other.as_fd(), libc::SOL_SOCKET, SO_COOKIE)?)
 }

@@ -30,7 +30,17 @@ pub mod fdinfo;
 pub mod live;
 pub mod model;
 pub mod socket;
+pub mod socket_apply;
+mod socket_diag;
+pub mod socket_make;
+pub mod socket_options;
+pub mod socket_plan;
+mod socket_queue;
+mod socket_verify;
 pub mod state;
+pub mod tcp;
+mod udp;
+pub mod unix;
 
 use nix::errno::Errno;
 

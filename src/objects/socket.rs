@@ -1,79 +1,286 @@
 //! Sockets of any family: what they have in common, and the choice of the family's file.
+//!
+//! A socket is the same socket if it has the same `SO_COOKIE`. What can't be judged from one socket alone (is its peer
+//! in the tree as well?) is decided over all of them, in [`super::socket_plan`].
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::Error;
-use super::execute::{Effects, Reach};
 use super::live::Live;
-use super::model::ObjectId;
-use crate::outcome::Refusal;
+use super::socket_options::{Options, Sort};
+use super::socket_queue::{self, Shape};
+use super::{Error, tcp, udp, unix};
+use crate::kernel::socket::{
+    Address, Credentials, Message, SO_COOKIE, SO_NETNS_COOKIE, int_option, local_address,
+    peer_address, u64_option,
+};
+
+pub use super::socket_apply::Change;
+pub use super::socket_make::make;
 
 /// A recorded socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// `SO_COOKIE`: names this socket and no other until the next boot.
     pub cookie: u64,
+    /// `SO_NETNS_COOKIE`: its network namespace.
+    pub namespace: u64,
+    /// Its inode on `sockfs`, by which unix sockets name their peers.
+    pub inode: u64,
+    /// Family, type and protocol.
+    pub sort: Sort,
+    /// The address it is bound to.
+    pub local: Address,
+    /// The address of its peer; empty if it is not connected.
+    pub peer: Address,
+    /// Options.
+    pub options: Options,
+    /// The file a unix socket is bound to.
+    pub file: Option<unix::BoundFile>,
+    /// What it is used for.
+    pub role: Role,
+    /// What waits to be read; of TCP only once both ends are known to be in the tree.
+    pub queue: Vec<Message>,
+    /// Who its peer was when they were connected (`SO_PEERCRED`), of unix sockets.
+    pub credentials: Option<Credentials>,
 }
 
-/// What must be done to a socket that is there.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {}
-
-/// Records a socket.
-pub fn capture(live: &Live<'_>) -> Result<State, Error> {
-    Err(live
-        .refuse(
-            "socket",
-            "sockets of this kind are not supported; close it first",
-        )
-        .into())
+/// What a socket is used for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// Neither listens nor has a connection.
+    Plain {
+        /// `RCV_SHUTDOWN` (1) and `SEND_SHUTDOWN` (2).
+        ended: u8,
+    },
+    /// Waits for connections.
+    Listening {
+        /// The greatest number that may wait.
+        backlog: u32,
+        /// Those that wait: of unix the inodes of their clients, of TCP their own cookies.
+        waiting: Vec<u64>,
+    },
+    /// A unix socket with a peer (or, of a datagram socket, a destination).
+    Unix {
+        /// Inode of the peer; 0 if it is gone or waits to be accepted.
+        peer: u64,
+        /// `RCV_SHUTDOWN` (1) and `SEND_SHUTDOWN` (2).
+        ended: u8,
+    },
+    /// A TCP connection.
+    Tcp(tcp::Connection),
+    /// A connection to the outside that a rollback had to reset: what became of it does not matter any more.
+    Reset,
 }
 
 impl State {
-    /// The socket's state now. The caller has found the same cookie.
-    pub fn observe(&self, _live: &Live<'_>) -> Result<Self, Error> {
-        Ok(self.clone())
+    /// Stream or messages.
+    pub(super) fn shape(&self) -> Shape {
+        if self.sort.kind == libc::SOCK_STREAM {
+            Shape::Stream
+        } else {
+            Shape::Messages
+        }
     }
 
-    /// What must change to make `now` equal to `self`.
-    pub fn difference(&self, _now: &Self) -> Result<Option<Change>, Refusal> {
+    /// Whether it listens.
+    pub(super) fn listens(&self) -> bool {
+        matches!(self.role, Role::Listening { .. })
+    }
+
+    /// What it is, as refusals call it: `unix stream socket (/run/x)`.
+    pub fn describe(&self) -> String {
+        let kind = match (self.sort.family, self.sort.kind, self.sort.protocol) {
+            (libc::AF_UNIX, libc::SOCK_STREAM, _) => "unix stream socket",
+            (libc::AF_UNIX, libc::SOCK_DGRAM, _) => "unix datagram socket",
+            (libc::AF_UNIX, ..) => "unix seqpacket socket",
+            (libc::AF_NETLINK, ..) => "netlink socket",
+            (_, _, libc::IPPROTO_TCP) => "TCP socket",
+            _ => "UDP socket",
+        };
+        let name = |address: &Address| match (address.inet(), address.unix_name()) {
+            (Some(inet), _) => Some(inet.to_string()),
+            (None, Some(name)) => Some(String::from_utf8_lossy(name).replace('\0', "@")),
+            (None, None) => None,
+        };
+        match (name(&self.local), name(&self.peer)) {
+            (Some(local), Some(peer)) => format!("{kind} ({local} to {peer})"),
+            (Some(local), None) => format!("{kind} ({local})"),
+            (None, Some(peer)) => format!("{kind} (to {peer})"),
+            (None, None) => kind.to_owned(),
+        }
+    }
+}
+
+/// Family, type and protocol of a live socket.
+fn sort_of(fd: BorrowedFd<'_>) -> nix::Result<Sort> {
+    Ok(Sort {
+        family: int_option(fd, libc::SOL_SOCKET, libc::SO_DOMAIN)?,
+        kind: int_option(fd, libc::SOL_SOCKET, libc::SO_TYPE)?,
+        protocol: int_option(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL)?,
+    })
+}
+
+/// Records a socket.
+pub fn capture(live: &Live<'_>) -> Result<State, Error> {
+    let duplicate = live.duplicate()?;
+    let fd = duplicate.as_fd();
+    let sort = sort_of(fd).map_err(live.failed("getsockopt"))?;
+    let inet = matches!(sort.family, libc::AF_INET | libc::AF_INET6);
+    match (sort.kind, sort.protocol) {
+        _ if sort.family == libc::AF_UNIX => {}
+        (libc::SOCK_STREAM, libc::IPPROTO_TCP) | (libc::SOCK_DGRAM, libc::IPPROTO_UDP) if inet => {}
+        _ if sort.family == libc::AF_NETLINK => {}
+        _ => {
+            return Err(live
+                .refuse(&unsupported(sort), "close it before the checkpoint")
+                .into());
+        }
+    }
+    let state = capture_common(live, fd, sort)?;
+    match (sort.family, sort.protocol) {
+        (libc::AF_UNIX, _) => unix::capture(live, fd, state),
+        (libc::AF_NETLINK, _) => idle_netlink(live, fd, state),
+        (_, libc::IPPROTO_TCP) => tcp::capture(live, fd, state),
+        _ => udp::capture(live, fd, state),
+    }
+}
+
+/// How refusals call a socket of a sort that is not supported.
+fn unsupported(sort: Sort) -> String {
+    let family = match sort.family {
+        libc::AF_PACKET => "packet socket".to_owned(),
+        libc::AF_VSOCK => "vsock socket".to_owned(),
+        libc::AF_ALG => "kernel crypto socket".to_owned(),
+        libc::AF_BLUETOOTH => "bluetooth socket".to_owned(),
+        libc::AF_XDP => "XDP socket".to_owned(),
+        libc::AF_CAN => "CAN socket".to_owned(),
+        libc::AF_INET | libc::AF_INET6 => match (sort.kind, sort.protocol) {
+            (libc::SOCK_RAW, protocol) => format!("raw IP socket (protocol {protocol})"),
+            (_, libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6) => "ICMP socket".to_owned(),
+            (_, libc::IPPROTO_MPTCP) => "MPTCP socket".to_owned(),
+            (_, libc::IPPROTO_SCTP) => "SCTP socket".to_owned(),
+            (_, protocol) => format!("IP socket of protocol {protocol}"),
+        },
+        family => format!("socket of address family {family}"),
+    };
+    format!("{family}, which can't be recorded")
+}
+
+/// What all families have.
+fn capture_common(live: &Live<'_>, fd: BorrowedFd<'_>, sort: Sort) -> Result<State, Error> {
+    let number =
+        |name: i32| u64_option(fd, libc::SOL_SOCKET, name).map_err(live.failed("getsockopt"));
+    Ok(State {
+        cookie: number(SO_COOKIE)?,
+        // Linux before 5.14 can't tell: all are then taken to be of one namespace.
+        namespace: u64_option(fd, libc::SOL_SOCKET, SO_NETNS_COOKIE).unwrap_or(0),
+        inode: live.common.ino,
+        sort,
+        local: local_address(fd).map_err(live.failed("getsockname"))?,
+        peer: match sort.family {
+            libc::AF_NETLINK => Address::default(),
+            _ => peer_address(fd)
+                .map_err(live.failed("getpeername"))?
+                .unwrap_or_default(),
+        },
+        options: Options::read(fd, sort).map_err(live.failed("getsockopt"))?,
+        file: None,
+        role: Role::Plain { ended: 0 },
+        queue: Vec::new(),
+        credentials: None,
+    })
+}
+
+/// A netlink socket may stay if nothing waits in it.
+fn idle_netlink(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Result<State, Error> {
+    if crate::kernel::socket::readable(fd).map_err(live.failed("poll"))? {
+        return Err(live
+            .refuse(
+                "netlink socket with messages that wait to be read",
+                "take the checkpoint later",
+            )
+            .into());
+    }
+    Ok(state)
+}
+
+/// The queue of a socket, or a refusal of what can't be recorded.
+pub(super) fn capture_queue(
+    live: &Live<'_>,
+    fd: BorrowedFd<'_>,
+    shape: Shape,
+) -> Result<Vec<Message>, Error> {
+    let queue = socket_queue::peek(fd, shape).map_err(live.failed("recvmsg"))?;
+    if queue.iter().any(|message| message.rights) {
+        let remedy = "take the checkpoint when the receiver has read it";
+        return Err(live
+            .refuse("socket with descriptors in flight (SCM_RIGHTS)", remedy)
+            .into());
+    }
+    Ok(queue)
+}
+
+impl State {
+    /// The socket's state now, in the shape of the record.
+    ///
+    /// # Errors
+    /// If the kernel refuses to tell.
+    pub fn observe(&self, live: &Live<'_>) -> Result<Self, Error> {
+        let duplicate = live.duplicate()?;
+        let fd = duplicate.as_fd();
+        let cookie =
+            u64_option(fd, libc::SOL_SOCKET, SO_COOKIE).map_err(live.failed("getsockopt"))?;
+        if cookie != self.cookie {
+            // Another socket under a number that was used again: not the recorded one.
+            return Ok(Self {
+                cookie,
+                ..self.clone()
+            });
+        }
+        let options = Options::read(fd, self.sort).map_err(live.failed("getsockopt"))?;
+        let state = Self {
+            options,
+            queue: Vec::new(),
+            ..self.clone()
+        };
+        match (self.sort.family, self.sort.protocol) {
+            (libc::AF_UNIX, _) => unix::observe(live, fd, state),
+            (libc::AF_NETLINK, _) => {
+                let local = local_address(fd).map_err(live.failed("getsockname"))?;
+                let ended =
+                    u8::from(crate::kernel::socket::readable(fd).map_err(live.failed("poll"))?);
+                Ok(Self {
+                    local,
+                    role: Role::Plain { ended },
+                    ..state
+                })
+            }
+            (_, libc::IPPROTO_TCP) => tcp::observe(live, fd, state),
+            _ => udp::observe(live, fd, state),
+        }
+    }
+
+    /// Sockets are planned all together, in [`super::socket_plan`].
+    ///
+    /// # Errors
+    /// None.
+    pub fn difference(&self, _now: &Self) -> Result<Option<Change>, crate::outcome::Refusal> {
         Ok(None)
     }
 
-    /// Whether [`make`] can make it again, and if not what it is and what to do: object and remedy of a refusal.
-    pub fn replaceable(&self) -> Result<(), (String, String)> {
-        Err((
-            "socket".into(),
-            "it was closed since the checkpoint and can't be made again".into(),
-        ))
-    }
-
     /// What differs between the record and the live socket, in words.
-    pub fn verify(&self, _live: &Live<'_>) -> Result<Vec<String>, Error> {
-        Ok(Vec::new())
+    ///
+    /// # Errors
+    /// If the kernel refuses to tell.
+    pub fn verify(&self, live: &Live<'_>) -> Result<Vec<String>, Error> {
+        super::socket_verify::verify(self, live)
     }
 }
 
-/// Makes the sockets that are gone, all at once so that pairs can be made together: one description each, in order.
-pub fn make(
-    missing: &[(ObjectId, &State)],
-    _reach: &Reach<'_>,
-    _effects: &mut Effects,
-) -> Result<Vec<OwnedFd>, Error> {
-    debug_assert!(missing.is_empty(), "none is replaceable");
-    Ok(Vec::new())
-}
-
-impl Change {
-    /// Makes the change on the live socket.
-    pub fn apply(
-        &self,
-        _id: ObjectId,
-        _reach: &Reach<'_>,
-        _effects: &mut Effects,
-    ) -> Result<(), Error> {
-        match *self {}
-    }
+/// An error of a call of our own.
+pub(super) fn own(call: &'static str) -> impl Fn(Errno) -> Error {
+    move |errno| Error::Own { call, errno }
 }

@@ -1,0 +1,409 @@
+//! Makes sockets again that are gone or can't be changed back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::Error;
+use super::execute::{Effects, Reach};
+use super::model::ObjectId;
+use super::socket::{Role, State, own};
+use super::socket_apply::reset_at_close;
+use super::socket_plan::{Plan, Recipe};
+use super::socket_queue::fill;
+use super::tcp;
+use super::unix::{BoundFile, file_at, path_for_us};
+use crate::kernel::sock_diag::SockDiag;
+use crate::kernel::socket::{
+    Address, accept, as_seen_by, bind, connect, create, listen, local_address, pair, poll, send,
+    set_option,
+};
+
+/// How long a reset may take over the loopback interface.
+const DEADLINE: Duration = Duration::from_secs(2);
+
+/// Where each recorded socket lives: a process whose root, directory and network namespace it has.
+pub type Homes = BTreeMap<ObjectId, i32>;
+
+/// Looks, before anything is touched, whether the names of those that must be made again are free: nothing else may be
+/// at the path of a unix socket than the file of the recorded one, or one that nobody outside the tree listens at.
+/// `inside` are the inodes of all sockets of the tree.
+///
+/// # Errors
+/// The socket whose name is taken, and why.
+pub fn check_names(
+    plan: &Plan,
+    recorded: &BTreeMap<ObjectId, &State>,
+    homes: &Homes,
+    inside: &BTreeSet<u64>,
+) -> Result<(), (ObjectId, String)> {
+    for (&id, recipe) in &plan.make {
+        let (record, Some(&pid)) = (recorded[&id], homes.get(&id)) else {
+            continue;
+        };
+        let (Recipe::Alone, Some(path)) = (recipe, record.local.unix_path()) else {
+            continue;
+        };
+        let shown = String::from_utf8_lossy(path).into_owned();
+        let found = std::fs::symlink_metadata(path_for_us(pid, path));
+        match (found, file_at(pid, &record.local)) {
+            (Err(error), _) if error.kind() == std::io::ErrorKind::NotFound => {}
+            (Err(error), _) => return Err((id, format!("{shown}: {error}"))),
+            (Ok(_), None) => return Err((id, format!("{shown} is no socket any more; remove it"))),
+            (Ok(_), Some(file)) => {
+                // The inode number alone tells nothing: it is given out again.
+                let all = SockDiag::open_of(pid)
+                    .and_then(|mut diag| diag.unix())
+                    .map_err(|errno| (id, format!("sock_diag: {errno}")))?;
+                let bound = |socket: &&crate::kernel::sock_diag::UnixSocket| {
+                    socket
+                        .file
+                        .is_some_and(|(inode, _)| inode == file.inode as u32)
+                };
+                if all
+                    .iter()
+                    .filter(bound)
+                    .any(|socket| !inside.contains(&u64::from(socket.inode)))
+                {
+                    return Err((
+                        id,
+                        format!("{shown} belongs to a process outside the tree now; stop that"),
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes all sockets of the plan, in the keeper: one description each, to be passed into the tables.
+///
+/// # Errors
+/// If the kernel refuses; nothing is in place then, but files of unix sockets may have been replaced.
+pub fn make(
+    plan: &Plan,
+    recorded: &BTreeMap<ObjectId, &State>,
+    homes: &Homes,
+    reach: &Reach<'_>,
+    effects: &mut Effects,
+) -> Result<BTreeMap<ObjectId, OwnedFd>, Error> {
+    let mut made = BTreeMap::new();
+    // Connections with a name need their listener, which may itself be new.
+    let late = |recipe: &Recipe| matches!(recipe, Recipe::Through(..));
+    let (last, first): (Vec<_>, Vec<_>) = plan.make.iter().partition(|(_, recipe)| late(recipe));
+    for (&id, recipe) in first.into_iter().chain(last) {
+        let record = recorded[&id];
+        let home = homes.get(&id).copied().ok_or(Error::Own {
+            call: "finding a process",
+            errno: Errno::ESRCH,
+        })?;
+        match *recipe {
+            Recipe::Alone => {
+                made.insert(id, alone(record, home, recorded, reach)?);
+            }
+            Recipe::Pair(other) => {
+                let (one, two) = match record.role {
+                    Role::Tcp(_) => tcp_pair(record, recorded[&other], home)?,
+                    _ => pair(record.sort.kind).map_err(own("socketpair"))?,
+                };
+                made.insert(id, one);
+                made.insert(other, two);
+            }
+            Recipe::Through(listener, server) => {
+                let listening = match made.get(&listener) {
+                    Some(new) => new.try_clone().map_err(|_| own("dup")(Errno::EMFILE))?,
+                    None => reach.duplicate(listener)?,
+                };
+                let (client_end, server_end) =
+                    through(record, recorded[&listener], listening.as_fd(), home)?;
+                made.insert(id, client_end);
+                made.insert(server, server_end);
+            }
+            Recipe::PeerGone => {
+                let (one, two) = pair(record.sort.kind).map_err(own("socketpair"))?;
+                fill(two.as_fd(), &record.queue, &Address::default()).map_err(own("sendmsg"))?;
+                made.insert(id, one);
+            }
+            Recipe::Reset => {
+                made.insert(id, reset(record)?);
+                effects.reset_connections += 1;
+            }
+        }
+    }
+    Ok(made)
+}
+
+/// A socket without a connection: bound, and listening if it did.
+fn alone(
+    record: &State,
+    home: i32,
+    recorded: &BTreeMap<ObjectId, &State>,
+    reach: &Reach<'_>,
+) -> Result<OwnedFd, Error> {
+    let sort = record.sort;
+    let socket = as_seen_by(home, || -> Result<OwnedFd, Error> {
+        let socket = create(sort.family, sort.kind, sort.protocol).map_err(own("socket"))?;
+        // Some options count only before the socket has an address (IPV6_V6ONLY, SO_REUSEADDR).
+        record
+            .options
+            .restore(socket.as_fd(), sort)
+            .map_err(|(call, errno)| Error::Own { call, errno })?;
+        if let Some(path) = record.local.unix_path() {
+            bind_to_file(socket.as_fd(), record, path)?;
+        }
+        Ok(socket)
+    })
+    .map_err(own("entering the process's namespaces"))??;
+    match bind_and_listen(socket.as_fd(), record) {
+        Err(Error::Own {
+            errno: Errno::EADDRINUSE,
+            ..
+        }) if record.sort.protocol == libc::IPPROTO_TCP => {
+            let shared = make_room(record, home, recorded, reach)?;
+            share_port(socket.as_fd())?;
+            bind_and_listen(socket.as_fd(), record)?;
+            for (fd, state) in shared {
+                state
+                    .options
+                    .restore(fd.as_fd(), state.sort)
+                    .map_err(|(call, errno)| Error::Own { call, errno })?;
+            }
+        }
+        other => other?,
+    }
+    Ok(socket)
+}
+
+/// Gives a socket its address, unless it has it, and lets it listen if the recorded one did.
+fn bind_and_listen(socket: BorrowedFd<'_>, record: &State) -> Result<(), Error> {
+    let now = local_address(socket).map_err(own("getsockname"))?;
+    if is_bound(&record.local) && !is_bound(&now) {
+        bind(socket, &record.local).map_err(own("bind"))?;
+    }
+    match record.role {
+        Role::Listening { backlog, .. } => listen(socket, backlog as i32).map_err(own("listen")),
+        _ => Ok(()),
+    }
+}
+
+/// Whether an address is more than a family.
+fn is_bound(local: &Address) -> bool {
+    match local.inet() {
+        Some(inet) => inet.port() != 0,
+        None => local.unix_name().is_some(),
+    }
+}
+
+/// Binds to a path in place of the file that is there, with the same owner and permissions. Runs in the process's root.
+fn bind_to_file(socket: BorrowedFd<'_>, record: &State, path: &[u8]) -> Result<(), Error> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = Path::new(std::ffi::OsStr::from_bytes(path));
+    let failed = |call| {
+        move |error: std::io::Error| {
+            own(call)(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+        }
+    };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.mode() & libc::S_IFMT == libc::S_IFSOCK => {
+            std::fs::remove_file(path).map_err(failed("unlink of a unix socket's file"))?;
+        }
+        _ => {}
+    }
+    bind(socket, &record.local).map_err(own("bind"))?;
+    if let Some(BoundFile { mode, uid, gid, .. }) = record.file {
+        chown(path, Some(uid), Some(gid)).map_err(failed("chown of a unix socket's file"))?;
+        let permissions = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(path, permissions)
+            .map_err(failed("chmod of a unix socket's file"))?;
+    }
+    Ok(())
+}
+
+/// Connections of the lost listener may keep its port: those without an owner are removed, and those that the tree keeps
+/// are told to share it while bind(2) and listen(2) look. Returns these, whose options the caller puts back.
+fn make_room<'a>(
+    record: &State,
+    home: i32,
+    recorded: &BTreeMap<ObjectId, &'a State>,
+    reach: &Reach<'_>,
+) -> Result<Vec<(OwnedFd, &'a State)>, Error> {
+    let port = |state: &State| state.local.inet().map(|inet| inet.port());
+    let mut diag = SockDiag::open_of(home).map_err(own("sock_diag"))?;
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        for found in diag
+            .inet(family, libc::IPPROTO_TCP)
+            .map_err(own("sock_diag"))?
+        {
+            if found.inode == 0 && Some(found.local.port()) == port(record) {
+                // It may be gone by itself in the meantime.
+                let _ = diag.destroy(&found);
+            }
+        }
+    }
+    let mut shared = Vec::new();
+    for (&id, &state) in recorded {
+        if port(state) == port(record)
+            && matches!(state.role, Role::Tcp(_))
+            && reach.place(id).is_some()
+        {
+            let fd = reach.duplicate(id)?;
+            share_port(fd.as_fd())?;
+            shared.push((fd, state));
+        }
+    }
+    Ok(shared)
+}
+
+fn share_port(fd: BorrowedFd<'_>) -> Result<(), Error> {
+    set_option(
+        fd,
+        libc::SOL_SOCKET,
+        libc::SO_REUSEADDR,
+        &1i32.to_ne_bytes(),
+    )
+    .map_err(own("setsockopt"))
+}
+
+/// A connection through a listener, so that both ends have its name.
+fn through(
+    client: &State,
+    listener: &State,
+    listening: BorrowedFd<'_>,
+    home: i32,
+) -> Result<(OwnedFd, OwnedFd), Error> {
+    let socket = create(client.sort.family, client.sort.kind, 0).map_err(own("socket"))?;
+    as_seen_by(home, || connect(socket.as_fd(), &listener.local))
+        .map_err(own("entering the process's namespaces"))?
+        .map_err(own("connect"))?;
+    // The backlog was empty, so that this is the connection just made.
+    let accepted = accept(listening).map_err(own("accept4"))?;
+    let accepted = accepted.ok_or(Error::Own {
+        call: "accept4",
+        errno: Errno::ECONNABORTED,
+    })?;
+    Ok((socket, accepted))
+}
+
+/// A connection that is reset: the next read says `ECONNRESET`.
+fn reset(record: &State) -> Result<OwnedFd, Error> {
+    if record.sort.family == libc::AF_UNIX {
+        let (one, two) = pair(record.sort.kind).map_err(own("socketpair"))?;
+        // A unix socket that is closed with something unread resets its peer (unix(7)).
+        send(one.as_fd(), b"x", &Address::default(), None, &[]).map_err(own("sendmsg"))?;
+        drop(two);
+        return Ok(one);
+    }
+    let socket = create(record.sort.family, record.sort.kind, record.sort.protocol)
+        .map_err(own("socket"))?;
+    let listener = create(record.sort.family, record.sort.kind, record.sort.protocol)
+        .map_err(own("socket"))?;
+    bind(listener.as_fd(), &loopback(record.sort.family)).map_err(own("bind"))?;
+    listen(listener.as_fd(), 1).map_err(own("listen"))?;
+    let address = local_address(listener.as_fd()).map_err(own("getsockname"))?;
+    match connect(socket.as_fd(), &address) {
+        Ok(()) | Err(Errno::EINPROGRESS) => {}
+        Err(errno) => {
+            return Err(Error::Own {
+                call: "connect",
+                errno,
+            });
+        }
+    }
+    let accepted = wait_for(|| accept(listener.as_fd()), "accept4")?;
+    reset_at_close(accepted.as_fd())?;
+    drop(accepted);
+    wait_for(|| Ok(poll(socket.as_fd())?.1.then_some(())), "poll")?;
+    Ok(socket)
+}
+
+/// Any port of the loopback address; of IPv6 the one mapped from IPv4, as `::1` may be switched off.
+fn loopback(family: i32) -> Address {
+    let mut bytes = vec![0u8; if family == libc::AF_INET { 16 } else { 28 }];
+    bytes[..2].copy_from_slice(&(family as u16).to_ne_bytes());
+    match family {
+        libc::AF_INET => bytes[4..8].copy_from_slice(&[127, 0, 0, 1]),
+        _ => bytes[18..24].copy_from_slice(&[0xff, 0xff, 127, 0, 0, 1]),
+    }
+    Address(bytes)
+}
+
+fn wait_for<T>(
+    mut ask: impl FnMut() -> nix::Result<Option<T>>,
+    call: &'static str,
+) -> Result<T, Error> {
+    let started = Instant::now();
+    loop {
+        match ask().map_err(own(call))? {
+            Some(answer) => return Ok(answer),
+            None if started.elapsed() > DEADLINE => {
+                return Err(Error::Own {
+                    call,
+                    errno: Errno::ETIMEDOUT,
+                });
+            }
+            None => std::thread::yield_now(),
+        }
+    }
+}
+
+/// A TCP connection with both ends in one namespace, with the recorded addresses and without a packet sent: both are
+/// told by `TCP_REPAIR` where the other is (Linux 3.5).
+fn tcp_pair(one: &State, two: &State, home: i32) -> Result<(OwnedFd, OwnedFd), Error> {
+    remove_remains(one, two, home)?;
+    as_seen_by(home, || {
+        let ends = [create_repairing(one)?, create_repairing(two)?];
+        tcp::join(
+            ends[0].as_fd(),
+            &one.local,
+            &one.peer,
+            ends[1].as_fd(),
+            &two.local,
+            &two.peer,
+        )
+        .map_err(own("joining a TCP connection"))?;
+        let [first, second] = ends;
+        Ok((first, second))
+    })
+    .map_err(own("entering the process's namespaces"))?
+}
+
+fn create_repairing(record: &State) -> Result<OwnedFd, Error> {
+    create(record.sort.family, record.sort.kind, record.sort.protocol).map_err(own("socket"))
+}
+
+/// What is left of a connection keeps its addresses: the end that is still open, or one that lingers without an owner.
+fn remove_remains(one: &State, two: &State, home: i32) -> Result<(), Error> {
+    let (Some(a), Some(b)) = (one.local.inet(), two.local.inet()) else {
+        return Ok(());
+    };
+    let canonical = |address: std::net::SocketAddr| (address.ip().to_canonical(), address.port());
+    let mut diag = SockDiag::open_of(home).map_err(own("sock_diag"))?;
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        for found in diag
+            .inet(family, libc::IPPROTO_TCP)
+            .map_err(own("sock_diag"))?
+        {
+            let ends = (canonical(found.local), canonical(found.remote));
+            if ends == (canonical(a), canonical(b)) || ends == (canonical(b), canonical(a)) {
+                match diag.destroy(&found) {
+                    Ok(()) | Err(Errno::ENOENT) => {}
+                    Err(errno) => {
+                        return Err(Error::Own {
+                            call: "SOCK_DESTROY",
+                            errno,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "socket_make_tests.rs"]
+mod tests;

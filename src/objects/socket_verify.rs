@@ -1,0 +1,229 @@
+//! The oracle for sockets: compares what the kernel reports about a live socket (sock_diag(7)) with its record.
+
+use std::os::fd::AsFd;
+
+use super::Error;
+use super::live::Live;
+use super::socket::{Role, State};
+use super::socket_diag;
+use super::socket_options::Options;
+use crate::kernel::sock_diag::{InetSocket, UnixSocket, state};
+use crate::kernel::socket::{SO_COOKIE, local_address, peer_address, receive, u64_option};
+
+/// What differs, in words. A connection that was reset is reported by the rollback and not looked at here.
+pub(super) fn verify(record: &State, live: &Live<'_>) -> Result<Vec<String>, Error> {
+    if record.role == Role::Reset {
+        return Ok(Vec::new());
+    }
+    let duplicate = live.duplicate()?;
+    let fd = duplicate.as_fd();
+    let cookie = u64_option(fd, libc::SOL_SOCKET, SO_COOKIE).map_err(live.failed("getsockopt"))?;
+    let mut differences = Vec::new();
+    let mut expect = |what: &str, same: bool, recorded: String, now: String| {
+        if !same {
+            differences.push(format!("{what}: {recorded} at the checkpoint, {now} now"));
+        }
+    };
+    let local = local_address(fd).map_err(live.failed("getsockname"))?;
+    match record.sort.family {
+        libc::AF_UNIX => {
+            let all = socket_diag::ask(live.holder.pid, |diag| diag.unix())?;
+            let found = all.iter().find(|socket| socket.cookie == cookie);
+            let Some(found) = found else {
+                return Ok(vec!["not in the kernel's list of unix sockets".into()]);
+            };
+            if was_reset_unix(record, found, &all) {
+                return Ok(Vec::new());
+            }
+            let (recorded_state, ended) = match &record.role {
+                Role::Listening { .. } => (state::LISTEN, 0),
+                Role::Unix { ended, .. } if record.sort.kind != libc::SOCK_DGRAM => {
+                    (state::ESTABLISHED, *ended)
+                }
+                Role::Unix { ended, .. } | Role::Plain { ended } => (found.state, *ended),
+                Role::Tcp(_) | Role::Reset => (found.state, found.shutdown),
+            };
+            expect(
+                "state",
+                recorded_state == found.state,
+                recorded_state.to_string(),
+                found.state.to_string(),
+            );
+            expect(
+                "shut down",
+                ended == found.shutdown,
+                ended.to_string(),
+                found.shutdown.to_string(),
+            );
+            if let Role::Listening { backlog, waiting } = &record.role {
+                expect(
+                    "backlog",
+                    *backlog == found.send_queue,
+                    backlog.to_string(),
+                    found.send_queue.to_string(),
+                );
+                let count = found.receive_queue as usize;
+                expect(
+                    "waiting connections",
+                    waiting.len() == count,
+                    waiting.len().to_string(),
+                    count.to_string(),
+                );
+            }
+            if let Role::Unix { peer: 1.., .. } = record.role {
+                let connected = found.peer.is_some_and(|peer| peer != 0);
+                expect(
+                    "peer",
+                    connected,
+                    "connected".into(),
+                    "not connected".into(),
+                );
+            }
+            let name = record.local.unix_name().map(<[u8]>::to_vec);
+            expect(
+                "name",
+                name == found.name,
+                format!("{name:?}"),
+                format!("{:?}", found.name),
+            );
+            let queued = if record.sort.kind == libc::SOCK_DGRAM {
+                record.queue.first().map_or(0, |message| message.data.len())
+            } else {
+                record.queue.iter().map(|message| message.data.len()).sum()
+            };
+            if !record.listens() {
+                let now = found.receive_queue as usize;
+                expect(
+                    "bytes to be read",
+                    queued == now,
+                    queued.to_string(),
+                    now.to_string(),
+                );
+            }
+        }
+        libc::AF_INET | libc::AF_INET6 => {
+            let all = socket_diag::ask(live.holder.pid, |diag| {
+                diag.inet(record.sort.family, record.sort.protocol)
+            })?;
+            let found = all.iter().find(|socket| socket.cookie == cookie);
+            inet(record, found, &mut expect);
+            let connection = matches!(record.role, Role::Tcp(_));
+            if !connection {
+                expect(
+                    "address",
+                    record.local == local,
+                    format!("{:?}", record.local.inet()),
+                    format!("{:?}", local.inet()),
+                );
+                let peer = peer_address(fd)
+                    .map_err(live.failed("getpeername"))?
+                    .unwrap_or_default();
+                expect(
+                    "peer",
+                    record.peer == peer,
+                    format!("{:?}", record.peer.inet()),
+                    format!("{:?}", peer.inet()),
+                );
+            }
+        }
+        _ => expect(
+            "address",
+            record.local == local,
+            format!("{:?}", record.local),
+            format!("{local:?}"),
+        ),
+    }
+    // The first bytes of the queue, by a plain look.
+    if let Some(first) = record.queue.first() {
+        let seen = receive(fd, first.data.len(), libc::MSG_PEEK).map_err(live.failed("recvmsg"))?;
+        let data = seen.unwrap_or_default().data;
+        let same = data.is_empty() == first.data.is_empty() && first.data.starts_with(&data);
+        expect(
+            "queued data",
+            same,
+            format!("{} bytes", first.data.len()),
+            "other bytes".into(),
+        );
+    }
+    let mut options = Options::read(fd, record.sort).map_err(live.failed("getsockopt"))?;
+    if matches!(record.role, Role::Tcp(_)) {
+        options = options.of_connection(record.sort);
+    }
+    let differing = record.options.differences(&options, record.sort);
+    expect(
+        "options",
+        differing.is_empty(),
+        "as recorded".into(),
+        format!("different: {}", differing.join(", ")),
+    );
+    Ok(differences)
+}
+
+/// Whether this is a connection to the outside that the rollback reset: its peer is not in the record any more.
+fn was_reset_unix(record: &State, found: &UnixSocket, all: &[UnixSocket]) -> bool {
+    let Role::Unix { peer, ended } = record.role else {
+        return false;
+    };
+    let peer_is_there = all.iter().any(|socket| u64::from(socket.inode) == peer);
+    peer != 0 && ended != 3 && found.shutdown == 3 && (peer_is_there || found.peer == Some(0))
+}
+
+/// An internet socket against the kernel's report. A connection that is closed was reset.
+fn inet(
+    record: &State,
+    found: Option<&InetSocket>,
+    expect: &mut impl FnMut(&str, bool, String, String),
+) {
+    match (&record.role, found) {
+        (Role::Listening { backlog, waiting }, Some(now)) => {
+            expect(
+                "state",
+                now.state == state::LISTEN,
+                "listening".into(),
+                now.state.to_string(),
+            );
+            expect(
+                "backlog",
+                *backlog == now.send_queue,
+                backlog.to_string(),
+                now.send_queue.to_string(),
+            );
+            let count = now.receive_queue as usize;
+            // Those that waited and were accepted since are reset and reported.
+            expect(
+                "waiting connections",
+                count <= waiting.len(),
+                waiting.len().to_string(),
+                count.to_string(),
+            );
+        }
+        (Role::Listening { .. }, None) => {
+            expect("state", false, "listening".into(), "closed".into())
+        }
+        (Role::Tcp(connection), Some(now)) => {
+            expect(
+                "state",
+                connection.state == now.state,
+                connection.state.to_string(),
+                now.state.to_string(),
+            );
+            let addresses = (record.local.inet(), record.peer.inet());
+            let same = addresses == (Some(now.local), Some(now.remote));
+            expect(
+                "addresses",
+                same,
+                format!("{addresses:?}"),
+                format!("{:?}", (now.local, now.remote)),
+            );
+        }
+        (Role::Plain { .. }, Some(now)) if record.sort.protocol == libc::IPPROTO_TCP => {
+            expect(
+                "state",
+                now.state == state::CLOSE,
+                "closed".into(),
+                now.state.to_string(),
+            );
+        }
+        _ => {}
+    }
+}
