@@ -673,6 +673,40 @@ fn of_two_creations_at_once_one_wins() {
 }
 
 #[test]
+fn a_creation_that_is_interrupted_leaves_nothing() {
+    let containers = Containers::new();
+    let bundle = containers.bundle("bundle", &["busybox"]);
+    let hooked = containers.session.scratch().join("hooked");
+    let script = format!(
+        "touch {0}; while [ -e {0} ]; do sleep 0.01; done",
+        hooked.display()
+    );
+    configure(&bundle, |config| {
+        config["hooks"] =
+            json!({ "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", script] }] });
+    });
+    let id = &unique("interrupted");
+    for verb in [&["create"][..], &["run", "--detach"]] {
+        let mut command = containers.session.command();
+        command
+            .args(verb)
+            .args(["--bundle", text(&bundle), id])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut creation = command.spawn().unwrap();
+        wait::until("the hook runs", || hooked.exists());
+        kill(Pid::from_raw(creation.id().cast_signed()), Signal::SIGINT).unwrap();
+        fs::remove_file(&hooked).unwrap();
+        assert_eq!(
+            creation.wait().unwrap().code(),
+            Some(128 + Signal::SIGINT as i32)
+        );
+        assert_eq!(left(&containers), [] as [String; 0]);
+        assert_eq!(cgroups(id), [] as [PathBuf; 0]);
+    }
+}
+
+#[test]
 fn hooks_see_the_container() {
     let containers = Containers::new();
     let bundle = containers.script("bundle", "true");

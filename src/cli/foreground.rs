@@ -15,7 +15,8 @@ use crate::container::children;
 use crate::container::create::Child;
 use crate::kernel::{disposition, pidfd};
 
-/// Signals wait here, from before the container is created until it is attended to, so that none is lost between.
+/// Signals wait here, from before the container is created until it is attended to, so that none is lost between and
+/// none ends us half-way.
 #[derive(Debug)]
 pub(super) struct Signals {
     waiting: SignalFd,
@@ -44,6 +45,19 @@ impl Signals {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let waiting = SignalFd::with_flags(&held, flags).context("creating a signalfd")?;
         Ok(Signals { waiting, before })
+    }
+
+    /// The signal that asked us to stop meanwhile, if one did.
+    pub(super) fn interruption(&self) -> anyhow::Result<Option<Signal>> {
+        while let Some(info) = self.waiting.read_signal().context("reading the signalfd")? {
+            match Signal::try_from(info.ssi_signo.cast_signed()) {
+                Ok(signal @ (Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP)) => {
+                    return Ok(Some(signal));
+                }
+                _ => continue,
+            }
+        }
+        Ok(None)
     }
 
     /// Sends on what has come in.

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Context;
-use nix::sys::signal::SigSet;
-
+use super::create::finished;
 use super::foreground::{Signals, attend};
 use super::terminal::Console;
 use super::{Global, Status, UsageError};
@@ -12,7 +10,8 @@ use crate::container::create::{self, Child, Options};
 use crate::container::{config, lifecycle};
 
 pub(super) fn run(global: &Global, args: &liboci_cli::Run) -> anyhow::Result<Status> {
-    let mut options = Options {
+    let signals = Signals::hold()?;
+    let options = Options {
         root: &global.root,
         id: &args.container_id,
         bundle: &args.bundle,
@@ -21,18 +20,16 @@ pub(super) fn run(global: &Global, args: &liboci_cli::Run) -> anyhow::Result<Sta
         preserve_fds: args.preserve_fds,
         no_pivot: args.no_pivot,
         no_new_keyring: args.no_new_keyring,
-        mask: SigSet::thread_get_mask().context("reading the signal mask")?,
+        mask: signals.before,
     };
     if args.detach {
         started(&options)?;
-        return Ok(Status::Done);
+        return finished(global, &args.container_id, &signals);
     }
     if args.console_socket.is_some() {
         return Err(UsageError("--console-socket makes sense only with --detach".into()).into());
     }
 
-    let signals = Signals::hold()?;
-    options.mask = signals.before;
     let console = if config::has_terminal(&args.bundle, &args.container_id)? {
         Some(Console::listen(&global.root)?)
     } else {
