@@ -80,6 +80,8 @@ struct Planned {
 pub struct Batch {
     steps: Vec<Planned>,
     data: Vec<u8>,
+    /// Offsets into `data`: there stands the address of the other place.
+    pointers: Vec<(usize, usize)>,
 }
 
 impl Batch {
@@ -117,6 +119,13 @@ impl Batch {
         self.data.resize(at + len, 0);
         self.align();
         Output(at..at + len)
+    }
+
+    /// Has byte `offset` (a multiple of 8) of `holder` hold the address of `pointee` when the batch starts.
+    pub fn point(&mut self, holder: &Output, offset: usize, pointee: &Output) {
+        assert!(offset + 8 <= holder.0.len() && offset.is_multiple_of(8));
+        self.pointers
+            .push((holder.0.start + offset, pointee.0.start));
     }
 
     fn align(&mut self) {
@@ -182,8 +191,13 @@ impl Batch {
         self.steps.iter().map(encode).collect()
     }
 
-    pub(super) fn data(&self) -> &[u8] {
-        &self.data
+    /// The data as it is to be placed at `data_at` in the target.
+    pub(super) fn data(&self, data_at: u64) -> Vec<u8> {
+        let mut data = self.data.clone();
+        for (holder, pointee) in &self.pointers {
+            data[*holder..holder + 8].copy_from_slice(&(data_at + *pointee as u64).to_ne_bytes());
+        }
+        data
     }
 }
 

@@ -231,7 +231,8 @@ fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<
         .context(|| "take the liveness lock".into())?;
     target.window.write(CODE_SIZE, control.as_bytes());
     target.window.write(STEPS_OFFSET, steps.as_bytes());
-    target.window.write(DATA_OFFSET, batch.data());
+    let mut data = batch.data(target.address_of(DATA_OFFSET));
+    target.window.write(DATA_OFFSET, &data);
 
     thread.state.mask_differs = true;
     ptrace::set_signal_mask(tid, u64::MAX).context(|| format!("block signals of {tid}"))?;
@@ -247,7 +248,6 @@ fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<
 
     let mut results = vec![Step::default(); steps.len()];
     target.window.read(STEPS_OFFSET, results.as_mut_bytes());
-    let mut data = vec![0; batch.data().len()];
     target.window.read(DATA_OFFSET, &mut data);
     Ok(Outputs {
         results: results.iter().map(|step| step.result).collect(),

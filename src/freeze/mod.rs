@@ -6,6 +6,7 @@
 mod batch;
 mod discover;
 mod inject;
+mod pass;
 mod stopped;
 mod tree;
 

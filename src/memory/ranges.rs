@@ -1,0 +1,154 @@
+//! Sets of addresses as sorted, disjoint ranges.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Addresses `[start, end)`, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct Span {
+    /// First address.
+    pub start: u64,
+    /// First address after it.
+    pub end: u64,
+}
+
+impl Span {
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.start >= self.end
+    }
+}
+
+/// A set of addresses: spans in order, disjoint, none empty, no two adjacent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ranges(Vec<Span>);
+
+impl Ranges {
+    /// The empty set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a span; cheapest if it begins at or after the end of all the set holds.
+    pub fn push(&mut self, span: Span) {
+        if span.is_empty() {
+            return;
+        }
+        match self.0.last_mut() {
+            Some(last) if last.end == span.start => last.end = span.end,
+            Some(last) if last.end > span.start => {
+                let merged = std::mem::take(self).union(&Self(vec![span]));
+                *self = merged;
+            }
+            _ => self.0.push(span),
+        }
+    }
+
+    /// The spans in order.
+    pub fn spans(&self) -> &[Span] {
+        &self.0
+    }
+
+    /// Whether it is empty.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Number of bytes in it.
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().map(Span::len).sum()
+    }
+
+    /// Number of 4 KiB pages in it.
+    pub fn pages(&self) -> u64 {
+        self.bytes() / super::PAGE
+    }
+
+    /// What is in either.
+    pub fn union(&self, other: &Self) -> Self {
+        self.combine(other, |a, b| a || b)
+    }
+
+    /// What is in both.
+    pub fn intersection(&self, other: &Self) -> Self {
+        self.combine(other, |a, b| a && b)
+    }
+
+    /// What is in this and not in the other.
+    pub fn difference(&self, other: &Self) -> Self {
+        self.combine(other, |a, b| a && !b)
+    }
+
+    /// Sweeps over both and keeps what `keep` says; `keep(false, false)` must be false.
+    fn combine(&self, other: &Self, keep: impl Fn(bool, bool) -> bool) -> Self {
+        let mut result = Self::new();
+        let (mut i, mut j) = (0, 0);
+        let mut at = 0;
+        while i < self.0.len() || j < other.0.len() {
+            let a = self.0.get(i);
+            let b = other.0.get(j);
+            let in_a = a.is_some_and(|span| span.start <= at);
+            let in_b = b.is_some_and(|span| span.start <= at);
+            let next = |span: Option<&Span>, inside: bool| {
+                span.map_or(u64::MAX, |span| if inside { span.end } else { span.start })
+            };
+            let to = next(a, in_a).min(next(b, in_b));
+            if keep(in_a, in_b) {
+                result.push(Span { start: at, end: to });
+            }
+            at = to;
+            i += usize::from(a.is_some_and(|span| span.end <= at));
+            j += usize::from(b.is_some_and(|span| span.end <= at));
+        }
+        result
+    }
+}
+
+impl FromIterator<Span> for Ranges {
+    fn from_iter<I: IntoIterator<Item = Span>>(spans: I) -> Self {
+        let mut ranges = Self::new();
+        spans.into_iter().for_each(|span| ranges.push(span));
+        ranges
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn model(ranges: &Ranges) -> BTreeSet<u64> {
+        ranges.spans().iter().flat_map(|span| span.start..span.end).collect()
+    }
+
+    fn ranges() -> impl Strategy<Value = Ranges> {
+        proptest::collection::vec((0u64..60, 1u64..8), 0..12).prop_map(|spans| {
+            spans.into_iter().map(|(start, len)| Span { start, end: start + len }).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn set_algebra(a in ranges(), b in ranges()) {
+            prop_assert_eq!(model(&a.union(&b)), &model(&a) | &model(&b));
+            prop_assert_eq!(model(&a.intersection(&b)), &model(&a) & &model(&b));
+            prop_assert_eq!(model(&a.difference(&b)), &model(&a) - &model(&b));
+        }
+
+        #[test]
+        fn spans_are_in_order_and_apart(a in ranges(), b in ranges()) {
+            for set in [&a, &a.union(&b), &a.difference(&b)] {
+                prop_assert!(set.spans().iter().all(|span| !span.is_empty()));
+                prop_assert!(set.spans().windows(2).all(|pair| pair[0].end < pair[1].start));
+            }
+        }
+    }
+}
