@@ -1,11 +1,9 @@
 //! `exec`: run another program in a running container.
 
-use anyhow::Context;
-use nix::sys::signal::SigSet;
-
 use super::foreground::{Signals, attend};
 use super::terminal::Console;
 use super::{Global, Status, UsageError, output};
+use crate::container::children;
 use crate::container::exec::{Options, Prepared};
 
 /// runc's exit status when the program could not be started, out of the way of what programs return.
@@ -22,6 +20,7 @@ pub(super) fn run(global: &Global, args: &liboci_cli::Exec) -> anyhow::Result<St
 }
 
 fn start(global: &Global, args: &liboci_cli::Exec) -> anyhow::Result<Status> {
+    let signals = Signals::hold()?;
     let options = Options {
         root: &global.root,
         id: &args.container_id,
@@ -44,13 +43,18 @@ fn start(global: &Global, args: &liboci_cli::Exec) -> anyhow::Result<Status> {
         preserve_fds: args.preserve_fds,
         ignore_paused: args.ignore_paused,
         cgroup: args.cgroup.as_deref(),
-        mask: SigSet::thread_get_mask().context("reading the signal mask")?,
+        mask: signals.before,
     };
     if args.detach {
         Prepared::new(options)?.start()?;
-        return Ok(Status::Done);
+        return match signals.interruption()? {
+            Some(signal) => {
+                children::abandon();
+                Ok(Status::Program(128 + signal as u8))
+            }
+            None => Ok(Status::Done),
+        };
     }
-    let signals = Signals::hold()?;
     let prepared = Prepared::new(options)?;
     let console = match (prepared.has_terminal(), &args.console_socket) {
         (true, None) => Some(Console::listen(&global.root)?),
