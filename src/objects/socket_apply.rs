@@ -10,9 +10,9 @@ use nix::errno::Errno;
 use super::Error;
 use super::execute::{Effects, Reach};
 use super::model::ObjectId;
-use super::socket::{State, own};
+use super::socket::{Role, State, own};
 use super::socket_options::Options;
-use super::socket_queue::{drain, fill, fill_tcp};
+use super::socket_queue::{drain, drain_tcp, fill, fill_tcp};
 use super::tcp;
 use crate::kernel::sock_diag::SockDiag;
 use crate::kernel::socket::{
@@ -234,7 +234,15 @@ fn refill(
     reach: &Reach<'_>,
     effects: &mut Effects,
 ) -> Result<(), Error> {
-    drain(fd, record.shape()).map_err(own("recvmsg"))?;
+    match (&record.role, senders) {
+        (Role::Tcp(_), [Some(sender)]) => {
+            let sender = reach.duplicate(*sender)?;
+            drain_tcp(fd, sender.as_fd()).map_err(own("taking queued TCP data"))?;
+        }
+        _ => drain(fd, record.shape())
+            .map(drop)
+            .map_err(own("recvmsg"))?,
+    }
     let mut lost = 0;
     for (message, sender) in record.queue.iter().zip(senders) {
         match sender {

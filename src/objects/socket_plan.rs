@@ -407,7 +407,8 @@ impl<'a> Planner<'a> {
                 Some((_, connection))
                     if connection.state == before.state && before.state == state::ESTABLISHED =>
                 {
-                    self.step(id, Step::Queue(vec![Some(other); record.queue.len()]));
+                    // Named also if nothing waited: what is on the way from it must be taken.
+                    self.step(id, Step::Queue(vec![Some(other)]));
                     Ok(())
                 }
                 _ => self.make(id, Recipe::Pair(other)),

@@ -209,6 +209,25 @@ pub(super) fn fill_tcp(
     }
 }
 
+/// Takes everything that waits at `reader`, and what its peer `writer` sends as room comes free.
+///
+/// # Errors
+/// As recvmsg(2); `ETIMEDOUT` if what is on the way does not arrive.
+pub(super) fn drain_tcp(reader: BorrowedFd<'_>, writer: BorrowedFd<'_>) -> nix::Result<()> {
+    let started = Instant::now();
+    loop {
+        drain(reader, Shape::Stream)?;
+        acknowledge(reader)?;
+        if unsent(writer)? == 0 && unread(reader)? == 0 {
+            return Ok(());
+        }
+        if started.elapsed() > LOOPBACK_DEADLINE {
+            return Err(Errno::ETIMEDOUT);
+        }
+        std::thread::yield_now();
+    }
+}
+
 /// Has a delayed acknowledgement sent now (tcp(7), `TCP_QUICKACK`), so that the other end's [`unsent`] tells what the
 /// reader does not have. An even value does not switch to quick acknowledgements.
 pub(super) fn acknowledge(reader: BorrowedFd<'_>) -> nix::Result<()> {
