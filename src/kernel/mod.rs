@@ -1,5 +1,6 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
+pub mod anonymous;
 pub mod confined;
 pub mod disposition;
 pub mod kcmp;
