@@ -52,6 +52,11 @@ pub fn files(one: (Pid, RawFd), other: (Pid, RawFd)) -> Result<Ordering, Errno> 
     ordering(result).ok_or(Errno::EINVAL)
 }
 
+/// Compares the tables of file descriptors of two tasks; as [`files`].
+pub fn tables(one: Pid, other: Pid) -> Result<Ordering, Errno> {
+    ordering(kcmp(one, other, KCMP_FILES, 0, 0)?).ok_or(Errno::EINVAL)
+}
+
 /// Whether two tasks have the same one.
 pub fn same(one: Pid, other: Pid, what: Shared) -> Result<bool, Errno> {
     let what = match what {

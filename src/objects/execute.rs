@@ -1,11 +1,27 @@
 //! Makes the changes of a plan.
+//!
+//! The order: entries of epoll instances are deleted while numbers are as found; what is gone is made in the keeper; every
+//! table gets its numbers; descriptions get their state, then flags and offsets; epoll entries and locks come last, when all
+//! they refer to is as recorded. Duplicates of ours are gone when this returns.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use super::Error;
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use super::capture::{Capture, holders};
+use super::file;
 use super::live::Holder;
-use super::model::{ObjectId, Place};
+use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Source};
+use super::plan::{PipePlan, Plan, Settle, homes};
+use super::state::{Change, State};
+use super::table::TablePlan;
+use super::transfer::{self, Passage};
+use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make};
+use crate::freeze::{Batch, Stopped};
+use crate::kernel::pidfd;
+use crate::kernel::socket::{SO_COOKIE, u64_option};
 
 /// What carrying out a plan did that users are told of.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -39,7 +55,7 @@ impl Reach<'_> {
     pub fn duplicate(&self, id: ObjectId) -> Result<OwnedFd, Error> {
         let missing = Error::Own {
             call: "finding a descriptor",
-            errno: nix::errno::Errno::EBADF,
+            errno: Errno::EBADF,
         };
         let Some(place) = self.place(id) else {
             return Err(missing);
@@ -47,6 +63,494 @@ impl Reach<'_> {
         match self.holder(place.pid) {
             Some(holder) => holder.duplicate(place.fd),
             None => Err(missing),
+        }
+    }
+}
+
+/// Carries out a plan. After an error the tree is neither as it was nor as recorded.
+///
+/// What had to be made anew has another identity (inode, cookie) from now on; `capture` learns it, so that the next rollback
+/// finds it.
+pub fn execute(
+    stopped: &mut Stopped<'_>,
+    capture: &mut Capture,
+    plan: &Plan,
+) -> Result<Effects, Error> {
+    let mut effects = Effects {
+        kept: plan.kept.clone(),
+        ..Effects::default()
+    };
+    if plan.is_empty() {
+        return Ok(effects);
+    }
+    let holders = holders(stopped);
+    let mut work = Work {
+        stopped,
+        holders: &holders,
+        effects: &mut effects,
+    };
+    work.forget(&plan.forget)?;
+    let made = work.make(capture, plan)?;
+    for table in &plan.tables {
+        work.table(table, &made)?;
+    }
+    adopt(&mut capture.recorded, &made, plan)?;
+    drop(made);
+
+    let recorded = &capture.recorded;
+    let places = recorded
+        .descriptions
+        .keys()
+        .filter_map(|id| Some((*id, recorded.places(*id).next()?)))
+        .collect();
+    let reach = Reach {
+        holders: &holders,
+        places,
+    };
+    for pipe in &plan.pipes {
+        refill(recorded, &reach, pipe)?;
+    }
+    socket_apply::apply(&plan.sockets.changes, &reach, work.effects)?;
+    for (id, change) in &plan.changes {
+        apply(*id, change, &reach)?;
+    }
+    work.settle(&reach, &plan.settle)?;
+    work.watch(recorded, &plan.watch)?;
+    work.lock(&reach, &plan.locks)?;
+    socket_diag::close();
+    Ok(effects)
+}
+
+struct Work<'a, 't> {
+    stopped: &'a mut Stopped<'t>,
+    holders: &'a BTreeMap<i32, Holder>,
+    effects: &'a mut Effects,
+}
+
+fn own(call: &'static str) -> impl Fn(Errno) -> Error {
+    move |errno| Error::Own { call, errno }
+}
+
+impl Work<'_, '_> {
+    fn holder(&self, pid: i32) -> Result<&Holder, Error> {
+        self.holders
+            .get(&pid)
+            .ok_or_else(|| own("finding a process")(Errno::ESRCH))
+    }
+
+    /// Runs a batch all of whose steps have to work.
+    fn run(&mut self, pid: i32, batch: &Batch) -> Result<crate::freeze::Outputs, Error> {
+        let outputs = self.stopped.run(Pid::from_raw(pid), batch)?;
+        match outputs.first_failure() {
+            None => Ok(outputs),
+            Some((step, errno)) => Err(transfer::failed(pid, step, errno)),
+        }
+    }
+
+    /// Deletes epoll entries. One that is gone already is as it should be.
+    fn forget(&mut self, entries: &[(Place, i32)]) -> Result<(), Error> {
+        let mut batches: BTreeMap<i32, Batch> = BTreeMap::new();
+        for (instance, fd) in entries {
+            epoll::delete(batches.entry(instance.pid).or_default(), instance.fd, *fd);
+        }
+        for (pid, batch) in batches {
+            self.stopped.run(Pid::from_raw(pid), &batch)?;
+        }
+        Ok(())
+    }
+
+    /// Makes what is gone, and takes duplicates of what must be passed on, in our own table.
+    fn make(
+        &mut self,
+        capture: &Capture,
+        plan: &Plan,
+    ) -> Result<BTreeMap<ObjectId, OwnedFd>, Error> {
+        let recorded = &capture.recorded;
+        let mut made = BTreeMap::new();
+        for (id, place) in &plan.fetch {
+            made.insert(*id, self.holder(place.pid)?.duplicate(place.fd)?);
+        }
+        let mut pipes: BTreeMap<Inode, (OwnedFd, OwnedFd)> = BTreeMap::new();
+        for (id, source) in &plan.make {
+            let description = &recorded.descriptions[id];
+            let fd = match &description.state {
+                State::Pipe(_) => make_pipe_end(capture, description, source, &mut pipes)?,
+                State::File(state) => open_file(capture, *id, description, state, source)?,
+                State::Eventfd(state) => state.make()?,
+                State::Timerfd(state) => state.make()?,
+                State::Signalfd(state) => state.make()?,
+                State::Inotify(state) => {
+                    state.make(recorded.places(*id).next().map_or(0, |place| place.pid))?
+                }
+                State::Epoll(_) => {
+                    crate::kernel::anonymous::epoll().map_err(own("epoll_create1"))?
+                }
+                // All at once, below.
+                State::Socket(_) => continue,
+            };
+            made.insert(*id, fd);
+        }
+        if !plan.sockets.make.is_empty() {
+            let reach = Reach {
+                holders: self.holders,
+                places: plan.places.clone(),
+            };
+            let sockets = recorded.sockets();
+            let homes = homes(recorded);
+            made.extend(socket_make::make(
+                &plan.sockets,
+                &sockets,
+                &homes,
+                &reach,
+                self.effects,
+            )?);
+        }
+        Ok(made)
+    }
+
+    /// Gives one table its numbers.
+    fn table(&mut self, plan: &TablePlan, made: &BTreeMap<ObjectId, OwnedFd>) -> Result<(), Error> {
+        let mut batch = Batch::new();
+        for fd in &plan.close {
+            close(&mut batch, *fd);
+        }
+        for (from, spare) in &plan.stash {
+            duplicate(&mut batch, *from, *spare, true);
+        }
+        for fd in &plan.close_stashed {
+            close(&mut batch, *fd);
+        }
+        for messages in plan.receive.chunks(transfer::AT_ONCE) {
+            let descriptors: Vec<BorrowedFd<'_>> = messages
+                .iter()
+                .map(|(id, _)| made.get(id).map(AsFd::as_fd))
+                .collect::<Option<_>>()
+                .ok_or_else(|| own("finding what was made")(Errno::EBADF))?;
+            let passage = Passage::open(&mut batch);
+            let outputs = self.run(plan.pid, &batch)?;
+            let landing = passage.send(&outputs, self.holder(plan.pid)?, &descriptors)?;
+            batch = Batch::new();
+            for (_, spare) in messages {
+                landing.receive(&mut batch, *spare);
+            }
+            landing.close(&mut batch);
+        }
+        for (from, to, close_on_exec) in &plan.place {
+            self.make_room(plan.pid, &mut batch, 4, 0)?;
+            duplicate(&mut batch, *from, *to, *close_on_exec);
+        }
+        for fd in plan.spare() {
+            self.make_room(plan.pid, &mut batch, 4, 0)?;
+            close(&mut batch, fd);
+        }
+        for (fd, close_on_exec) in &plan.close_on_exec {
+            self.make_room(plan.pid, &mut batch, 4, 0)?;
+            let flag = if *close_on_exec { libc::FD_CLOEXEC } else { 0 };
+            let arguments = [(*fd).into(), libc::F_SETFD.into(), flag.into()];
+            let step = batch.call(libc::SYS_fcntl, &arguments);
+            batch.must_succeed(step);
+        }
+        self.run(plan.pid, &batch).map(drop)
+    }
+
+    /// Runs what a batch has so far if it is nearly full.
+    fn make_room(
+        &mut self,
+        pid: i32,
+        batch: &mut Batch,
+        steps: usize,
+        data: usize,
+    ) -> Result<(), Error> {
+        if !batch.has_room(steps, data) {
+            self.run(pid, &std::mem::take(batch))?;
+        }
+        Ok(())
+    }
+
+    /// Sets flags, offsets and owners.
+    fn settle(&mut self, reach: &Reach<'_>, settle: &[(ObjectId, Settle)]) -> Result<(), Error> {
+        let mut batches: BTreeMap<i32, Batch> = BTreeMap::new();
+        for (id, settle) in settle {
+            let Some(place) = reach.place(*id) else {
+                continue;
+            };
+            let batch = batches.entry(place.pid).or_default();
+            self.make_room(place.pid, batch, 6, 64)?;
+            if let Some(offset) = settle.offset {
+                let arguments = [place.fd.into(), offset.into(), libc::SEEK_SET.into()];
+                let step = batch.call(libc::SYS_lseek, &arguments);
+                batch.must_succeed(step);
+            }
+            if let Some(owner) = settle.owner {
+                set_owner(batch, place.fd, owner);
+            }
+            if let Some(flags) = settle.flags {
+                let arguments = [place.fd.into(), libc::F_SETFL.into(), flags.into()];
+                let step = batch.call(libc::SYS_fcntl, &arguments);
+                batch.must_succeed(step);
+            }
+        }
+        for (pid, batch) in batches {
+            self.run(pid, &batch)?;
+        }
+        Ok(())
+    }
+
+    /// Sets epoll entries, those of inner instances first.
+    fn watch(
+        &mut self,
+        recorded: &Recorded,
+        entries: &[(ObjectId, epoll::Entry)],
+    ) -> Result<(), Error> {
+        // An entry is set in the process in whose table its number is what it watches.
+        for run in entries.chunk_by(|(_, a), (_, b)| a.pid == b.pid) {
+            let pid = run[0].1.pid;
+            let mut rest = run.iter().peekable();
+            while rest.peek().is_some() {
+                let mut batch = Batch::new();
+                let mut settings = Vec::new();
+                while batch.has_room(epoll::STEPS_TO_SET, epoll::DATA_TO_SET)
+                    && let Some((id, entry)) = rest.next()
+                {
+                    let place = recorded.places(*id).find(|place| place.pid == pid);
+                    let place =
+                        place.ok_or_else(|| own("finding an epoll instance")(Errno::EBADF))?;
+                    settings.push((epoll::set(&mut batch, place.fd, entry), place, entry));
+                }
+                let outputs = self.stopped.run(Pid::from_raw(pid), &batch)?;
+                for (setting, place, entry) in settings {
+                    if let Err(errno) = setting.result(&outputs) {
+                        return Err(Error::Descriptor {
+                            what: format!("fd {}: epoll entry for fd {}", place.fd, entry.fd),
+                            pid,
+                            call: "epoll_ctl",
+                            errno,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops and takes locks.
+    fn lock(&mut self, reach: &Reach<'_>, change: &locks::Change) -> Result<(), Error> {
+        let drop = change.drop.iter().map(|lock| (lock, true));
+        let take = change.take.iter().map(|lock| (lock, false));
+        for (lock, unlock) in drop.chain(take) {
+            match lock.owner {
+                locks::Owner::Flock(id) | locks::Owner::Description(id) => {
+                    locks::apply(reach.duplicate(id)?, lock, unlock)?;
+                }
+                locks::Owner::Process(place) => {
+                    let mut batch = Batch::new();
+                    let step = locks::apply_in_process(&mut batch, place.fd, lock, unlock);
+                    let outputs = self.stopped.run(Pid::from_raw(place.pid), &batch)?;
+                    match outputs.result(step) {
+                        // One to be dropped went with its number.
+                        Ok(_) | Err(Errno::EBADF) if unlock => {}
+                        Ok(_) => {}
+                        Err(errno) => {
+                            return Err(Error::Descriptor {
+                                what: format!("fd {}", place.fd),
+                                pid: place.pid,
+                                call: "F_SETLK",
+                                errno,
+                            });
+                        }
+                    }
+                }
+                locks::Owner::Foreign => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn close(batch: &mut Batch, fd: i32) {
+    batch.call(libc::SYS_close, &[fd.into()]);
+}
+
+fn duplicate(batch: &mut Batch, from: i32, to: i32, close_on_exec: bool) {
+    let flags = if close_on_exec { libc::O_CLOEXEC } else { 0 };
+    let step = batch.call(libc::SYS_dup3, &[from.into(), to.into(), flags.into()]);
+    batch.must_succeed(step);
+}
+
+fn set_owner(batch: &mut Batch, fd: i32, owner: Owner) {
+    const F_SETSIG: i32 = 10;
+    const F_SETOWN_EX: i32 = 15;
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&owner.kind.to_ne_bytes());
+    bytes[4..].copy_from_slice(&owner.id.to_ne_bytes());
+    let argument = batch.input(&bytes);
+    for (command, argument) in [(F_SETOWN_EX, argument), (F_SETSIG, owner.signal.into())] {
+        let step = batch.call(libc::SYS_fcntl, &[fd.into(), command.into(), argument]);
+        batch.must_succeed(step);
+    }
+}
+
+fn in_proc(place: &Place) -> String {
+    format!("/proc/{}/fd/{}", place.pid, place.fd)
+}
+
+fn open_file(
+    capture: &Capture,
+    id: ObjectId,
+    description: &Description,
+    state: &file::State,
+    source: &Source,
+) -> Result<OwnedFd, Error> {
+    let common = &description.common;
+    let gone = || own("open")(Errno::ENOENT);
+    let through =
+        |fd: BorrowedFd<'_>| file::reopen(&format!("/proc/self/fd/{}", fd.as_raw_fd()), common);
+    match (source, state.form) {
+        (Source::New, file::Form::Process(pid)) => {
+            pidfd::open(Pid::from_raw(pid)).map_err(own("pidfd_open"))
+        }
+        (Source::Pin, _) => through(capture.pins.get(&id).ok_or_else(gone)?.as_fd()),
+        (Source::Path(pid), _) => {
+            let at = file::locate(*pid, &state.path, common).ok_or_else(gone)?;
+            if common.flags & libc::O_PATH != 0 {
+                Ok(at)
+            } else {
+                through(at.as_fd())
+            }
+        }
+        (Source::Inode(place), _) => file::reopen(&in_proc(place), common),
+        (Source::New | Source::Nowhere(_), _) => Err(gone()),
+    }
+}
+
+/// Makes an end of a pipe: of one that is still open somewhere, or of a new one, made with the first of its ends.
+fn make_pipe_end(
+    capture: &Capture,
+    description: &Description,
+    source: &Source,
+    made: &mut BTreeMap<Inode, (OwnedFd, OwnedFd)>,
+) -> Result<OwnedFd, Error> {
+    let common = &description.common;
+    let access = common.flags & libc::O_ACCMODE;
+    let State::Pipe(state) = &description.state else {
+        return Err(own("open")(Errno::EINVAL));
+    };
+    match source {
+        Source::Inode(place) => pipe::open(&in_proc(place), access),
+        Source::Path(pid) => {
+            let path = state.fifo.as_deref().unwrap_or_default();
+            let at = file::locate(*pid, path, common).ok_or_else(|| own("open")(Errno::ENOENT))?;
+            pipe::open(&format!("/proc/self/fd/{}", at.as_raw_fd()), access)
+        }
+        Source::New | Source::Pin | Source::Nowhere(_) => {
+            let inode = common.inode();
+            if !made.contains_key(&inode) {
+                let recorded = capture.recorded.pipes.get(&inode);
+                let recorded = recorded.ok_or_else(|| own("pipe2")(Errno::ENOENT))?;
+                made.insert(inode, pipe::make(recorded)?);
+            }
+            let any = made[&inode].0.as_raw_fd();
+            pipe::open(&format!("/proc/self/fd/{any}"), access)
+        }
+    }
+}
+
+/// Learns the identity of what was made anew.
+fn adopt(
+    recorded: &mut Recorded,
+    made: &BTreeMap<ObjectId, OwnedFd>,
+    plan: &Plan,
+) -> Result<(), Error> {
+    let mut moved: BTreeMap<Inode, Inode> = BTreeMap::new();
+    let mut sockets = BTreeMap::new();
+    for (id, _) in &plan.make {
+        let (Some(fd), Some(description)) = (made.get(id), recorded.descriptions.get_mut(id))
+        else {
+            continue;
+        };
+        let at = nix::sys::stat::fstat(fd.as_raw_fd()).map_err(own("fstat"))?;
+        let (then, now) = (description.common.inode(), (at.st_dev, at.st_ino));
+        if then == now {
+            continue;
+        }
+        (description.common.dev, description.common.ino) = now;
+        if let State::Socket(_) = &description.state {
+            let cookie = u64_option(fd.as_fd(), libc::SOL_SOCKET, SO_COOKIE);
+            sockets.insert(*id, (cookie.map_err(own("SO_COOKIE"))?, now.1));
+        }
+        moved.insert(then, now);
+        for watcher in recorded.descriptions.values_mut() {
+            let State::Epoll(state) = &mut watcher.state else {
+                continue;
+            };
+            for entry in state
+                .entries
+                .iter_mut()
+                .filter(|entry| entry.watches == Some(*id))
+            {
+                entry.inode = (epoll::kernel_device(now.0), now.1);
+            }
+        }
+    }
+    let mut states = BTreeMap::new();
+    for (id, description) in &mut recorded.descriptions {
+        if let State::Socket(state) = &mut description.state {
+            states.insert(*id, state);
+        }
+    }
+    plan.sockets.adopt(&mut states, &sockets);
+    for (then, now) in moved {
+        if let Some(mut pipe) = recorded.pipes.remove(&then) {
+            pipe.inode = now;
+            recorded.pipes.insert(now, pipe);
+        }
+    }
+    Ok(())
+}
+
+/// Puts back the content of a pipe that is still there.
+fn refill(recorded: &Recorded, reach: &Reach<'_>, plan: &PipePlan) -> Result<(), Error> {
+    let end = |access: i32| {
+        let wanted = |description: &&Description| {
+            description.common.inode() == plan.inode
+                && (description.common.can_write() == (access == libc::O_WRONLY)
+                    || description.common.flags & libc::O_ACCMODE == libc::O_RDWR)
+        };
+        let mut ends = recorded.descriptions.iter();
+        match ends.find(|(_, description)| wanted(description)) {
+            Some((id, _)) => reach.duplicate(*id),
+            None => {
+                let other = recorded
+                    .descriptions
+                    .iter()
+                    .find(|(_, description)| description.common.inode() == plan.inode)
+                    .and_then(|(id, _)| reach.place(*id))
+                    .ok_or_else(|| own("finding a pipe")(Errno::EBADF))?;
+                pipe::open(&in_proc(&other), access)
+            }
+        }
+    };
+    let reading = end(libc::O_RDONLY)?;
+    if plan.content.is_some() {
+        pipe::drain(&reading)?;
+    }
+    if let Some(capacity) = plan.capacity {
+        pipe::set_capacity(&reading, capacity)?;
+    }
+    match &plan.content {
+        Some(content) if !content.bytes.is_empty() => pipe::fill(end(libc::O_WRONLY)?, content),
+        _ => Ok(()),
+    }
+}
+
+fn apply(id: ObjectId, change: &Change, reach: &Reach<'_>) -> Result<(), Error> {
+    match change {
+        Change::Eventfd(change) => change.apply(reach.duplicate(id)?),
+        Change::Timerfd(change) => change.apply(reach.duplicate(id)?),
+        Change::Signalfd(state) => state.apply(reach.duplicate(id)?),
+        Change::Inotify(change) => {
+            let pid = reach.place(id).map_or(0, |place| place.pid);
+            change.apply(reach.duplicate(id)?, pid)
         }
     }
 }

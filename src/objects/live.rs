@@ -19,26 +19,28 @@ pub struct Holder {
     pub pid: i32,
     /// Its name (`comm`).
     pub name: String,
-    pidfd: OwnedFd,
+    pidfd: OnceCell<OwnedFd>,
 }
 
 impl Holder {
-    /// Opens what is needed to reach its descriptors.
-    pub fn new(pid: i32, name: &str) -> Result<Self, Error> {
-        let pidfd = pidfd::open(Pid::from_raw(pid)).map_err(|errno| Error::Own {
+    /// A process; nothing is opened before it is needed.
+    pub fn new(pid: i32, name: &str) -> Self {
+        Self {
+            pid,
+            name: name.to_owned(),
+            pidfd: OnceCell::new(),
+        }
+    }
+
+    fn pidfd(&self) -> Result<BorrowedFd<'_>, Error> {
+        if let Some(pidfd) = self.pidfd.get() {
+            return Ok(pidfd.as_fd());
+        }
+        let pidfd = pidfd::open(Pid::from_raw(self.pid)).map_err(|errno| Error::Own {
             call: "pidfd_open",
             errno,
         })?;
-        Ok(Self {
-            pid,
-            name: name.to_owned(),
-            pidfd,
-        })
-    }
-
-    /// Its pidfd.
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        Ok(self.pidfd.get_or_init(|| pidfd).as_fd())
     }
 
     /// As refusals name it: `pid 12 (redis-server)`.
@@ -48,7 +50,7 @@ impl Holder {
 
     /// A duplicate of one of its descriptors: the same description, close-on-exec. Drop it before the tree runs.
     pub fn duplicate(&self, fd: i32) -> Result<OwnedFd, Error> {
-        pidfd::get_fd(self.pidfd(), fd).map_err(|errno| Error::Descriptor {
+        pidfd::get_fd(self.pidfd()?, fd).map_err(|errno| Error::Descriptor {
             what: format!("fd {fd}"),
             pid: self.pid,
             call: "pidfd_getfd",
@@ -62,6 +64,20 @@ pub fn describe(pid: i32, name: &str) -> String {
     format!("pid {pid} ({name})")
 }
 
+/// What costs next to nothing to ask inside the target, of sockets and pipes; `None` where it was not asked or there is
+/// no such thing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Glance {
+    /// `SO_COOKIE`.
+    pub cookie: Option<u64>,
+    /// `F_GETPIPE_SZ`, bytes.
+    pub capacity: Option<usize>,
+    /// `FIONREAD`: bytes that can be read (of a datagram socket, by the next read).
+    pub unread: Option<usize>,
+    /// `SIOCOUTQ`: bytes sent that the peer has not taken or acknowledged.
+    pub unsent: Option<usize>,
+}
+
 /// One live description, through one of its descriptors.
 #[derive(Debug)]
 pub struct Live<'a> {
@@ -71,17 +87,20 @@ pub struct Live<'a> {
     pub fd: i32,
     /// What all kinds have.
     pub common: Common,
+    /// What was asked of it because a socket or pipe was recorded there.
+    pub glance: Glance,
     link: OnceCell<String>,
     fdinfo: OnceCell<Fdinfo>,
 }
 
 impl<'a> Live<'a> {
     /// The description at this number.
-    pub fn new(holder: &'a Holder, fd: i32, common: Common) -> Self {
+    pub fn new(holder: &'a Holder, fd: i32, common: Common, glance: Glance) -> Self {
         Self {
             holder,
             fd,
             common,
+            glance,
             link: OnceCell::new(),
             fdinfo: OnceCell::new(),
         }

@@ -25,10 +25,22 @@
 //! do not touch the shared flags (`MSG_DONTWAIT`, `RWF_NOWAIT`, `SPLICE_F_NONBLOCK`). A duplicate lives no longer than
 //! the call that made it.
 
+pub mod capture;
+pub mod epoll;
+pub mod eventfd;
 pub mod execute;
 pub mod fdinfo;
+pub mod file;
+pub mod inotify;
 pub mod live;
+pub mod locks;
+pub mod matching;
 pub mod model;
+pub mod observe;
+pub mod pipe;
+pub mod plan;
+pub mod records;
+pub mod signalfd;
 pub mod socket;
 pub mod socket_apply;
 mod socket_diag;
@@ -38,9 +50,21 @@ pub mod socket_plan;
 mod socket_queue;
 mod socket_verify;
 pub mod state;
+pub mod survey;
+pub mod table;
 pub mod tcp;
+pub mod timerfd;
+pub mod transfer;
 mod udp;
 pub mod unix;
+pub mod verify;
+
+pub use capture::{Capture, capture};
+pub use execute::{Effects, execute};
+pub use model::{Observed, Recorded};
+pub use observe::observe;
+pub use plan::{Plan, plan, prepare};
+pub use verify::{Difference, verify};
 
 use nix::errno::Errno;
 
@@ -52,6 +76,12 @@ pub enum Error {
     /// Nothing was changed: an object that can't be recorded or brought back.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// Records could not be written or read back.
+    #[error(transparent)]
+    Record(#[from] crate::record::Error),
+    /// The tree could not be looked at or changed.
+    #[error(transparent)]
+    Freeze(#[from] crate::freeze::Error),
     /// The kernel refused a call on a descriptor of the tree.
     #[error("{what} of pid {pid}: {call}: {errno}")]
     Descriptor {

@@ -4,10 +4,18 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::live::describe;
+use super::locks::Lock;
+use super::pipe::Pipe;
+use super::socket;
 use super::state::State;
+use crate::outcome::Refusal;
 
-/// Names a recorded description or table within a context.
-pub type ObjectId = u64;
+/// What stands in the way of something, for a [`Refusal`](crate::outcome::Refusal) whose holder is added later: the object
+/// and the remedy.
+pub type Complaint = (String, String);
+
+pub use crate::record::ObjectId;
 
 /// Where a descriptor is: a process (host PID of its leader) and a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -45,6 +53,21 @@ impl Common {
     /// changed by `F_SETFL`.
     pub fn fixed_flags(&self) -> i32 {
         self.flags & (libc::O_ACCMODE | libc::O_PATH)
+    }
+
+    /// Open for reading.
+    pub fn can_read(&self) -> bool {
+        matches!(self.flags & libc::O_ACCMODE, libc::O_RDONLY | libc::O_RDWR)
+    }
+
+    /// Open for writing.
+    pub fn can_write(&self) -> bool {
+        matches!(self.flags & libc::O_ACCMODE, libc::O_WRONLY | libc::O_RDWR)
+    }
+
+    /// Device and inode.
+    pub fn inode(&self) -> Inode {
+        (self.dev, self.ino)
     }
 
     /// The flags that `F_SETFL` changes (fcntl(2)).
@@ -119,11 +142,62 @@ impl<D: Copy> Table<D> {
 pub struct Recorded {
     /// The file tables.
     pub tables: Vec<Table<ObjectId>>,
-    /// The descriptions. Of those with the same inode, a smaller id means less in the order of
-    /// [`kcmp::files`](crate::kernel::kcmp::files) at the time of the capture.
+    /// The descriptions. Of those that look the same a smaller id means less in the order of
+    /// [`kcmp::files`](crate::kernel::kcmp::files) at the time of the capture; an epoll instance has a greater id than all
+    /// it watches.
     pub descriptions: BTreeMap<ObjectId, Description>,
+    /// The pipes and FIFOs behind the descriptions of their ends, by device and inode.
+    pub pipes: BTreeMap<Inode, Pipe>,
+    /// File locks.
+    pub locks: Vec<Lock>,
     /// Names of the processes, for refusals.
     pub names: BTreeMap<i32, String>,
+}
+
+/// `st_dev` and `st_ino`.
+pub type Inode = (u64, u64);
+
+impl Recorded {
+    /// All places of a description, in the order of tables and numbers.
+    pub fn places(&self, id: ObjectId) -> impl Iterator<Item = Place> {
+        self.tables.iter().flat_map(move |table| {
+            let slots = table
+                .slots
+                .iter()
+                .filter(move |slot| slot.description == id);
+            slots.map(|slot| Place {
+                pid: table.pid(),
+                fd: slot.fd,
+            })
+        })
+    }
+
+    /// The sockets.
+    pub fn sockets(&self) -> BTreeMap<ObjectId, &socket::State> {
+        let sockets =
+            self.descriptions
+                .iter()
+                .filter_map(|(id, description)| match &description.state {
+                    State::Socket(state) => Some((*id, state)),
+                    _ => None,
+                });
+        sockets.collect()
+    }
+
+    /// A refusal about a description, named by its first place.
+    pub fn refuse(&self, id: ObjectId, (object, remedy): Complaint) -> Refusal {
+        let place = self.places(id).next().unwrap_or(Place { pid: 0, fd: -1 });
+        Refusal {
+            object: format!("fd {}: {object}", place.fd),
+            holder: self.holder(place.pid),
+            remedy,
+        }
+    }
+
+    /// A process as refusals name it.
+    pub fn holder(&self, pid: i32) -> String {
+        describe(pid, self.names.get(&pid).map_or("?", String::as_str))
+    }
 }
 
 /// A description found in the tree.
@@ -133,12 +207,41 @@ pub struct LiveDescription {
     pub place: Place,
     /// What all kinds have.
     pub common: Common,
+    /// Who gets `SIGIO`.
+    pub owner: Option<Owner>,
     /// The recorded description it is.
     pub is: Option<ObjectId>,
     /// What its kind adds; `None` for one that was not recorded.
     pub state: Option<State>,
-    /// Who gets `SIGIO`.
-    pub owner: Option<Owner>,
+}
+
+impl Observed {
+    /// The sockets that are recorded ones.
+    pub fn sockets(&self) -> BTreeMap<ObjectId, &socket::State> {
+        let sockets = self
+            .descriptions
+            .iter()
+            .filter_map(|live| match &live.state {
+                Some(State::Socket(state)) => Some((live.is?, state)),
+                _ => None,
+            });
+        sockets.collect()
+    }
+}
+
+/// How a description that is gone can be had again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Opened again by its path, which leads to the same inode, as the process with this host PID sees it.
+    Path(i32),
+    /// Opened again through the keeper's pin.
+    Pin,
+    /// Opened again through a descriptor on the same inode.
+    Inode(Place),
+    /// Made anew from its record.
+    New,
+    /// Not at all.
+    Nowhere(Complaint),
 }
 
 /// What was found in a tree, to be compared with [`Recorded`].
@@ -146,6 +249,16 @@ pub struct LiveDescription {
 pub struct Observed {
     /// The file tables, in the order of [`Recorded::tables`].
     pub tables: Vec<Table<usize>>,
+    /// `RLIMIT_NOFILE` (soft) of each.
+    pub limits: Vec<u64>,
     /// The descriptions behind their numbers.
     pub descriptions: Vec<LiveDescription>,
+    /// Of recorded descriptions that are not among them: how they can be had again.
+    pub gone: BTreeMap<ObjectId, Source>,
+    /// The recorded internal pipes that are still there: capacity and content.
+    pub pipes: BTreeMap<Inode, Pipe>,
+    /// File locks of the tree.
+    pub locks: Vec<Lock>,
+    /// Locks of others on files that the tree had locked.
+    pub foreign_locks: Vec<Lock>,
 }

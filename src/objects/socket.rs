@@ -16,6 +16,7 @@ use crate::kernel::socket::{
     Address, Credentials, Message, SO_COOKIE, SO_NETNS_COOKIE, int_option, local_address,
     peer_address, u64_option,
 };
+use crate::record::Kind;
 
 pub use super::socket_apply::Change;
 pub use super::socket_make::make;
@@ -263,12 +264,13 @@ impl State {
         }
     }
 
-    /// Sockets are planned all together, in [`super::socket_plan`].
-    ///
-    /// # Errors
-    /// None.
-    pub fn difference(&self, _now: &Self) -> Result<Option<Change>, crate::outcome::Refusal> {
-        Ok(None)
+    /// The kind of its record.
+    pub fn record_kind(&self) -> Kind {
+        match (self.sort.family, self.sort.protocol) {
+            (libc::AF_INET | libc::AF_INET6, libc::IPPROTO_TCP) => Kind::TcpSocket,
+            (libc::AF_INET | libc::AF_INET6, _) => Kind::UdpSocket,
+            _ => Kind::UnixSocket,
+        }
     }
 
     /// What differs between the record and the live socket, in words.

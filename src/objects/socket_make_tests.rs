@@ -30,7 +30,7 @@ fn live(holder: &Holder, fd: RawFd) -> Live<'_> {
         mode: stat.st_mode,
         rdev: 0,
     };
-    Live::new(holder, fd, common)
+    Live::new(holder, fd, common, crate::objects::live::Glance::default())
 }
 
 fn borrow(states: &BTreeMap<ObjectId, State>) -> BTreeMap<ObjectId, &State> {
@@ -40,7 +40,7 @@ fn borrow(states: &BTreeMap<ObjectId, State>) -> BTreeMap<ObjectId, &State> {
 impl Recorded {
     fn capture(fds: &[RawFd]) -> Self {
         let pid = std::process::id() as i32;
-        let holders = BTreeMap::from([(pid, Holder::new(pid, "test").expect("holder"))]);
+        let holders = BTreeMap::from([(pid, Holder::new(pid, "test"))]);
         let fds: BTreeMap<ObjectId, RawFd> =
             fds.iter().enumerate().map(|(i, &fd)| (id(i), fd)).collect();
         let states = fds
@@ -146,7 +146,7 @@ impl Recorded {
 }
 
 fn id(index: usize) -> ObjectId {
-    index as u64 + 1
+    ObjectId::from_raw(index as u64 + 1).expect("not zero")
 }
 
 /// The number it gets is given out only once, so that tests which run beside this one leave it alone once it is closed.

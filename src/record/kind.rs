@@ -106,6 +106,8 @@ kinds! {
     Memfd = 59, version 1, "memfd";
     /// An open file description that is kept as it is and not described further.
     OtherFile = 60, version 1, "other file";
+    /// The file locks of a tree.
+    FileLocks = 61, version 1, "file locks";
 }
 
 impl Kind {

@@ -1,0 +1,372 @@
+//! Live state to records.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+
+use nix::unistd::Pid;
+
+use super::live::{Holder, Live};
+use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Slot, Table};
+use super::pipe::Pipe;
+use super::socket_apply::complete;
+use super::socket_plan::inner_tcp;
+use super::state::State;
+use super::survey::{Ask, Expected, Sighting, Survey, compare, sharing, survey};
+use super::{Error, epoll, file, locks, pipe, records, socket, socket_diag};
+use crate::freeze::Stopped;
+use crate::kernel::kcmp;
+use crate::outcome::Refusal;
+use crate::record::Context;
+
+/// What a checkpoint keeps of descriptors between operations.
+#[derive(Debug, Default)]
+pub struct Capture {
+    /// What was recorded.
+    pub recorded: Recorded,
+    /// `O_PATH` descriptors on files that had no path any more.
+    pub pins: BTreeMap<ObjectId, OwnedFd>,
+}
+
+/// The living processes of a stopped tree.
+pub(super) fn holders(stopped: &Stopped<'_>) -> BTreeMap<i32, Holder> {
+    stopped
+        .processes()
+        .filter(|process| !process.is_zombie())
+        .map(|process| {
+            (
+                process.pid.as_raw(),
+                Holder::new(process.pid.as_raw(), &process.comm()),
+            )
+        })
+        .collect()
+}
+
+/// Records all descriptors of a stopped tree, or refuses by name what can't be recorded. Changes nothing in the tree.
+pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Capture, Error> {
+    check_threads(stopped)?;
+    let holders = holders(stopped);
+    let tables = sharing(&holders)?;
+    let found = survey(stopped, &tables, |_, _| Expected {
+        id: None,
+        ask: Ask::No,
+    })?;
+    let lives = lives(&holders, &found)?;
+    let mut states = Vec::with_capacity(lives.len());
+    for live in &lives {
+        states.push(State::capture(live)?);
+    }
+    let pipes = capture_pipes(&lives, &states)?;
+    let watched = resolve(&found, &lives, &mut states)?;
+
+    let mut ids = vec![None; lives.len()];
+    for index in order(&found.descriptions, &states, &watched)? {
+        ids[index] = Some(context.new_object());
+    }
+    let ids: Vec<ObjectId> = ids.into_iter().flatten().collect();
+    debug_assert_eq!(
+        ids.len(),
+        lives.len(),
+        "every description has its place in the order"
+    );
+    for (state, watched) in states.iter_mut().zip(&watched) {
+        if let State::Epoll(state) = state {
+            for (entry, index) in state.entries.iter_mut().zip(watched) {
+                entry.watches = Some(ids[*index]);
+            }
+        }
+    }
+
+    complete_sockets(&ids, &lives, &mut states)?;
+
+    let mut capture = Capture::default();
+    let recorded = &mut capture.recorded;
+    recorded.pipes = pipes;
+    recorded.names = holders
+        .values()
+        .map(|holder| (holder.pid, holder.name.clone()))
+        .collect();
+    for ((state, live), (sighting, id)) in states
+        .into_iter()
+        .zip(&lives)
+        .zip(found.descriptions.iter().zip(&ids))
+    {
+        if let State::File(state) = &state
+            && state.pinned
+        {
+            capture.pins.insert(*id, file::pin(live)?);
+        }
+        let owner = owner(live, sighting)?;
+        recorded.descriptions.insert(
+            *id,
+            Description {
+                common: live.common,
+                owner,
+                state,
+            },
+        );
+    }
+    recorded.tables = found
+        .tables
+        .iter()
+        .map(|table| Table {
+            holders: table.holders.clone(),
+            slots: table
+                .slots
+                .iter()
+                .map(|slot| Slot {
+                    fd: slot.fd,
+                    close_on_exec: slot.close_on_exec,
+                    description: ids[slot.description],
+                })
+                .collect(),
+        })
+        .collect();
+    let by_place: Vec<_> = ids
+        .iter()
+        .zip(&lives)
+        .map(|(id, live)| (*id, live.common, live.place()))
+        .collect();
+    recorded.locks = find_locks(&by_place, &recorded.tables, &holders)?.0;
+    records::write(context, recorded)?;
+    socket_diag::close();
+    Ok(capture)
+}
+
+/// Looks again at the connections that have both ends in the tree.
+fn complete_sockets(
+    ids: &[ObjectId],
+    lives: &[Live<'_>],
+    states: &mut [State],
+) -> Result<(), Error> {
+    let mut sockets: BTreeMap<ObjectId, socket::State> = BTreeMap::new();
+    for (id, state) in ids.iter().zip(&*states) {
+        if let State::Socket(state) = state {
+            sockets.insert(*id, state.clone());
+        }
+    }
+    let ends = inner_tcp(&sockets.iter().map(|(id, state)| (*id, state)).collect());
+    let at: BTreeMap<ObjectId, usize> = ids.iter().copied().zip(0..).collect();
+    complete(&mut sockets, &ends, |id| lives[at[&id]].duplicate())?;
+    for (id, state) in sockets {
+        states[at[&id]] = State::Socket(state);
+    }
+    Ok(())
+}
+
+pub(super) fn find_locks(
+    descriptions: &[(ObjectId, super::model::Common, Place)],
+    tables: &[Table<ObjectId>],
+    holders: &BTreeMap<i32, Holder>,
+) -> Result<(Vec<locks::Lock>, Vec<locks::Lock>), Error> {
+    let slots: Vec<(Place, ObjectId)> = tables
+        .iter()
+        .flat_map(|table| {
+            let place = |fd| Place {
+                pid: table.pid(),
+                fd,
+            };
+            table
+                .slots
+                .iter()
+                .map(move |slot| (place(slot.fd), slot.description))
+        })
+        .collect();
+    let pids: BTreeSet<i32> = holders.keys().copied().collect();
+    locks::find(descriptions, &pids, &slots)
+}
+
+/// Refuses threads that have a file table apart from their process's.
+pub(super) fn check_threads(stopped: &Stopped<'_>) -> Result<(), Error> {
+    for process in stopped.processes() {
+        for thread in process.threads.iter().skip(1) {
+            let same =
+                kcmp::same(process.pid, thread.tid, kcmp::Shared::Files).map_err(|errno| {
+                    Error::Descriptor {
+                        what: format!("file table of thread {}", thread.tid),
+                        pid: process.pid.as_raw(),
+                        call: "kcmp",
+                        errno,
+                    }
+                })?;
+            if !same {
+                return Err(Refusal {
+                    object: format!("file table of thread {}", thread.tid),
+                    holder: process.holder(),
+                    remedy: "a thread with descriptors of its own (unshare(CLONE_FILES)) is not supported"
+                        .into(),
+                }
+                .into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The descriptions of a survey, as the kinds see them.
+pub(super) fn lives<'a>(
+    holders: &'a BTreeMap<i32, Holder>,
+    found: &Survey,
+) -> Result<Vec<Live<'a>>, Error> {
+    found
+        .descriptions
+        .iter()
+        .map(|sighting| {
+            let Place { pid, fd } = sighting.place;
+            let holder = holders.get(&pid).ok_or_else(|| Error::Descriptor {
+                what: format!("fd {fd}"),
+                pid,
+                call: "finding the process",
+                errno: nix::errno::Errno::ESRCH,
+            })?;
+            Ok(Live::new(holder, fd, sighting.common, sighting.glance))
+        })
+        .collect()
+}
+
+/// Who gets `SIGIO` of a description.
+pub(super) fn owner(live: &Live<'_>, sighting: &Sighting) -> Result<Option<Owner>, Error> {
+    let (kind, id) = sighting.owner;
+    if id == 0 {
+        return Ok(None);
+    }
+    let signal =
+        crate::kernel::anonymous::io_signal(live.duplicate()?).map_err(live.failed("F_GETSIG"))?;
+    Ok(Some(Owner { kind, id, signal }))
+}
+
+/// The pipes behind the ends; with content if nobody outside the tree has an end.
+fn capture_pipes(lives: &[Live<'_>], states: &[State]) -> Result<BTreeMap<Inode, Pipe>, Error> {
+    let mut ends: BTreeMap<Inode, Vec<&Live<'_>>> = BTreeMap::new();
+    for (live, state) in lives.iter().zip(states) {
+        if let State::Pipe(_) = state {
+            ends.entry((live.common.dev, live.common.ino))
+                .or_default()
+                .push(live);
+        }
+    }
+    let mut pipes = BTreeMap::new();
+    for (inode, ends) in ends {
+        let reading = ends.iter().find(|live| live.common.can_read());
+        let writing = ends.iter().find(|live| live.common.can_write());
+        let any = ends[0].duplicate()?;
+        let capacity = pipe::capacity(&any)?;
+        let internal = (reading.is_some() && writing.is_some()) || pipe::is_abandoned(&any)?;
+        let content = match reading {
+            _ if !internal => None,
+            Some(live) => Some(pipe::content(live.duplicate()?)?),
+            None => Some(pipe::Content::default()),
+        };
+        pipes.insert(
+            inode,
+            Pipe {
+                inode,
+                capacity,
+                content,
+            },
+        );
+    }
+    Ok(pipes)
+}
+
+/// Finds out what each entry of each epoll instance watches: an index per entry.
+fn resolve(
+    found: &Survey,
+    lives: &[Live<'_>],
+    states: &mut [State],
+) -> Result<Vec<Vec<usize>>, Error> {
+    let mut looks: BTreeMap<(u64, u64), usize> = BTreeMap::new();
+    for live in lives {
+        *looks
+            .entry((epoll::kernel_device(live.common.dev), live.common.ino))
+            .or_default() += 1;
+    }
+    let mut watched = vec![Vec::new(); states.len()];
+    for (index, state) in states.iter_mut().enumerate() {
+        let State::Epoll(state) = state else { continue };
+        let tables: Vec<(i32, &Table<usize>)> = found
+            .tables
+            .iter()
+            .filter_map(|table| {
+                let slot = table.slots.iter().find(|slot| slot.description == index)?;
+                Some((slot.fd, table))
+            })
+            .collect();
+        let mut nth = BTreeMap::<i32, u32>::new();
+        for entry in &mut state.entries {
+            let occurrence = nth.entry(entry.fd).or_default();
+            let mut target = None;
+            for (epoll_fd, table) in &tables {
+                let Some(slot) = table.at(entry.fd) else {
+                    continue;
+                };
+                let live = &lives[slot.description];
+                let look = (epoll::kernel_device(live.common.dev), live.common.ino);
+                if look != entry.inode {
+                    continue;
+                }
+                let at = |fd| (Pid::from_raw(table.pid()), fd);
+                if looks[&look] == 1
+                    || kcmp::epoll_watches(at(*epoll_fd), entry.fd, *occurrence, at(entry.fd))
+                        .map_err(lives[index].failed("kcmp"))?
+                {
+                    target = Some((slot.description, table.pid()));
+                    break;
+                }
+            }
+            *occurrence += 1;
+            let Some((description, pid)) = target else {
+                let what = format!(
+                    "epoll entry for fd {}, which is closed but lives on elsewhere",
+                    entry.fd
+                );
+                let remedy = "delete the entry before closing the number";
+                return Err(lives[index].refuse(&what, remedy).into());
+            };
+            entry.pid = pid;
+            watched[index].push(description);
+        }
+    }
+    Ok(watched)
+}
+
+/// The order in which descriptions get their ids: epoll instances after what they watch; those that look the same in the
+/// order of kcmp(2).
+fn order(
+    descriptions: &[Sighting],
+    states: &[State],
+    watched: &[Vec<usize>],
+) -> Result<Vec<usize>, Error> {
+    let mut depth = vec![0u32; states.len()];
+    // The kernel allows no cycles and five levels (epoll_ctl(2), ELOOP).
+    for _ in 0..8 {
+        for (index, watched) in watched.iter().enumerate() {
+            if let State::Epoll(_) = states[index] {
+                let deepest = watched.iter().map(|&inner| depth[inner]).max().unwrap_or(0);
+                depth[index] = deepest + 1;
+            }
+        }
+    }
+    let look = |index: usize| {
+        let common = descriptions[index].common;
+        (
+            depth[index],
+            common.dev,
+            common.ino,
+            common.flags,
+            common.offset,
+        )
+    };
+    let mut order: Vec<usize> = (0..states.len()).collect();
+    order.sort_by_key(|&index| look(index));
+    let mut failed = Ok(());
+    for same in order.chunk_by_mut(|&a, &b| look(a) == look(b)) {
+        same.sort_by(|&a, &b| {
+            compare(descriptions[a].place, descriptions[b].place).unwrap_or_else(|error| {
+                failed = Err(error);
+                Ordering::Equal
+            })
+        });
+    }
+    failed.map(|()| order)
+}

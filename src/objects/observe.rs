@@ -1,0 +1,349 @@
+//! What is there now of all that was recorded. The hot path of a rollback.
+
+use std::collections::BTreeMap;
+
+use nix::unistd::Pid;
+
+use super::Error;
+use super::capture::{Capture, find_locks, holders, lives, owner};
+use super::file::{self, Form};
+use super::live::{Holder, Live};
+use super::matching::matching;
+use super::model::{
+    Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source, Table,
+};
+use super::pipe::{self, Pipe};
+use super::socket;
+use super::socket_apply::complete;
+use super::socket_plan::inner_tcp;
+use super::state::{self, State};
+use super::survey::{Ask, Expected, survey};
+use crate::freeze::Stopped;
+use crate::kernel::{kcmp, pidfd};
+use crate::outcome::Refusal;
+
+/// Looks at the descriptors of a stopped tree whose recorded processes are all there. Changes nothing.
+pub fn observe(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Observed, Error> {
+    let recorded = &capture.recorded;
+    let holders = holders(stopped);
+    check_sharing(recorded, &holders)?;
+    let tables: Vec<Vec<i32>> = recorded
+        .tables
+        .iter()
+        .map(|table| table.holders.clone())
+        .collect();
+    let found = survey(stopped, &tables, |table, fd| expected(recorded, table, fd))?;
+    let lives = lives(&holders, &found)?;
+
+    let mut failed = Ok(());
+    let is = matching(&recorded.tables, &found.tables, lives.len(), |id, at| {
+        alike(&recorded.descriptions[&id], &lives[at]).unwrap_or_else(|error| {
+            failed = Err(error);
+            false
+        })
+    });
+    failed?;
+
+    let mut observed = Observed {
+        tables: found.tables,
+        limits: found.limits,
+        ..Observed::default()
+    };
+    for ((live, is), sighting) in lives.iter().zip(is).zip(&found.descriptions) {
+        let state = match is {
+            Some(id) => Some(recorded.descriptions[&id].state.observe(live)?),
+            None => None,
+        };
+        let owner = owner(live, sighting)?;
+        let (place, common) = (live.place(), live.common);
+        observed.descriptions.push(LiveDescription {
+            place,
+            common,
+            owner,
+            is,
+            state,
+        });
+    }
+    complete_sockets(recorded, &mut observed, &lives)?;
+    observed.pipes = observe_pipes(recorded, &observed, &lives)?;
+    observe_gone(capture, &mut observed)?;
+    (observed.locks, observed.foreign_locks) = observe_locks(&observed, &holders)?;
+    Ok(observed)
+}
+
+fn expected(recorded: &Recorded, table: usize, fd: i32) -> Expected {
+    let Some(slot) = recorded.tables[table].at(fd) else {
+        return Expected {
+            id: None,
+            ask: Ask::No,
+        };
+    };
+    let ask = match recorded.descriptions[&slot.description].state {
+        State::Pipe(_) => Ask::Pipe,
+        State::Socket(_) => Ask::Socket,
+        _ => Ask::No,
+    };
+    Expected {
+        id: Some(slot.description),
+        ask,
+    }
+}
+
+/// Looks again at the connections that have both ends in the tree.
+fn complete_sockets(
+    recorded: &Recorded,
+    observed: &mut Observed,
+    lives: &[Live<'_>],
+) -> Result<(), Error> {
+    let ends = inner_tcp(&recorded.sockets());
+    let mut states: BTreeMap<ObjectId, socket::State> = observed
+        .sockets()
+        .into_iter()
+        .filter(|(id, _)| ends.contains_key(id))
+        .map(|(id, state)| (id, state.clone()))
+        .collect();
+    let at = |id: ObjectId| {
+        observed
+            .descriptions
+            .iter()
+            .position(|live| live.is == Some(id))
+    };
+    complete(&mut states, &ends, |id| match at(id) {
+        Some(at) => lives[at].duplicate(),
+        None => Err(Error::Own {
+            call: "finding a socket",
+            errno: nix::errno::Errno::EBADF,
+        }),
+    })?;
+    for live in &mut observed.descriptions {
+        if let Some(state) = live.is.and_then(|id| states.remove(&id)) {
+            live.state = Some(State::Socket(state));
+        }
+    }
+    Ok(())
+}
+
+/// Whether those that shared a table share it still.
+fn check_sharing(recorded: &Recorded, holders: &BTreeMap<i32, Holder>) -> Result<(), Error> {
+    let refuse = |pid, remedy: &str| Refusal {
+        object: "file table".into(),
+        holder: recorded.holder(pid),
+        remedy: remedy.into(),
+    };
+    for table in &recorded.tables {
+        for &pid in &table.holders {
+            if !holders.contains_key(&pid) {
+                return Err(refuse(pid, "the process has ended since the checkpoint").into());
+            }
+            if pid == table.pid() {
+                continue;
+            }
+            let pids = (Pid::from_raw(table.pid()), Pid::from_raw(pid));
+            let same = kcmp::same(pids.0, pids.1, kcmp::Shared::Files).map_err(|errno| {
+                Error::Descriptor {
+                    what: "file table".into(),
+                    pid,
+                    call: "kcmp",
+                    errno,
+                }
+            })?;
+            if !same {
+                let remedy =
+                    "it was shared with another process and is not any more; that can't be undone";
+                return Err(refuse(pid, remedy).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a live description can be the recorded one.
+fn alike(recorded: &Description, live: &Live<'_>) -> Result<bool, Error> {
+    let (then, now) = (&recorded.common, &live.common);
+    let same = then.inode() == now.inode()
+        && then.rdev == now.rdev
+        && then.file_type() == now.file_type()
+        && then.fixed_flags() == now.fixed_flags();
+    if !same {
+        return Ok(false);
+    }
+    Ok(match &recorded.state {
+        State::File(_) | State::Pipe(_) => true,
+        State::Socket(socket) => live
+            .glance
+            .cookie
+            .is_none_or(|cookie| cookie == socket.cookie),
+        other => other.anonymous() == state::anonymous(live)?,
+    })
+}
+
+/// The recorded internal pipes of which an end is still there.
+fn observe_pipes(
+    recorded: &Recorded,
+    observed: &Observed,
+    lives: &[Live<'_>],
+) -> Result<BTreeMap<Inode, Pipe>, Error> {
+    let mut ends: BTreeMap<Inode, Vec<&Live<'_>>> = BTreeMap::new();
+    for (live, now) in lives.iter().zip(&observed.descriptions) {
+        if let Some(State::Pipe(_)) = now.state {
+            ends.entry(live.common.inode()).or_default().push(live);
+        }
+    }
+    let mut pipes = BTreeMap::new();
+    for (inode, ends) in ends {
+        let Some(Pipe {
+            content: Some(then),
+            ..
+        }) = recorded.pipes.get(&inode)
+        else {
+            continue;
+        };
+        let capacity = match ends.iter().find_map(|live| live.glance.capacity) {
+            Some(capacity) => capacity,
+            None => pipe::capacity(ends[0].duplicate()?)?,
+        };
+        let is_empty = ends.iter().any(|live| live.glance.unread == Some(0));
+        let is_reader = |end: &Description| end.common.inode() == inode && end.common.can_read();
+        let content = if (is_empty && then.bytes.is_empty())
+            || !recorded.descriptions.values().any(is_reader)
+        {
+            pipe::Content::default()
+        } else if let Some(live) = ends.iter().find(|live| live.common.can_read()) {
+            pipe::content(live.duplicate()?)?
+        } else {
+            pipe::content(pipe::open(&ends[0].path(), libc::O_RDONLY)?)?
+        };
+        pipes.insert(
+            inode,
+            Pipe {
+                inode,
+                capacity,
+                content: Some(content),
+            },
+        );
+    }
+    Ok(pipes)
+}
+
+/// How those that are gone can be had again.
+fn observe_gone(capture: &Capture, observed: &mut Observed) -> Result<(), Error> {
+    let recorded = &capture.recorded;
+    let mut is_there: Vec<ObjectId> = observed
+        .descriptions
+        .iter()
+        .filter_map(|live| live.is)
+        .collect();
+    is_there.sort_unstable();
+    let mut gone = BTreeMap::new();
+    for (id, description) in &recorded.descriptions {
+        if is_there.binary_search(id).is_err() {
+            gone.insert(*id, source(capture, observed, *id, description)?);
+        }
+    }
+    observed.gone = gone;
+    Ok(())
+}
+
+fn source(
+    capture: &Capture,
+    observed: &Observed,
+    id: ObjectId,
+    description: &Description,
+) -> Result<Source, Error> {
+    let recorded = &capture.recorded;
+    let common = &description.common;
+    let by_path = |path: &str| {
+        let mut pids = recorded.places(id).map(|place| place.pid);
+        pids.find(|pid| file::locate(*pid, path, common).is_some())
+            .map(Source::Path)
+    };
+    let by_inode = || {
+        let mut live = observed.descriptions.iter();
+        live.find(|live| live.common.inode() == common.inode())
+            .map(|live| Source::Inode(live.place))
+    };
+    Ok(match &description.state {
+        State::File(_) if capture.pins.contains_key(&id) => Source::Pin,
+        State::File(state) => match state.form {
+            Form::Process(pid) => match is_process(pid, common) {
+                true => Source::New,
+                false => Source::Nowhere(state.complain_gone()),
+            },
+            _ if state.is_reopenable() => by_path(&state.path)
+                .or_else(by_inode)
+                .unwrap_or_else(|| Source::Nowhere(state.complain_gone())),
+            _ => Source::Nowhere(state.complain_gone()),
+        },
+        State::Pipe(state) => {
+            let internal = recorded
+                .pipes
+                .get(&common.inode())
+                .is_some_and(|pipe| pipe.content.is_some());
+            let by_name = || state.fifo.as_deref().and_then(by_path);
+            match by_inode().or_else(by_name) {
+                Some(source) => source,
+                None if internal && state.fifo.is_none() => Source::New,
+                None => match pipe::outside_holder(common.inode())? {
+                    Some(place) => Source::Inode(place),
+                    None => Source::Nowhere((
+                        "pipe".into(),
+                        "it was closed since the checkpoint, and so was its other end outside"
+                            .into(),
+                    )),
+                },
+            }
+        }
+        State::Inotify(state) => match state.replaceable() {
+            Ok(()) => Source::New,
+            Err(complaint) => Source::Nowhere(complaint),
+        },
+        State::Eventfd(_)
+        | State::Epoll(_)
+        | State::Timerfd(_)
+        | State::Signalfd(_)
+        | State::Socket(_) => Source::New,
+    })
+}
+
+/// Whether the process that a pidfd meant is still there: since Linux 6.9 a pidfd has the process's own inode.
+fn is_process(pid: i32, common: &super::model::Common) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(pidfd) = pidfd::open(Pid::from_raw(pid)) else {
+        return false;
+    };
+    std::fs::File::from(pidfd)
+        .metadata()
+        .is_ok_and(|at| (at.dev(), at.ino()) == common.inode())
+}
+
+fn observe_locks(
+    observed: &Observed,
+    holders: &BTreeMap<i32, Holder>,
+) -> Result<(Vec<super::locks::Lock>, Vec<super::locks::Lock>), Error> {
+    let known: Vec<_> = observed
+        .descriptions
+        .iter()
+        .filter_map(|live| Some((live.is?, live.common, live.place)))
+        .collect();
+    let tables: Vec<Table<ObjectId>> = observed
+        .tables
+        .iter()
+        .map(|table| Table {
+            holders: table.holders.clone(),
+            slots: table
+                .slots
+                .iter()
+                .filter_map(|slot| {
+                    let description = observed.descriptions[slot.description].is?;
+                    let (fd, close_on_exec) = (slot.fd, slot.close_on_exec);
+                    Some(super::model::Slot {
+                        fd,
+                        close_on_exec,
+                        description,
+                    })
+                })
+                .collect(),
+        })
+        .collect();
+    find_locks(&known, &tables, holders)
+}

@@ -1,0 +1,309 @@
+//! Pipes and FIFOs: one object behind the descriptions of its ends.
+//!
+//! A pipe is *internal* if nobody outside the tree has an end of it: its content goes back. One with an end outside
+//! (the standard output that a supervisor reads) is *external*: it is kept and its content left alone.
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, tee};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::pipe2;
+use serde::{Deserialize, Serialize};
+
+use super::Error;
+use super::model::Place;
+use crate::kernel::anonymous::readable_bytes;
+
+/// An end of a pipe.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The path of a FIFO; `None` for a pipe.
+    pub fifo: Option<String>,
+}
+
+/// A pipe or FIFO.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipe {
+    /// `st_dev` and `st_ino` of its ends.
+    pub inode: (u64, u64),
+    /// `F_GETPIPE_SZ`, bytes.
+    pub capacity: usize,
+    /// What is in it, for an internal pipe; `None` for an external one.
+    pub content: Option<Content>,
+}
+
+/// The content of a pipe.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Content {
+    /// All bytes.
+    pub bytes: Vec<u8>,
+    /// Lengths of the packets, if one was written in packet mode (`O_DIRECT`).
+    pub packets: Vec<usize>,
+}
+
+fn own(call: &'static str) -> impl Fn(Errno) -> Error {
+    move |errno| Error::Own { call, errno }
+}
+
+fn io(call: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |error| Error::Own {
+        call,
+        errno: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
+    }
+}
+
+/// `F_GETPIPE_SZ` in bytes.
+pub fn capacity(end: impl AsFd) -> Result<usize, Error> {
+    fcntl(end.as_fd().as_raw_fd(), FcntlArg::F_GETPIPE_SZ)
+        .map(|size| size as usize)
+        .map_err(own("F_GETPIPE_SZ"))
+}
+
+/// `F_SETPIPE_SZ`; the kernel rounds up to a power of two of pages.
+pub fn set_capacity(end: impl AsFd, bytes: usize) -> Result<(), Error> {
+    fcntl(
+        end.as_fd().as_raw_fd(),
+        FcntlArg::F_SETPIPE_SZ(bytes as i32),
+    )
+    .map(drop)
+    .map_err(own("F_SETPIPE_SZ"))
+}
+
+/// Whether nobody has the other end of this one open (`POLLHUP` of a reading, `POLLERR` of a writing end).
+pub fn is_abandoned(end: impl AsFd) -> Result<bool, Error> {
+    let fd = end.as_fd();
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).map_err(own("poll"))?;
+    let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
+    Ok(fds[0]
+        .revents()
+        .is_some_and(|events| events.intersects(gone)))
+}
+
+fn scratch(capacity: usize, flags: OFlag) -> Result<(OwnedFd, OwnedFd), Error> {
+    let (read, write) =
+        pipe2(flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(own("pipe2"))?;
+    set_capacity(&write, capacity)?;
+    Ok((read, write))
+}
+
+/// Reads what is in a pipe without removing it, through a reading end.
+pub fn content(end: impl AsFd) -> Result<Content, Error> {
+    let expected = readable_bytes(&end).map_err(own("FIONREAD"))?;
+    if expected == 0 {
+        return Ok(Content::default());
+    }
+    let capacity = capacity(&end)?;
+    let (read, write) = scratch(capacity, OFlag::empty())?;
+    tee(
+        &end,
+        &write,
+        usize::MAX >> 1,
+        SpliceFFlags::SPLICE_F_NONBLOCK,
+    )
+    .map_err(own("tee"))?;
+    drop(write);
+    let content = read_all(read.into(), expected)?;
+    if content.bytes.len() == expected {
+        Ok(content)
+    } else {
+        Err(own("tee")(Errno::EIO))
+    }
+}
+
+/// Reads a pipe of ours to its end. A read that ends before the buffer is full ends at a packet's end.
+fn read_all(mut pipe: std::fs::File, expected: usize) -> Result<Content, Error> {
+    let mut content = Content {
+        bytes: vec![0; expected + 1],
+        packets: Vec::new(),
+    };
+    let mut done = 0;
+    while done < expected {
+        let got = pipe.read(&mut content.bytes[done..]).map_err(io("read"))?;
+        if got == 0 {
+            break;
+        }
+        content.packets.push(got);
+        done += got;
+    }
+    content.bytes.truncate(done);
+    if content.packets.len() == 1 {
+        content.packets.clear();
+    }
+    Ok(content)
+}
+
+/// Empties a pipe through a reading end.
+pub fn drain(end: impl AsFd) -> Result<(), Error> {
+    let capacity = capacity(&end)?;
+    while readable_bytes(&end).map_err(own("FIONREAD"))? > 0 {
+        let (_read, write) = scratch(capacity, OFlag::empty())?;
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
+        match splice(&end, None, &write, None, usize::MAX >> 1, flags) {
+            Ok(0) | Err(Errno::EAGAIN) => break,
+            Ok(_) => {}
+            Err(errno) => return Err(own("splice")(errno)),
+        }
+    }
+    Ok(())
+}
+
+/// Writes into an empty pipe through a writing end.
+pub fn fill(end: impl AsFd, content: &Content) -> Result<(), Error> {
+    if content.bytes.is_empty() {
+        return Ok(());
+    }
+    let capacity = capacity(&end)?;
+    let mode = if content.packets.is_empty() {
+        OFlag::empty()
+    } else {
+        OFlag::O_DIRECT
+    };
+    let (read, write) = scratch(capacity, mode)?;
+    let mut write = std::fs::File::from(write);
+    let whole = [content.bytes.len()];
+    let packets = if content.packets.is_empty() {
+        &whole[..]
+    } else {
+        &content.packets
+    };
+    let mut rest = &content.bytes[..];
+    for &len in packets {
+        let (packet, after) = rest
+            .split_at_checked(len)
+            .ok_or_else(|| own("packets")(Errno::EINVAL))?;
+        write.write_all(packet).map_err(io("write"))?;
+        rest = after;
+    }
+    let mut left = content.bytes.len();
+    while left > 0 {
+        match splice(
+            &read,
+            None,
+            &end,
+            None,
+            left,
+            SpliceFFlags::SPLICE_F_NONBLOCK,
+        ) {
+            Ok(0) => return Err(own("splice")(Errno::EIO)),
+            Ok(moved) => left -= moved,
+            Err(errno) => return Err(own("splice")(errno)),
+        }
+    }
+    Ok(())
+}
+
+/// Opens another description of a pipe or FIFO through a path in `/proc` (or of the FIFO), without waiting for the other
+/// end: for writing, a reading end is held meanwhile, without which there would be `ENXIO`.
+pub fn open(path: &str, access: i32) -> Result<OwnedFd, Error> {
+    let open = |access| {
+        OpenOptions::new()
+            .read(access != libc::O_WRONLY)
+            .write(access != libc::O_RDONLY)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)
+            .map(OwnedFd::from)
+            .map_err(io("open"))
+    };
+    let _reader = if access == libc::O_WRONLY {
+        Some(open(libc::O_RDONLY)?)
+    } else {
+        None
+    };
+    open(access)
+}
+
+/// A place outside the tree where a pipe is open, if there is one; looks at every process.
+pub fn outside_holder(inode: (u64, u64)) -> Result<Option<Place>, Error> {
+    let text = |error: std::io::Error| Error::Text {
+        path: "/proc".into(),
+        problem: error.to_string(),
+    };
+    let ourselves = std::process::id() as i32;
+    for process in std::fs::read_dir("/proc").map_err(text)? {
+        let name = process.map_err(text)?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // It may end meanwhile, or not be ours to look at.
+        let Ok(numbers) = super::survey::numbers(pid) else {
+            continue;
+        };
+        let is_it = |fd: &i32| {
+            std::fs::metadata(format!("/proc/{pid}/fd/{fd}"))
+                .is_ok_and(|at| (at.dev(), at.ino()) == inode)
+        };
+        if let Some(fd) = numbers.into_iter().find(is_it)
+            && pid != ourselves
+        {
+            return Ok(Some(Place { pid, fd }));
+        }
+    }
+    Ok(None)
+}
+
+/// A new pipe like it, with its content: the reading and the writing end.
+pub fn make(pipe: &Pipe) -> Result<(OwnedFd, OwnedFd), Error> {
+    let ends = scratch(pipe.capacity, OFlag::empty())?;
+    if let Some(content) = &pipe.content {
+        fill(&ends.1, content)?;
+    }
+    Ok(ends)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(flags: OFlag) -> (OwnedFd, OwnedFd) {
+        pipe2(flags | OFlag::O_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn looking_removes_nothing_and_refilling_gives_the_same() {
+        let (read, write) = pair(OFlag::empty());
+        let bytes: Vec<u8> = (0..60_000u32).map(|i| (i % 251) as u8).collect();
+        let mut file = std::fs::File::from(write.try_clone().unwrap());
+        file.write_all(&bytes).unwrap();
+        let seen = content(&read).unwrap();
+        assert_eq!(seen.bytes, bytes);
+        assert_eq!(content(&read).unwrap(), seen);
+        drain(&read).unwrap();
+        assert_eq!(content(&read).unwrap(), Content::default());
+        file.write_all(b"other").unwrap();
+        drain(&read).unwrap();
+        fill(&write, &seen).unwrap();
+        assert_eq!(content(&read).unwrap().bytes, bytes);
+    }
+
+    #[test]
+    fn packets_stay_apart() {
+        let (read, write) = pair(OFlag::O_DIRECT);
+        let mut file = std::fs::File::from(write.try_clone().unwrap());
+        for packet in [&b"one"[..], b"three", b""] {
+            file.write_all(packet).unwrap();
+        }
+        let seen = content(&read).unwrap();
+        assert_eq!(seen.packets, [3, 5]);
+        drain(&read).unwrap();
+        fill(&write, &seen).unwrap();
+        assert_eq!(content(&read).unwrap(), seen);
+        let mut buffer = [0; 100];
+        assert_eq!(std::fs::File::from(read).read(&mut buffer).unwrap(), 3);
+    }
+
+    #[test]
+    fn an_end_without_another_is_abandoned() {
+        let (read, write) = pair(OFlag::empty());
+        assert!(!is_abandoned(&read).unwrap());
+        drop(write);
+        assert!(is_abandoned(&read).unwrap());
+        let (read, write) = pair(OFlag::empty());
+        drop(read);
+        assert!(is_abandoned(&write).unwrap());
+    }
+}

@@ -1,0 +1,358 @@
+//! Recorded and observed state to what must be done: [`plan`], which is pure, and [`prepare`] around it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::capture::Capture;
+use super::model::{
+    Common, Description, Inode, LiveDescription, ObjectId, Observed, Owner, Place, Recorded, Source,
+};
+use super::observe::observe;
+use super::pipe::Content;
+use super::state::{Change, State, Verdict};
+use super::table::{self, TablePlan};
+use super::{Error, epoll, locks, socket_diag, socket_make, socket_plan};
+use crate::freeze::Stopped;
+use crate::outcome::Refusal;
+
+/// What must be done to the descriptors of a tree.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Plan {
+    /// Descriptions to make, and how.
+    pub make: Vec<(ObjectId, Source)>,
+    /// Descriptions that are there, to be passed into another table: where they are.
+    pub fetch: BTreeMap<ObjectId, Place>,
+    /// Sockets to make and to change.
+    pub sockets: socket_plan::Plan,
+    /// Where the recorded descriptions that are there and stay were found.
+    pub places: BTreeMap<ObjectId, Place>,
+    /// Epoll entries to delete before anything is closed: the instance's place and the number.
+    pub forget: Vec<(Place, i32)>,
+    /// The tables in which something must be done.
+    pub tables: Vec<TablePlan>,
+    /// Changes to descriptions, once all are in their places.
+    pub changes: Vec<(ObjectId, Change)>,
+    /// Pipes whose capacity or content must change.
+    pub pipes: Vec<PipePlan>,
+    /// Flags, offsets and owners to set.
+    pub settle: Vec<(ObjectId, Settle)>,
+    /// Epoll entries to set, in this order: the instance and the entry.
+    pub watch: Vec<(ObjectId, epoll::Entry)>,
+    /// File locks to drop and take.
+    pub locks: locks::Change,
+    /// External pipes and the like that are left as they are, in words.
+    pub kept: Vec<String>,
+}
+
+/// What must be done to a pipe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PipePlan {
+    /// The pipe as recorded.
+    pub inode: Inode,
+    /// Its capacity, if that must change.
+    pub capacity: Option<usize>,
+    /// Its content, if that must change.
+    pub content: Option<Content>,
+}
+
+/// What is set with fcntl(2) and lseek(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Settle {
+    /// `F_SETFL`.
+    pub flags: Option<i32>,
+    /// File position.
+    pub offset: Option<i64>,
+    /// `F_SETOWN_EX` and `F_SETSIG`; an ID of 0 is nobody.
+    pub owner: Option<Owner>,
+}
+
+impl Plan {
+    /// Whether nothing must be done.
+    pub fn is_empty(&self) -> bool {
+        let (kept, places) = (self.kept.clone(), self.places.clone());
+        *self
+            == Self {
+                kept,
+                places,
+                ..Self::default()
+            }
+    }
+}
+
+/// Observes, plans, and looks whether what the plan needs of the outside is to be had. Touches nothing.
+pub fn prepare(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Plan, Error> {
+    let observed = observe(stopped, capture)?;
+    let recorded = &capture.recorded;
+    let plan = plan(recorded, &observed)?;
+    if !plan.sockets.make.is_empty() {
+        let inside = observed
+            .descriptions
+            .iter()
+            .filter(|live| live.common.file_type() == libc::S_IFSOCK)
+            .map(|live| live.common.ino)
+            .collect();
+        let sockets = recorded.sockets();
+        let checked = socket_make::check_names(&plan.sockets, &sockets, &homes(recorded), &inside);
+        checked.map_err(|(id, remedy)| {
+            let object = sockets
+                .get(&id)
+                .map(|state| state.describe())
+                .unwrap_or_default();
+            recorded.refuse(id, (object, remedy))
+        })?;
+    }
+    socket_diag::close();
+    Ok(plan)
+}
+
+/// Where each recorded socket lives.
+pub(super) fn homes(recorded: &Recorded) -> socket_make::Homes {
+    let sockets = recorded.sockets().into_keys();
+    sockets
+        .filter_map(|id| Some((id, recorded.places(id).next()?.pid)))
+        .collect()
+}
+
+/// Plans, or refuses by name what can't be undone.
+pub fn plan(recorded: &Recorded, observed: &Observed) -> Result<Plan, Refusal> {
+    let mut plan = Plan::default();
+    let mut found: BTreeMap<ObjectId, &LiveDescription> = BTreeMap::new();
+    for live in &observed.descriptions {
+        if let Some(id) = live.is {
+            found.insert(id, live);
+        }
+    }
+    let mut replaced = BTreeSet::new();
+    for (id, description) in &recorded.descriptions {
+        let Some(now) = found.get(id).and_then(|live| live.state.as_ref()) else {
+            continue;
+        };
+        match description
+            .state
+            .difference(now)
+            .map_err(|complaint| recorded.refuse(*id, complaint))?
+        {
+            Verdict::Keep => {}
+            Verdict::Change(change) => plan.changes.push((*id, change)),
+            Verdict::Replace => {
+                replaced.insert(*id);
+            }
+        }
+    }
+    plan.sockets =
+        socket_plan::plan(&recorded.sockets(), &observed.sockets()).map_err(|obstacle| {
+            let object = recorded
+                .sockets()
+                .get(&obstacle.id)
+                .map(|state| state.describe());
+            recorded.refuse(obstacle.id, (object.unwrap_or_default(), obstacle.remedy))
+        })?;
+    replaced.extend(
+        plan.sockets
+            .replaced
+            .iter()
+            .filter(|id| found.contains_key(id)),
+    );
+    plan_epolls(recorded, observed, &found, &mut replaced, &mut plan);
+    for (id, source) in &observed.gone {
+        if let Source::Nowhere(complaint) = source {
+            return Err(recorded.refuse(*id, complaint.clone()));
+        }
+        plan.make.push((*id, source.clone()));
+    }
+    plan.make
+        .extend(replaced.iter().map(|id| (*id, Source::New)));
+    plan.make.sort_by_key(|(id, _)| *id);
+    plan.places = found
+        .iter()
+        .filter(|(id, _)| !replaced.contains(id))
+        .map(|(id, live)| (*id, live.place))
+        .collect();
+
+    let is = |live: usize| {
+        observed.descriptions[live]
+            .is
+            .filter(|id| !replaced.contains(id))
+    };
+    for ((table, live), limit) in recorded
+        .tables
+        .iter()
+        .zip(&observed.tables)
+        .zip(&observed.limits)
+    {
+        let todo = table::plan(table, live, is, *limit).map_err(|(object, remedy)| Refusal {
+            object,
+            holder: recorded.holder(table.pid()),
+            remedy,
+        })?;
+        for (id, _) in &todo.receive {
+            if let Some(place) = plan.places.get(id) {
+                plan.fetch.insert(*id, *place);
+            }
+        }
+        if !todo.is_empty() {
+            plan.tables.push(todo);
+        }
+    }
+    for (id, description) in &recorded.descriptions {
+        let now = found.get(id).filter(|_| !replaced.contains(id));
+        let settle = settle(description, now.map(|live| (&live.common, live.owner)));
+        if settle != Settle::default() {
+            plan.settle.push((*id, settle));
+        }
+    }
+    plan_pipes(recorded, observed, &mut plan);
+    plan.locks = locks::plan(
+        &recorded.locks,
+        &observed.locks,
+        &observed.foreign_locks,
+        !plan.tables.is_empty(),
+    )
+    .map_err(|(object, remedy)| Refusal {
+        object,
+        holder: recorded.holder(recorded.tables.first().map_or(0, |table| table.pid())),
+        remedy,
+    })?;
+    Ok(plan)
+}
+
+/// What to set on a description, which is `now` so, or has just been made.
+fn settle(then: &Description, now: Option<(&Common, Option<Owner>)>) -> Settle {
+    let path_only = then.common.flags & libc::O_PATH != 0;
+    let mut settle = Settle::default();
+    if path_only {
+        return settle;
+    }
+    let nobody = then.owner.unwrap_or(Owner {
+        kind: 1,
+        id: 0,
+        signal: 0,
+    });
+    match now {
+        Some((common, owner)) => {
+            if common.settable_flags() != then.common.settable_flags() {
+                settle.flags = Some(then.common.flags);
+            }
+            if common.offset != then.common.offset && then.common.offset >= 0 {
+                settle.offset = Some(then.common.offset);
+            }
+            if owner != then.owner {
+                settle.owner = Some(nobody);
+            }
+        }
+        None => {
+            settle.flags = Some(then.common.flags);
+            settle.offset = (then.common.offset > 0).then_some(then.common.offset);
+            settle.owner = then.owner;
+        }
+    }
+    settle
+}
+
+/// Plans the epoll instances: those that need another instance count as gone for those that watch them.
+fn plan_epolls(
+    recorded: &Recorded,
+    observed: &Observed,
+    found: &BTreeMap<ObjectId, &LiveDescription>,
+    replaced: &mut BTreeSet<ObjectId>,
+    plan: &mut Plan,
+) {
+    // Ascending ids: what an instance watches comes before it.
+    for (id, description) in &recorded.descriptions {
+        let State::Epoll(then) = &description.state else {
+            continue;
+        };
+        let all = || then.entries.iter().map(|entry| (*id, *entry));
+        let now = match found.get(id).and_then(|live| live.state.as_ref()) {
+            Some(State::Epoll(now)) if !replaced.contains(id) => now,
+            _ => {
+                plan.watch.extend(all());
+                continue;
+            }
+        };
+        let stays = |id: ObjectId| found.contains_key(&id) && !replaced.contains(&id);
+        let inode =
+            |live: &LiveDescription| (epoll::kernel_device(live.common.dev), live.common.ino);
+        // Tables in which the instance is, and its number there.
+        let places: Vec<_> = observed
+            .tables
+            .iter()
+            .filter_map(|table| {
+                let is_it = |live: usize| observed.descriptions[live].is == Some(*id);
+                let slot = table.slots.iter().find(|slot| is_it(slot.description))?;
+                Some((
+                    Place {
+                        pid: table.pid(),
+                        fd: slot.fd,
+                    },
+                    table,
+                ))
+            })
+            .collect();
+        let deletable = |entry: &epoll::Entry| {
+            let at = places.iter().find(|(_, table)| {
+                let slot = table.at(entry.fd);
+                slot.is_some_and(|slot| {
+                    inode(&observed.descriptions[slot.description]) == entry.inode
+                })
+            });
+            at.map(|(place, _)| place.pid)
+        };
+        let survives = |entry: &epoll::Entry| {
+            let mut live = observed.descriptions.iter();
+            live.any(|live| live.is.is_some_and(stays) && inode(live) == entry.inode)
+        };
+        match then.difference(now, stays, deletable, survives) {
+            Some(change) => {
+                for entry in change.delete {
+                    if let Some((place, _)) =
+                        places.iter().find(|(place, _)| place.pid == entry.pid)
+                    {
+                        plan.forget.push((*place, entry.fd));
+                    }
+                }
+                plan.watch
+                    .extend(change.set.into_iter().map(|entry| (*id, entry)));
+            }
+            None => {
+                replaced.insert(*id);
+                plan.watch.extend(all());
+            }
+        }
+    }
+    plan.watch
+        .sort_by_key(|(id, entry)| (*id, !entry.is_fired_one_shot(), entry.fd));
+}
+
+/// Plans the pipes.
+fn plan_pipes(recorded: &Recorded, observed: &Observed, plan: &mut Plan) {
+    for (inode, then) in &recorded.pipes {
+        let Some(content) = &then.content else {
+            let is_end = |end: &Description| {
+                matches!(end.state, State::Pipe(_)) && end.common.inode() == *inode
+            };
+            let ends = recorded.descriptions.iter().filter(|(_, end)| is_end(end));
+            let names = ends.filter_map(|(id, _)| recorded.places(*id).next());
+            plan.kept.extend(names.map(|place| {
+                format!(
+                    "fd {} of {}: pipe to the outside",
+                    place.fd,
+                    recorded.holder(place.pid)
+                )
+            }));
+            continue;
+        };
+        // One that is gone is made with its content.
+        let Some(now) = observed.pipes.get(inode) else {
+            continue;
+        };
+        let differs = now.content.as_ref() != Some(content);
+        if !differs && now.capacity == then.capacity {
+            continue;
+        }
+        plan.pipes.push(PipePlan {
+            inode: *inode,
+            capacity: (now.capacity != then.capacity).then_some(then.capacity),
+            content: differs.then(|| content.clone()),
+        });
+    }
+}

@@ -1,0 +1,476 @@
+//! Looks at the tables of a stopped tree: which numbers are open, what all kinds have, which are the same description.
+//!
+//! The hot path of a rollback. Per table one listing of `/proc/PID/fd` and one batch in the target; per number five or six
+//! system calls of the target, and a kcmp(2) only where two numbers may be the same description.
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+use nix::unistd::Pid;
+
+use super::Error;
+use super::live::{Glance, Holder};
+use super::model::{Common, ObjectId, Place, Slot, Table};
+use crate::freeze::{Batch, Output, Outputs, StepId, Stopped};
+use crate::kernel::kcmp;
+
+/// What to ask of a number beyond what is asked of all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    /// Nothing.
+    No,
+    /// What a pipe tells.
+    Pipe,
+    /// What a socket tells.
+    Socket,
+}
+
+/// What is known of a number before it is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    /// The description that was recorded there.
+    pub id: Option<ObjectId>,
+    /// What to ask.
+    pub ask: Ask,
+}
+
+/// One number as found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sighting {
+    /// Where.
+    pub place: Place,
+    /// `FD_CLOEXEC`.
+    pub close_on_exec: bool,
+    /// What all kinds have.
+    pub common: Common,
+    /// `F_GETOWN_EX`: kind and ID of who gets `SIGIO`; ID 0 is nobody.
+    pub owner: (i32, i32),
+    /// What was asked of a socket or pipe.
+    pub glance: Glance,
+    /// What was recorded there.
+    pub expected: Option<ObjectId>,
+}
+
+/// All numbers of a tree, with those that are one description told.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// Tables: which descriptions are at which numbers, by index into `descriptions`.
+    pub tables: Vec<Table<usize>>,
+    /// One sighting of each description.
+    pub descriptions: Vec<Sighting>,
+    /// `RLIMIT_NOFILE` (soft) of the first holder of each table.
+    pub limits: Vec<u64>,
+}
+
+/// `struct stat` on x86-64.
+const STAT_SIZE: usize = size_of::<libc::stat>();
+/// Steps asked per number at most.
+const STEPS: usize = 8;
+/// Bytes of results per number at most.
+const DATA: usize = STAT_SIZE + 8 * 4;
+const SO_COOKIE: i32 = 57;
+
+struct Asked {
+    fd: i32,
+    expected: Expected,
+    flags: StepId,
+    status: StepId,
+    position: StepId,
+    stat: StepId,
+    stat_room: Output,
+    owner: StepId,
+    owner_room: Output,
+    cookie: Option<(StepId, Output)>,
+    unread: Option<(StepId, Output)>,
+    unsent: Option<(StepId, Output)>,
+    capacity: Option<StepId>,
+}
+
+fn ask(batch: &mut Batch, fd: i32, expected: Expected) -> Asked {
+    let mut control =
+        |command: i32| batch.call(libc::SYS_fcntl, &[fd.into(), command.into(), 0.into()]);
+    let (flags, status) = (control(libc::F_GETFD), control(libc::F_GETFL));
+    let position = batch.call(
+        libc::SYS_lseek,
+        &[fd.into(), 0.into(), libc::SEEK_CUR.into()],
+    );
+    let stat_room = batch.output(STAT_SIZE);
+    let stat = batch.call(libc::SYS_fstat, &[fd.into(), stat_room.arg()]);
+    let owner_room = batch.output(8);
+    let owner = batch.call(
+        libc::SYS_fcntl,
+        &[fd.into(), F_GETOWN_EX.into(), owner_room.arg()],
+    );
+    let capacity = (expected.ask == Ask::Pipe).then(|| {
+        batch.call(
+            libc::SYS_fcntl,
+            &[fd.into(), libc::F_GETPIPE_SZ.into(), 0.into()],
+        )
+    });
+    let mut number = |request: libc::c_ulong| {
+        let room = batch.output(8);
+        (
+            batch.call(libc::SYS_ioctl, &[fd.into(), request.into(), room.arg()]),
+            room,
+        )
+    };
+    let unread = (expected.ask != Ask::No).then(|| number(libc::FIONREAD));
+    let unsent = (expected.ask == Ask::Socket).then(|| number(libc::TIOCOUTQ));
+    let cookie = (expected.ask == Ask::Socket).then(|| {
+        let room = batch.output(8);
+        let len = batch.input(&8u32.to_ne_bytes());
+        let arguments = [
+            fd.into(),
+            libc::SOL_SOCKET.into(),
+            SO_COOKIE.into(),
+            room.arg(),
+            len,
+        ];
+        (batch.call(libc::SYS_getsockopt, &arguments), room)
+    });
+    Asked {
+        fd,
+        expected,
+        flags,
+        status,
+        position,
+        stat,
+        stat_room,
+        owner,
+        owner_room,
+        cookie,
+        unread,
+        unsent,
+        capacity,
+    }
+}
+
+const F_GETOWN_EX: i32 = 16;
+
+fn word(bytes: &[u8]) -> u64 {
+    bytes
+        .first_chunk()
+        .map_or(0, |bytes| u64::from_ne_bytes(*bytes))
+}
+
+fn int(bytes: &[u8]) -> i32 {
+    bytes
+        .first_chunk()
+        .map_or(0, |bytes| i32::from_ne_bytes(*bytes))
+}
+
+impl Asked {
+    fn read(&self, pid: i32, outputs: &Outputs) -> Result<Sighting, Error> {
+        let must = |step, call| {
+            outputs.result(step).map_err(|errno| Error::Descriptor {
+                what: format!("fd {}", self.fd),
+                pid,
+                call,
+                errno,
+            })
+        };
+        let optional = |asked: &Option<(StepId, Output)>| match asked {
+            Some((step, room)) if outputs.result(*step).is_ok() => Some(word(outputs.bytes(room))),
+            _ => None,
+        };
+        let count = |asked| optional(asked).map(|value| value as u32 as usize);
+        must(self.stat, "fstat")?;
+        let stat = outputs.bytes(&self.stat_room);
+        let field = |offset: usize| word(&stat[offset..]);
+        let owner = match outputs.result(self.owner) {
+            Ok(_) => {
+                let bytes = outputs.bytes(&self.owner_room);
+                (int(bytes), int(&bytes[4..]))
+            }
+            Err(_) => (0, 0),
+        };
+        Ok(Sighting {
+            place: Place { pid, fd: self.fd },
+            close_on_exec: must(self.flags, "F_GETFD")? & libc::FD_CLOEXEC as u64 != 0,
+            common: Common {
+                flags: must(self.status, "F_GETFL")? as i32,
+                offset: outputs
+                    .result(self.position)
+                    .map_or(-1, |position| position as i64),
+                dev: field(std::mem::offset_of!(libc::stat, st_dev)),
+                ino: field(std::mem::offset_of!(libc::stat, st_ino)),
+                mode: int(&stat[std::mem::offset_of!(libc::stat, st_mode)..]) as u32,
+                rdev: field(std::mem::offset_of!(libc::stat, st_rdev)),
+            },
+            owner,
+            glance: Glance {
+                cookie: optional(&self.cookie),
+                unread: count(&self.unread),
+                unsent: count(&self.unsent),
+                capacity: self
+                    .capacity
+                    .and_then(|step| outputs.result(step).ok())
+                    .map(|bytes| bytes as usize),
+            },
+            expected: self.expected.id,
+        })
+    }
+}
+
+/// The open numbers of a process, ascending.
+pub fn numbers(pid: i32) -> Result<Vec<i32>, Error> {
+    let path = format!("/proc/{pid}/fd");
+    let text = |problem: String| Error::Text {
+        path: path.clone(),
+        problem,
+    };
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir(&path).map_err(|error| text(error.to_string()))? {
+        let name = entry.map_err(|error| text(error.to_string()))?.file_name();
+        let number = name.to_str().and_then(|name| name.parse().ok());
+        numbers.push(number.ok_or_else(|| text(format!("{name:?} is not a number")))?);
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// Looks at all numbers of one table.
+fn look(
+    stopped: &mut Stopped<'_>,
+    pid: i32,
+    expected: impl Fn(i32) -> Expected,
+) -> Result<(Vec<Sighting>, u64), Error> {
+    let mut sightings = Vec::new();
+    let mut limit = None;
+    let open = numbers(pid)?;
+    let mut rest = open.iter().copied().peekable();
+    while limit.is_none() || rest.peek().is_some() {
+        let mut batch = Batch::new();
+        let limit_room = batch.output(16);
+        batch.call(
+            libc::SYS_getrlimit,
+            &[libc::RLIMIT_NOFILE.into(), limit_room.arg()],
+        );
+        let mut asked = Vec::new();
+        while batch.has_room(STEPS, DATA)
+            && let Some(fd) = rest.next()
+        {
+            asked.push(ask(&mut batch, fd, expected(fd)));
+        }
+        let outputs = stopped.run(Pid::from_raw(pid), &batch)?;
+        limit = Some(word(outputs.bytes(&limit_room)));
+        for asked in &asked {
+            sightings.push(asked.read(pid, &outputs)?);
+        }
+    }
+    Ok((sightings, limit.unwrap_or(u64::MAX)))
+}
+
+/// The file tables of these processes: which of them share one.
+pub fn sharing(holders: &BTreeMap<i32, Holder>) -> Result<Vec<Vec<i32>>, Error> {
+    let mut tables: Vec<Vec<i32>> = Vec::new();
+    for &pid in holders.keys() {
+        let mut failed = None;
+        let found = tables.binary_search_by(|table| {
+            kcmp::tables(Pid::from_raw(table[0]), Pid::from_raw(pid)).unwrap_or_else(|errno| {
+                failed = Some(errno);
+                Ordering::Less
+            })
+        });
+        if let Some(errno) = failed {
+            return Err(Error::Descriptor {
+                what: "file table".into(),
+                pid,
+                call: "kcmp",
+                errno,
+            });
+        }
+        match found {
+            Ok(index) => tables[index].push(pid),
+            Err(index) => tables.insert(index, vec![pid]),
+        }
+    }
+    tables.sort();
+    Ok(tables)
+}
+
+/// Looks at the given tables, each named by the processes that share it.
+pub fn survey(
+    stopped: &mut Stopped<'_>,
+    tables: &[Vec<i32>],
+    expected: impl Fn(usize, i32) -> Expected,
+) -> Result<Survey, Error> {
+    let mut all = Vec::new();
+    let mut survey = Survey::default();
+    for (index, holders) in tables.iter().enumerate() {
+        let (sightings, limit) = look(stopped, holders[0], |fd| expected(index, fd))?;
+        survey.limits.push(limit);
+        all.extend(sightings.into_iter().map(|sighting| (index, sighting)));
+        survey.tables.push(Table {
+            holders: holders.clone(),
+            slots: Vec::new(),
+        });
+    }
+    let of = group(
+        &all.iter()
+            .map(|(_, sighting)| *sighting)
+            .collect::<Vec<_>>(),
+        compare,
+    )?;
+    for ((table, sighting), group) in all.into_iter().zip(of) {
+        if group == survey.descriptions.len() {
+            survey.descriptions.push(sighting);
+        }
+        survey.tables[table].slots.push(Slot {
+            fd: sighting.place.fd,
+            close_on_exec: sighting.close_on_exec,
+            description: group,
+        });
+    }
+    Ok(survey)
+}
+
+/// Compares two descriptions by kcmp(2).
+pub(super) fn compare(one: Place, other: Place) -> Result<Ordering, Error> {
+    let at = |place: Place| (Pid::from_raw(place.pid), place.fd);
+    kcmp::files(at(one), at(other)).map_err(|errno| Error::Descriptor {
+        what: format!("fd {}", one.fd),
+        pid: one.pid,
+        call: "kcmp",
+        errno,
+    })
+}
+
+/// Which sightings are the same description: numbers from 0 in the order of their first sightings.
+///
+/// Only sightings that look the same in all that a description has are compared. Those recorded as the same are expected
+/// to be, and different ones to be in the order of their ids, so that a tree in which nothing changed costs one comparison
+/// per sighting.
+fn group(
+    sightings: &[Sighting],
+    compare: impl Fn(Place, Place) -> Result<Ordering, Error>,
+) -> Result<Vec<usize>, Error> {
+    let look = |index: usize| {
+        let common = sightings[index].common;
+        (
+            common.dev,
+            common.ino,
+            common.flags,
+            common.offset,
+            common.mode,
+        )
+    };
+    let mut order: Vec<usize> = (0..sightings.len()).collect();
+    order.sort_by_key(|&index| {
+        let expected = sightings[index].expected;
+        (look(index), expected.is_none(), expected, index)
+    });
+    // The representative of each sighting: its own index, or that of one that is the same.
+    let mut same: Vec<usize> = (0..sightings.len()).collect();
+    for members in order.chunk_by(|&a, &b| look(a) == look(b)) {
+        // Ascending in the order of the comparison; the last one that was found or added is tried first.
+        let mut distinct: Vec<usize> = Vec::new();
+        let mut last = 0;
+        for &member in members {
+            let against = |other: usize| compare(sightings[other].place, sightings[member].place);
+            let mut low = 0;
+            let mut high = distinct.len();
+            let mut probe = last;
+            let mut found = None;
+            while low < high {
+                match against(distinct[probe])? {
+                    Ordering::Equal => {
+                        found = Some(probe);
+                        break;
+                    }
+                    Ordering::Less => low = probe + 1,
+                    Ordering::Greater => high = probe,
+                }
+                probe = low + (high - low) / 2;
+            }
+            match found {
+                Some(at) => {
+                    last = at;
+                    same[member] = distinct[at];
+                }
+                None => {
+                    distinct.insert(low, member);
+                    last = low;
+                }
+            }
+        }
+    }
+    let mut number = BTreeMap::new();
+    Ok((0..sightings.len())
+        .map(|index| {
+            let next = number.len();
+            *number.entry(same[index]).or_insert(next)
+        })
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sighting(fd: i32, ino: u64, expected: Option<u64>) -> Sighting {
+        Sighting {
+            place: Place { pid: 1, fd },
+            close_on_exec: false,
+            common: Common {
+                flags: 0,
+                offset: 0,
+                dev: 1,
+                ino,
+                mode: 0,
+                rdev: 0,
+            },
+            owner: (0, 0),
+            glance: Glance::default(),
+            expected: expected.and_then(ObjectId::from_raw),
+        }
+    }
+
+    #[test]
+    fn what_is_as_expected_costs_one_comparison_each() {
+        let sightings: Vec<_> = (0..100)
+            .map(|fd| sighting(fd, 5, Some(fd as u64 / 2 + 1)))
+            .collect();
+        let compared = Cell::new(0);
+        let groups = group(&sightings, |one, other| {
+            compared.set(compared.get() + 1);
+            Ok((one.fd / 2).cmp(&(other.fd / 2)))
+        });
+        assert_eq!(
+            groups.unwrap(),
+            (0..100).map(|fd| fd / 2).collect::<Vec<usize>>()
+        );
+        assert!(compared.get() <= 100, "{}", compared.get());
+    }
+
+    proptest! {
+        /// Whatever was expected, those that are one are found to be one, and no others.
+        #[test]
+        fn groups_are_the_descriptions(
+            all in proptest::collection::vec((0u64..3, 0u32..4, proptest::option::of(1u64..5)), 0..40),
+        ) {
+            let sightings: Vec<_> = all
+                .iter()
+                .enumerate()
+                .map(|(fd, (ino, _, expected))| sighting(fd as i32, *ino, *expected))
+                .collect();
+            let which = |fd: i32| all[fd as usize].1.wrapping_mul(2_654_435_761);
+            let groups =
+                group(&sightings, |one, other| Ok(which(one.fd).cmp(&which(other.fd)))).unwrap();
+            for (i, a) in all.iter().enumerate() {
+                for (j, b) in all.iter().enumerate() {
+                    prop_assert_eq!(groups[i] == groups[j], (a.0, a.1) == (b.0, b.1));
+                }
+            }
+            let mut seen = 0;
+            for group in groups {
+                prop_assert!(group <= seen);
+                seen = seen.max(group + 1);
+            }
+        }
+    }
+}
