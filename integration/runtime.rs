@@ -622,6 +622,38 @@ fn bad_input_is_told_and_changes_nothing() {
 }
 
 #[test]
+fn the_log_is_not_mixed_with_what_the_program_says() {
+    let containers = Containers::new();
+    let session = &containers.session;
+    let bundle = containers.script("bundle", "echo out; echo err >&2");
+    let id = &unique("log");
+    let quiet = session
+        .run(&["run", "--bundle", text(&bundle), id])
+        .expect(DONE, "run");
+    assert_eq!((quiet.out.as_str(), quiet.err.as_str()), ("out\n", "err\n"));
+    let log = session.scratch().join("log");
+    let logged = session.run(&[
+        "--debug",
+        "--log",
+        text(&log),
+        "run",
+        "--bundle",
+        text(&bundle),
+        id,
+    ]);
+    assert_eq!(logged.expect(DONE, "run --debug --log").err, "err\n");
+    let lines = fs::read_to_string(&log).unwrap();
+    assert!(
+        lines.lines().count() > 10 && lines.lines().all(|line| line.starts_with("time=")),
+        "{lines}"
+    );
+    let told = session
+        .run(&["--debug", "run", "--bundle", text(&bundle), id])
+        .expect(DONE, "run --debug");
+    assert!(!told.err.contains("executing workload"), "{}", told.err);
+}
+
+#[test]
 fn a_closed_output_is_no_panic() {
     let containers = Containers::new();
     let (reader, writer) = nix::unistd::pipe().unwrap();

@@ -44,7 +44,18 @@ pub(super) fn start(global: &Global) -> anyhow::Result<()> {
         .event_format(Line(global.log_format));
     match &global.log {
         Some(path) => subscriber.with_writer(Mutex::new(open(path)?)).init(),
-        None => subscriber.with_writer(std::io::stderr).init(),
+        None => {
+            // The processes that libcontainer makes from us have the program's standard error: not ours to write to.
+            let me = std::process::id();
+            let writer = move || -> Box<dyn Write> {
+                if std::process::id() == me {
+                    Box::new(std::io::stderr())
+                } else {
+                    Box::new(std::io::sink())
+                }
+            };
+            subscriber.with_writer(writer).init();
+        }
     }
     Ok(())
 }
