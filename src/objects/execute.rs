@@ -15,6 +15,7 @@ use super::file;
 use super::live::Holder;
 use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Source};
 use super::plan::{PipePlan, Plan, Settle, homes};
+use super::socket_inside::Inside;
 use super::state::{Change, State};
 use super::table::TablePlan;
 use super::transfer::{self, Passage};
@@ -90,9 +91,10 @@ pub fn execute(
         effects: &mut effects,
     };
     work.forget(&plan.forget)?;
+    work.condemn(plan)?;
     let made = work.make(capture, plan)?;
     for table in &plan.tables {
-        work.table(table, &made)?;
+        work.table(table, &made, plan)?;
     }
     adopt(&mut capture.recorded, &made, plan)?;
     drop(made);
@@ -110,6 +112,7 @@ pub fn execute(
     for pipe in &plan.pipes {
         refill(recorded, &reach, pipe)?;
     }
+    work.listen(recorded, plan)?;
     socket_apply::apply(&plan.sockets.changes, &reach, work.effects)?;
     for (id, change) in &plan.changes {
         apply(*id, change, &reach)?;
@@ -159,6 +162,52 @@ impl Work<'_, '_> {
         Ok(())
     }
 
+    /// Resets connections that came since. If sockets must be made, all that are not recorded are closed right now, since
+    /// they may have the names.
+    fn condemn(&mut self, plan: &Plan) -> Result<(), Error> {
+        let mut foreign = Vec::with_capacity(plan.foreign.len());
+        for place in &plan.foreign {
+            foreign.push(self.holder(place.pid)?.duplicate(place.fd)?);
+        }
+        self.effects.reset_connections += socket_make::condemn(&foreign)?;
+        drop(foreign);
+        if plan.sockets.make.is_empty() {
+            return Ok(());
+        }
+        let mut batches: BTreeMap<i32, Batch> = BTreeMap::new();
+        for place in &plan.condemned {
+            close(batches.entry(place.pid).or_default(), place.fd);
+        }
+        for (pid, batch) in batches {
+            self.run(pid, &batch)?;
+        }
+        Ok(())
+    }
+
+    /// Has new unix listeners listen once more, this time by their process: who listens is what clients are told.
+    fn listen(&mut self, recorded: &Recorded, plan: &Plan) -> Result<(), Error> {
+        for id in plan.sockets.make.keys() {
+            let State::Socket(state) = &recorded.descriptions[id].state else {
+                continue;
+            };
+            let (Some(backlog), Some(who)) = (state.unix_backlog(), state.credentials) else {
+                continue;
+            };
+            let mut places = recorded.places(*id);
+            let first = places.next();
+            let place = first.filter(|place| place.pid == who.pid);
+            let place = place.or_else(|| places.find(|place| place.pid == who.pid));
+            let Some(place) = place.or(first) else {
+                continue;
+            };
+            let mut batch = Batch::new();
+            let step = batch.call(libc::SYS_listen, &[place.fd.into(), backlog.into()]);
+            batch.must_succeed(step);
+            self.run(place.pid, &batch)?;
+        }
+        Ok(())
+    }
+
     /// Makes what is gone, and takes duplicates of what must be passed on, in our own table.
     fn make(
         &mut self,
@@ -197,11 +246,16 @@ impl Work<'_, '_> {
             };
             let sockets = recorded.sockets();
             let homes = homes(recorded);
+            let mut inside = Inside {
+                stopped: &mut *self.stopped,
+                holders: self.holders,
+            };
             made.extend(socket_make::make(
                 &plan.sockets,
                 &sockets,
                 &homes,
                 &reach,
+                &mut inside,
                 self.effects,
             )?);
         }
@@ -209,9 +263,18 @@ impl Work<'_, '_> {
     }
 
     /// Gives one table its numbers.
-    fn table(&mut self, plan: &TablePlan, made: &BTreeMap<ObjectId, OwnedFd>) -> Result<(), Error> {
+    fn table(
+        &mut self,
+        plan: &TablePlan,
+        made: &BTreeMap<ObjectId, OwnedFd>,
+        whole: &Plan,
+    ) -> Result<(), Error> {
         let mut batch = Batch::new();
-        for fd in &plan.close {
+        let closed = |fd: i32| {
+            let place = Place { pid: plan.pid, fd };
+            !whole.sockets.make.is_empty() && whole.condemned.contains(&place)
+        };
+        for fd in plan.close.iter().filter(|fd| !closed(**fd)) {
             close(&mut batch, *fd);
         }
         for (from, spare) in &plan.stash {

@@ -44,6 +44,7 @@ pub mod signalfd;
 pub mod socket;
 pub mod socket_apply;
 mod socket_diag;
+pub mod socket_inside;
 pub mod socket_make;
 pub mod socket_options;
 pub mod socket_plan;

@@ -25,6 +25,10 @@ pub struct Plan {
     pub sockets: socket_plan::Plan,
     /// Where the recorded descriptions that are there and stay were found.
     pub places: BTreeMap<ObjectId, Place>,
+    /// Where sockets are that are not recorded, or will be made anew: every number.
+    pub condemned: Vec<Place>,
+    /// Sockets that are not recorded: one number of each.
+    pub foreign: Vec<Place>,
     /// Epoll entries to delete before anything is closed: the instance's place and the number.
     pub forget: Vec<(Place, i32)>,
     /// The tables in which something must be done.
@@ -173,6 +177,21 @@ pub fn plan(recorded: &Recorded, observed: &Observed) -> Result<Plan, Refusal> {
             .is
             .filter(|id| !replaced.contains(id))
     };
+    let foreign = observed
+        .descriptions
+        .iter()
+        .filter(|live| live.is.is_none() && live.common.file_type() == libc::S_IFSOCK);
+    plan.foreign = foreign.map(|live| live.place).collect();
+    for table in &observed.tables {
+        let condemned = table.slots.iter().filter(|slot| {
+            let live = &observed.descriptions[slot.description];
+            live.common.file_type() == libc::S_IFSOCK && is(slot.description).is_none()
+        });
+        plan.condemned.extend(condemned.map(|slot| Place {
+            pid: table.pid(),
+            fd: slot.fd,
+        }));
+    }
     for ((table, live), limit) in recorded
         .tables
         .iter()

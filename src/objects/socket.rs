@@ -91,6 +91,14 @@ impl State {
         matches!(self.role, Role::Listening { .. })
     }
 
+    /// The backlog of a unix listener.
+    pub fn unix_backlog(&self) -> Option<u32> {
+        match self.role {
+            Role::Listening { backlog, .. } if self.sort.family == libc::AF_UNIX => Some(backlog),
+            _ => None,
+        }
+    }
+
     /// What it is, as refusals call it: `unix stream socket (/run/x)`.
     pub fn describe(&self) -> String {
         let kind = match (self.sort.family, self.sort.kind, self.sort.protocol) {

@@ -13,14 +13,15 @@ use super::execute::{Effects, Reach};
 use super::model::ObjectId;
 use super::socket::{Role, State, own};
 use super::socket_apply::reset_at_close;
+use super::socket_inside::Maker;
 use super::socket_plan::{Plan, Recipe};
 use super::socket_queue::fill;
 use super::tcp;
 use super::unix::{BoundFile, file_at, path_for_us};
-use crate::kernel::sock_diag::SockDiag;
+use crate::kernel::sock_diag::{SockDiag, state};
 use crate::kernel::socket::{
-    Address, accept, as_seen_by, bind, connect, create, listen, local_address, pair, poll, send,
-    set_option,
+    Address, accept, as_seen_by, bind, connect, create, listen, local_address, pair, peer_address,
+    poll, send, set_option,
 };
 
 /// How long a reset may take over the loopback interface.
@@ -89,6 +90,7 @@ pub fn make(
     recorded: &BTreeMap<ObjectId, &State>,
     homes: &Homes,
     reach: &Reach<'_>,
+    maker: &mut dyn Maker,
     effects: &mut Effects,
 ) -> Result<BTreeMap<ObjectId, OwnedFd>, Error> {
     let mut made = BTreeMap::new();
@@ -108,7 +110,7 @@ pub fn make(
             Recipe::Pair(other) => {
                 let (one, two) = match record.role {
                     Role::Tcp(_) => tcp_pair(record, recorded[&other], home)?,
-                    _ => pair(record.sort.kind).map_err(own("socketpair"))?,
+                    _ => maker.pair(who_made(record, home, maker), record.sort.kind)?,
                 };
                 made.insert(id, one);
                 made.insert(other, two);
@@ -118,8 +120,18 @@ pub fn make(
                     Some(new) => new.try_clone().map_err(|_| own("dup")(Errno::EMFILE))?,
                     None => reach.duplicate(listener)?,
                 };
-                let (client_end, server_end) =
-                    through(record, recorded[&listener], listening.as_fd(), home)?;
+                // The server's end was told who connected.
+                let client = who_made(recorded[&server], home, maker);
+                let client_end =
+                    maker.connected(client, record.sort.kind, &recorded[&listener].local)?;
+                // The backlog was empty, so that this is the connection just made.
+                let server_end =
+                    accept(listening.as_fd())
+                        .map_err(own("accept4"))?
+                        .ok_or(Error::Own {
+                            call: "accept4",
+                            errno: Errno::ECONNABORTED,
+                        })?;
                 made.insert(id, client_end);
                 made.insert(server, server_end);
             }
@@ -268,24 +280,42 @@ fn share_port(fd: BorrowedFd<'_>) -> Result<(), Error> {
     .map_err(own("setsockopt"))
 }
 
-/// A connection through a listener, so that both ends have its name.
-fn through(
-    client: &State,
-    listener: &State,
-    listening: BorrowedFd<'_>,
-    home: i32,
-) -> Result<(OwnedFd, OwnedFd), Error> {
-    let socket = create(client.sort.family, client.sort.kind, 0).map_err(own("socket"))?;
-    as_seen_by(home, || connect(socket.as_fd(), &listener.local))
-        .map_err(own("entering the process's namespaces"))?
-        .map_err(own("connect"))?;
-    // The backlog was empty, so that this is the connection just made.
-    let accepted = accept(listening).map_err(own("accept4"))?;
-    let accepted = accepted.ok_or(Error::Own {
-        call: "accept4",
-        errno: Errno::ECONNABORTED,
-    })?;
-    Ok((socket, accepted))
+/// The process that made a unix socket, if it is still there; else one that has the socket.
+fn who_made(record: &State, home: i32, maker: &dyn Maker) -> i32 {
+    let made = record
+        .credentials
+        .map_or(home, |credentials| credentials.pid);
+    if maker.reaches(made) { made } else { home }
+}
+
+/// Prepares sockets that are about to be closed because they came since: a TCP connection is reset by that, so that
+/// nothing the program wrote since is sent any more. Returns how many connections these are.
+///
+/// # Errors
+/// If the kernel refuses to tell.
+pub fn condemn(sockets: &[OwnedFd]) -> Result<usize, Error> {
+    let mut connections = BTreeSet::new();
+    for socket in sockets {
+        let fd = socket.as_fd();
+        let Ok(info) = tcp::info(fd) else { continue };
+        if matches!(info.state, state::LISTEN | state::CLOSE) {
+            continue;
+        }
+        reset_at_close(fd)?;
+        let local = local_address(fd).map_err(own("getsockname"))?.inet();
+        let peer = peer_address(fd)
+            .map_err(own("getpeername"))?
+            .and_then(|peer| peer.inet());
+        let canonical = |address: Option<std::net::SocketAddr>| {
+            address.map(|address| (address.ip().to_canonical(), address.port()))
+        };
+        let (one, other) = (canonical(local), canonical(peer));
+        // Both ends in the tree are one connection, of no concern to anybody else.
+        if !connections.remove(&(other, one)) {
+            connections.insert((one, other));
+        }
+    }
+    Ok(connections.len())
 }
 
 /// A connection that is reset: the next read says `ECONNRESET`.

@@ -11,6 +11,7 @@ use crate::kernel::socket::{SO_COOKIE, option, shutdown, u64_option};
 use crate::objects::live::{Holder, Live};
 use crate::objects::model::{Common, Place};
 use crate::objects::socket_apply::{apply, complete};
+use crate::objects::socket_inside::Keeper;
 use crate::objects::socket_plan::{inner_tcp, plan};
 
 /// Recorded sockets of this process, by number.
@@ -107,7 +108,15 @@ impl Recorded {
         for (&id, &fd) in self.fds.iter().filter(|(_, fd)| there.contains(fd)) {
             reach.places.insert(id, place(fd));
         }
-        let made = make(&planned, &recorded, &homes, &reach, &mut effects).expect("make");
+        let made = make(
+            &planned,
+            &recorded,
+            &homes,
+            &reach,
+            &mut Keeper,
+            &mut effects,
+        )
+        .expect("make");
         let mut identities = BTreeMap::new();
         for (id, new) in made {
             let fd = self.fds[&id];
