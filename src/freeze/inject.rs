@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use crate::kernel::ptrace::{self, Event, Registers};
 use crate::kernel::runner::{self, CODE_SIZE, Control, LIVENESS_OFFSET, Step};
 use crate::kernel::window::Window;
-use crate::kernel::{maps, pidfd, remote_memory};
+use crate::kernel::{maps, pidfd, procfs, remote_memory};
 
 use super::batch::{Batch, MOST_STEPS, Outputs};
 use super::stopped::{Stopped, Thread};
@@ -39,6 +39,8 @@ pub struct TargetWindow {
     pub address: u64,
     /// Our view of it.
     pub window: Window,
+    /// Where in this address space, and in copies of it, there is room for a few instructions.
+    bootstrap: Bootstrap,
 }
 
 impl TargetWindow {
@@ -154,7 +156,7 @@ impl Stopped<'_> {
 
         let window = Window::map(&memfd, len).context(|| "map a window".into())?;
         window.write(0, runner::code());
-        let mut target = TargetWindow { address, window };
+        let mut target = TargetWindow { address, window, bootstrap: place };
         let mut batch = Batch::new();
         let close = batch.call(libc::SYS_close, &[remote_fd.into()]);
         let read_only = batch.call(
@@ -182,6 +184,42 @@ impl Stopped<'_> {
         Ok(())
     }
 
+    /// Makes up to four calls in a stopped copy of a process's address space that is never to run on, and is traced by
+    /// this thread: a shadow. It has no window. The first failure is returned.
+    pub fn run_in_copy(&self, original: Pid, copy: Pid, calls: &[PlainCall]) -> Result<()> {
+        let target = self.member(original)?.window.as_ref().ok_or(Error::Gone(original))?;
+        let place = target.bootstrap.address;
+        let code = runner::calls(calls);
+        let memory = std::fs::OpenOptions::new()
+            .write(true)
+            .open(procfs::path(copy, "mem"))
+            .context(|| format!("open /proc/{copy}/mem"))?;
+        memory.write_all_at(&code, place).context(|| format!("write to the vDSO padding of {copy}"))?;
+        let mut registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
+        (registers.rip, registers.orig_rax) = (place, u64::MAX);
+        ptrace::set_registers(copy, &registers).context(|| format!("set registers of {copy}"))?;
+        ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?;
+        loop {
+            match wait(copy)? {
+                Event::Signal(libc::SIGTRAP) => break,
+                Event::Exited(_) => return Err(Error::Gone(copy)),
+                // Signals sent to it are not for it.
+                _ => ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?,
+            }
+        }
+        memory.write_all_at(&vec![0; code.len()], place).context(|| "clean the vDSO padding".into())?;
+        let registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
+        let results = [registers.r12, registers.r13, registers.r14, registers.r15];
+        match results[..calls.len()].iter().find(|result| **result > -4096i64 as u64) {
+            None => Ok(()),
+            Some(result) => Err(Error::Call {
+                pid: copy,
+                what: "preparing the shadow",
+                errno: Errno::from_raw(-(*result as i64) as i32),
+            }),
+        }
+    }
+
     /// Removes a process's window from its address space. What was in its page store is gone.
     pub fn close_window(&mut self, pid: Pid) -> Result<()> {
         let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
@@ -191,9 +229,8 @@ impl Stopped<'_> {
             return Ok(());
         };
         target.hide();
-        thread.registers()?;
         // The runner can't unmap itself and come back, so this goes by single step.
-        let place = Bootstrap::find(pid, &member.maps)?;
+        let place = target.bootstrap;
         let result = place.call(thread, &member.memory, libc::SYS_munmap, |_| {
             [target.address, target.window.len() as u64, 0, 0, 0, 0]
         })?;
@@ -303,18 +340,22 @@ fn wait(tid: Pid) -> Result<Event> {
 
 /// A place in the target for the few instructions that make its first calls: the zero padding behind the vDSO's
 /// ELF image, which every address space has and nothing reads.
+#[derive(Debug, Clone, Copy)]
 struct Bootstrap {
     address: u64,
 }
+
+/// A system call with up to three arguments, for [`Stopped::run_in_copy`].
+pub type PlainCall = (libc::c_long, [u64; 3]);
+
 
 impl Bootstrap {
     /// Room for the code, the name of the window's memfd and a signal mask.
     const SIZE: usize = 256;
 
     fn find(pid: Pid, held_maps: &std::fs::File) -> Result<Self> {
-        let mut text = vec![0; 1 << 20];
-        let len = read_whole(held_maps, &mut text).context(|| format!("read /proc/{pid}/maps"))?;
-        let vmas = maps::parse(&text[..len]).unwrap_or_default();
+        let text = procfs::read_held(held_maps).context(|| format!("read /proc/{pid}/maps"))?;
+        let vmas = maps::parse(&text).unwrap_or_default();
         let vdso = vmas
             .iter()
             .find(|vma| &*vma.name == b"[vdso]")
@@ -412,19 +453,5 @@ impl Bootstrap {
         memory
             .write_all_at(&[0; Self::SIZE], self.address)
             .context(|| "clean the vDSO padding".into())
-    }
-}
-
-/// Reads a file of procfs from its start; it hands out a page or so at a time.
-fn read_whole(file: &std::fs::File, buffer: &mut Vec<u8>) -> std::io::Result<usize> {
-    let mut len = 0;
-    loop {
-        if len == buffer.len() {
-            buffer.resize(buffer.len() * 2, 0);
-        }
-        match file.read_at(&mut buffer[len..], len as u64)? {
-            0 => return Ok(len),
-            got => len += got,
-        }
     }
 }

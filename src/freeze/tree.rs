@@ -133,6 +133,11 @@ impl Tree {
         self.shadows.insert(pid, inside);
     }
 
+    /// The PID of a shadow in its own PID namespace.
+    pub fn shadow_inside(&self, pid: Pid) -> Option<i32> {
+        self.shadows.get(&pid).copied()
+    }
+
     /// Forgets a shadow that was killed and reaped.
     pub fn remove_shadow(&mut self, pid: Pid) {
         self.shadows.remove(&pid);

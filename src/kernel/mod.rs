@@ -20,3 +20,4 @@ pub mod socket;
 pub mod terminal;
 pub mod userfaultfd;
 pub mod window;
+pub mod smaps;

@@ -91,14 +91,14 @@ const PM_SCAN_WP_MATCHING: u64 = 1;
 /// What a scan looks for and does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scan {
-    /// All pages that are in memory or swapped out.
+    /// All anonymous pages that are in memory or swapped out.
     Populated,
     /// The same, and write-protects each page reported. Skips VMAs that are not registered.
     Arm,
 }
 
-/// Scans `[start, end)` and appends what it finds to `found`, in address order. Holes are not reported, and never
-/// armed: arming one would allocate page tables for it.
+/// Scans `[start, end)` for anonymous pages and appends what it finds to `found`, in address order. Holes and page
+/// cache are not reported, and never armed: arming a hole would allocate page tables for it.
 pub fn scan(
     pagemap: impl AsFd,
     what: Scan,
@@ -119,6 +119,8 @@ pub fn scan(
         end,
         vec: room.as_mut_ptr() as u64,
         vec_len: ROOM as u64,
+        category_inverted: Categories::FILE.0,
+        category_mask: Categories::FILE.0,
         category_anyof_mask: (Categories::PRESENT | Categories::SWAPPED).0,
         return_mask: 0x1f,
         ..ScanArguments::default()

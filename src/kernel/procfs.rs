@@ -105,6 +105,32 @@ impl Stat {
     }
 }
 
+/// Bytes of a process that are in memory (`/proc/PID/statm`).
+pub fn resident_bytes(pid: Pid) -> io::Result<u64> {
+    let text = fs::read_to_string(path(pid, "statm"))?;
+    let pages = text.split_ascii_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
+    Ok(pages.unwrap_or(0) * 4096)
+}
+
+/// Reads a file of procfs that is held open, from its start. It hands out about a page at a time, so the text is
+/// consistent only while the process is stopped.
+pub fn read_held(file: &fs::File) -> io::Result<Vec<u8>> {
+    use std::os::unix::fs::FileExt;
+    let mut text = vec![0; 16 << 10];
+    let mut len = 0;
+    loop {
+        if len == text.len() {
+            text.resize(text.len() * 2, 0);
+        }
+        match file.read_at(&mut text[len..], len as u64)? {
+            0 => break,
+            got => len += got,
+        }
+    }
+    text.truncate(len);
+    Ok(text)
+}
+
 /// The value of a line of `/proc/PID/status`, as `Uid`.
 pub fn status_line<'a>(status: &'a str, key: &str) -> Option<&'a str> {
     status

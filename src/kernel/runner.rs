@@ -253,6 +253,23 @@ pub fn bootstrap(regs: &Registers, mask: u64) -> Vec<u8> {
     code
 }
 
+/// Code that makes up to four system calls, leaves their results in `r12` to `r15` and stops with `int3`. The task it
+/// runs in never runs on by itself.
+pub fn calls(calls: &[(libc::c_long, [u64; 3])]) -> Vec<u8> {
+    assert!(calls.len() <= 4, "there are four registers for results");
+    let mut code = Vec::new();
+    for ((number, [rdi, rsi, rdx]), result_register) in calls.iter().zip([0xc4, 0xc5, 0xc6, 0xc7]) {
+        for (opcode, value) in [(0xb8, *number as u64), (0xbf, *rdi), (0xbe, *rsi), (0xba, *rdx)] {
+            code.extend([0x48, opcode]); // movabs
+            code.extend(value.to_le_bytes());
+        }
+        code.extend([0x0f, 0x05]); // syscall
+        code.extend([0x49, 0x89, result_register]); // mov r12.., rax
+    }
+    code.push(0xcc); // int3
+    code
+}
+
 /// SF, ZF, AF, PF and CF, which `sahf` sets from AH.
 const ARITHMETIC_FLAGS: u64 = 0xd5;
 const OVERFLOW_FLAG: u64 = 0x800;

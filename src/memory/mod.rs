@@ -1,1 +1,64 @@
 //! Address spaces: VMA lists, shadows, dirty tracking, page store, shared memory.
+//!
+//! A checkpoint of an address space is a *shadow*, a stopped child that holds a copy-on-write copy of it, together
+//! with the VMA list, the set of populated pages and write tracking armed on them. A rollback undoes the changes to
+//! the VMA list, copies back the pages that were written since, drops those that were not there, and arms again.
+
+mod execute;
+mod image;
+mod layout;
+mod observe;
+mod plan;
+mod ranges;
+mod shadow;
+mod shared;
+mod space;
+mod store;
+mod verify;
+
+pub use image::{AddressSpaceHeader, SpaceImage};
+pub use layout::Layout;
+pub use observe::Observed;
+pub use plan::{Plan, plan};
+pub use ranges::{Ranges, Span};
+pub use shadow::Shadow;
+pub use shared::{SharedImage, SharedObject};
+pub use space::{Copied, Space};
+pub use verify::verify;
+
+use crate::freeze;
+use crate::outcome::Refusal;
+use crate::record;
+
+/// Bytes of a page on x86-64.
+pub const PAGE: u64 = 4096;
+
+/// The end of user addresses on x86-64 with four-level page tables, and of what programs get without asking for more.
+pub(crate) const USER_END: u64 = 0x7fff_ffff_f000;
+
+/// What can go wrong with an address space.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be done, and nothing was touched.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Stopping, injecting or a system call failed.
+    #[error(transparent)]
+    Freeze(#[from] freeze::Error),
+    /// The context could not be written or read.
+    #[error(transparent)]
+    Record(#[from] record::Error),
+}
+
+impl Error {
+    /// The refusal in it, if it is one.
+    pub fn into_refusal(self) -> std::result::Result<Refusal, Self> {
+        match self {
+            Self::Refused(refusal) | Self::Freeze(freeze::Error::Refused(refusal)) => Ok(refusal),
+            other => Err(other),
+        }
+    }
+}
+
+/// Result of this room.
+pub type Result<T> = std::result::Result<T, Error>;

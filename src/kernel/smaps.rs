@@ -1,0 +1,54 @@
+//! `VmFlags` of `/proc/PID/smaps` (proc_pid_smaps(5)): what mmap and madvise have set on a VMA.
+
+/// The flags of one VMA.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flags {
+    /// First address of the VMA.
+    pub start: u64,
+    /// First address after it.
+    pub end: u64,
+    flags: Vec<[u8; 2]>,
+}
+
+impl Flags {
+    /// Whether the two-letter flag is set.
+    pub fn has(&self, flag: &str) -> bool {
+        self.flags.iter().any(|of| of == flag.as_bytes())
+    }
+}
+
+/// Parses the text of an smaps file; what is not understood is passed over.
+pub fn parse(text: &str) -> Vec<Flags> {
+    let mut found: Vec<Flags> = Vec::new();
+    for line in text.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if let Some(last) = found.last_mut() {
+                last.flags = flags
+                    .split_ascii_whitespace()
+                    .filter_map(|flag| flag.as_bytes().try_into().ok())
+                    .collect();
+            }
+        } else if let Some((start, rest)) = line.split_once('-')
+            && let Ok(start) = u64::from_str_radix(start, 16)
+            && let Some((end, _)) = rest.split_once(' ')
+            && let Ok(end) = u64::from_str_radix(end, 16)
+        {
+            found.push(Flags { start, end, flags: Vec::new() });
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_our_stack() {
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let here = &raw const text as u64;
+        let flags = parse(&text);
+        let mine = flags.iter().find(|flags| flags.start <= here && here < flags.end).unwrap();
+        assert!(mine.has("wr") && !mine.has("ex"));
+    }
+}

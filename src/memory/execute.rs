@@ -1,0 +1,296 @@
+//! Making an address space equal to an image, as planned.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use crate::freeze::{self, Batch, Stopped};
+use crate::kernel::maps::{self, Vma};
+use crate::kernel::pagemap::{self, Scan};
+use crate::kernel::{procfs, smaps};
+
+use super::image::SpaceImage;
+use super::layout::LayoutChange;
+use super::plan::Plan;
+use super::ranges::{Ranges, Span};
+use super::space::{Copied, Space, system};
+use super::store::runs;
+use super::{PAGE, Result};
+
+/// Page tables are re-armed in blocks of what one of them maps.
+const BLOCK: u64 = 2 << 20;
+/// Most bytes fetched from a shadow or copied past the page store at once.
+const PIECE: u64 = 1 << 20;
+
+impl Space {
+    /// Puts the VMA list back and drops pages that were not there.
+    pub fn restore_layout(&self, stopped: &mut Stopped, image: &SpaceImage, plan: &Plan) -> Result<()> {
+        let pid = self.pid;
+        let mut batch = Batch::new();
+        for change in &plan.layout {
+            if let LayoutChange::Unmap(span) = change {
+                batch.call(libc::SYS_munmap, &[span.start.into(), span.len().into()]);
+            }
+        }
+        let brk = plan.brk.map(|brk| batch.call(libc::SYS_brk, &[brk.into()]));
+        self.run_all(stopped, &mut batch, "munmap or brk", |outputs| {
+            brk.is_none_or(|step| outputs.result(step).ok() == plan.brk)
+        })?;
+
+        let mut shadow_vmas = None;
+        for change in &plan.layout {
+            if let LayoutChange::Map(vma) = change {
+                let (shadow_vmas, flags) = match &mut shadow_vmas {
+                    Some(read) => read,
+                    unread => unread.insert(read_shadow(image.shadow.pid)?),
+                };
+                map(stopped, pid, image, vma, shadow_vmas, flags)?;
+            }
+        }
+        for change in &plan.layout {
+            if let LayoutChange::Protect(span, prot) = change {
+                self.make_room(stopped, &mut batch)?;
+                batch.call(libc::SYS_mprotect, &[span.start.into(), span.len().into(), u32::from(*prot).into()]);
+            }
+        }
+        for span in plan.drop.spans() {
+            self.make_room(stopped, &mut batch)?;
+            batch.call(
+                libc::SYS_madvise,
+                &[span.start.into(), span.len().into(), libc::MADV_DONTNEED.into()],
+            );
+        }
+        self.run_all(stopped, &mut batch, "mprotect or madvise", |_| true)?;
+        self.register(plan.register.iter().filter_map(|span| image.layout.at(span.start)))
+    }
+
+    fn make_room(&self, stopped: &mut Stopped, batch: &mut Batch) -> Result<()> {
+        if batch.has_room(1, 0) { Ok(()) } else { self.run_all(stopped, batch, "madvise", |_| true) }
+    }
+
+    /// Runs a batch every step of which must succeed, and empties it.
+    fn run_all(
+        &self,
+        stopped: &mut Stopped,
+        batch: &mut Batch,
+        what: &'static str,
+        check: impl Fn(&freeze::Outputs) -> bool,
+    ) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let outputs = stopped.run(self.pid, &std::mem::take(batch))?;
+        let failure = outputs.first_failure().map(|(_, errno)| errno);
+        match failure.or_else(|| (!check(&outputs)).then_some(Errno::ENOMEM)) {
+            None => Ok(()),
+            Some(errno) => Err(freeze::Error::Call { pid: self.pid, what, errno }.into()),
+        }
+    }
+
+    /// Copies pages back, inside the target where it may write to them.
+    pub fn copy_back(&mut self, stopped: &mut Stopped, image: &mut SpaceImage, pages: &Ranges) -> Result<Copied> {
+        let (cached, missing) = runs(pages, &image.slots);
+        let (fetched, overflow) = self.fetch(stopped, image, &missing)?;
+        let mut batch = Batch::new();
+        let window = stopped.member(self.pid)?.window.as_ref().ok_or(freeze::Error::Gone(self.pid))?;
+        let address = window.address;
+        let writable = |span: Span| {
+            let both = (libc::PROT_READ | libc::PROT_WRITE) as u8;
+            image.layout.at(span.start).is_some_and(|vma| vma.prot & both == both && vma.end >= span.end)
+        };
+        for run in cached.iter().chain(&fetched) {
+            if writable(run.span) {
+                if !batch.has_room(1, 0) {
+                    self.run_all(stopped, &mut batch, "copying pages", |_| true)?;
+                }
+                let from = address + Self::slot_offset(run.slot) as u64;
+                batch.copy(run.span.start.into(), from.into(), run.span.len() as usize);
+            } else {
+                let mut bytes = vec![0; run.span.len() as usize];
+                let member = stopped.member(self.pid)?;
+                if let Some(window) = &member.window {
+                    window.window.read(Self::slot_offset(run.slot), &mut bytes);
+                }
+                force(&member.memory, self.pid, run.span, &bytes)?;
+            }
+        }
+        self.run_all(stopped, &mut batch, "copying pages", |_| true)?;
+        for span in pieces(&overflow) {
+            let mut bytes = vec![0; span.len() as usize];
+            image.shadow.read(&[span], &mut bytes).map_err(|error| system(self.pid, "read its shadow", error))?;
+            force(&stopped.member(self.pid)?.memory, self.pid, span, &bytes)?;
+        }
+        Ok(Copied { pages: pages.pages(), bytes: pages.bytes() })
+    }
+
+    /// Fetches pre-images from the shadow into the page store. What does not fit is returned as the second value.
+    fn fetch(
+        &mut self,
+        stopped: &mut Stopped,
+        image: &mut SpaceImage,
+        missing: &Ranges,
+    ) -> Result<(Vec<super::store::Run>, Ranges)> {
+        if missing.is_empty() {
+            return Ok((Vec::new(), Ranges::new()));
+        }
+        let mut stored = Ranges::new();
+        let mut overflow = Ranges::new();
+        for span in missing.spans() {
+            let mut at = span.start;
+            while at < span.end {
+                let page = Span { start: at, end: at + PAGE };
+                match self.store.take() {
+                    Some(slot) => {
+                        image.slots.insert(at, slot);
+                        stored.push(page);
+                    }
+                    None => overflow.push(page),
+                }
+                at += PAGE;
+            }
+        }
+        let (runs, _) = runs(&stored, &image.slots);
+        let window = stopped.tree_mut().member_mut(self.pid).and_then(|member| member.window.as_mut());
+        let window = &mut window.ok_or(freeze::Error::Gone(self.pid))?.window;
+        // Runs whose slots follow one another are read in one go.
+        let mut at = 0;
+        while at < runs.len() {
+            let mut end = at + 1;
+            let mut slots = runs[at].span.len() / PAGE;
+            while end < runs.len() && u64::from(runs[end].slot) == u64::from(runs[at].slot) + slots {
+                slots += runs[end].span.len() / PAGE;
+                end += 1;
+            }
+            let spans: Vec<Span> = runs[at..end].iter().map(|run| run.span).collect();
+            let buffer = window.store_mut(Self::slot_offset(runs[at].slot), (slots * PAGE) as usize);
+            image.shadow.read(&spans, buffer).map_err(|error| system(self.pid, "read its shadow", error))?;
+            at = end;
+        }
+        Ok((runs, overflow))
+    }
+
+    /// Arms the pages again, with what shares their page tables.
+    pub fn rearm(&self, stopped: &Stopped, pages: &Ranges) -> Result<()> {
+        let blocks: Ranges = pages
+            .spans()
+            .iter()
+            .map(|span| Span { start: span.start & !(BLOCK - 1), end: span.end.next_multiple_of(BLOCK) })
+            .collect();
+        let mut found = Vec::new();
+        for block in blocks.spans() {
+            pagemap::scan(&stopped.member(self.pid)?.pagemap, Scan::Arm, block.start, block.end, &mut found)
+                .map_err(|errno| system(self.pid, "arm its pages", errno))?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of pre-images in the page store.
+    pub fn store_bytes(&self) -> u64 {
+        self.store.bytes()
+    }
+}
+
+fn pieces(pages: &Ranges) -> Vec<Span> {
+    let cut = |span: &Span| {
+        let end = span.end;
+        (span.start..end).step_by(PIECE as usize).map(move |start| Span { start, end: end.min(start + PIECE) })
+    };
+    pages.spans().iter().flat_map(cut).collect()
+}
+
+/// Writes to memory that the program itself may not write to.
+fn force(memory: &File, pid: Pid, span: Span, bytes: &[u8]) -> Result<()> {
+    memory.write_all_at(bytes, span.start).map_err(|error| system(pid, "write to its memory", error))
+}
+
+/// The VMAs of a shadow, and the `VmFlags` of each.
+fn read_shadow(shadow: Pid) -> Result<(Vec<Vma>, Vec<smaps::Flags>)> {
+    let read = |name: &str| {
+        std::fs::read(procfs::path(shadow, name)).map_err(|error| system(shadow, "read the map of a shadow", error))
+    };
+    let vmas = maps::parse(&read("maps")?).unwrap_or_default();
+    Ok((vmas, smaps::parse(&String::from_utf8_lossy(&read("smaps")?))))
+}
+
+/// Maps what was there.
+fn map(
+    stopped: &mut Stopped,
+    pid: Pid,
+    image: &SpaceImage,
+    vma: &Vma,
+    shadow_vmas: &[Vma],
+    flags: &[smaps::Flags],
+) -> Result<()> {
+    let of_shadow = shadow_vmas.iter().find(|candidate| candidate.start <= vma.start && candidate.end > vma.start);
+    let flags = flags.iter().find(|flags| flags.start <= vma.start && flags.end > vma.start);
+    let has = |flag: &str| flags.is_some_and(|flags| flags.has(flag));
+    let mut mmap_flags = libc::MAP_FIXED | if vma.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    for (name, bit) in [("gd", libc::MAP_GROWSDOWN), ("nr", libc::MAP_NORESERVE), ("lo", libc::MAP_LOCKED)] {
+        if has(name) {
+            mmap_flags |= bit;
+        }
+    }
+    let descriptor = if vma.is_anonymous() {
+        mmap_flags |= libc::MAP_ANONYMOUS;
+        -1
+    } else {
+        let file = open_mapped(image, vma, of_shadow)?;
+        stopped.pass_descriptor(pid, file.as_fd())?
+    };
+    let mut batch = Batch::new();
+    let mapped = batch.call(
+        libc::SYS_mmap,
+        &[
+            vma.start.into(),
+            vma.len().into(),
+            u32::from(vma.prot).into(),
+            mmap_flags.into(),
+            descriptor.into(),
+            vma.offset.into(),
+        ],
+    );
+    batch.must_succeed(mapped);
+    let mut advise = |advice: i32| {
+        batch.call(libc::SYS_madvise, &[vma.start.into(), vma.len().into(), advice.into()]);
+    };
+    if of_shadow.is_none() {
+        // It was in the checkpoint and is not in the shadow.
+        advise(libc::MADV_DONTFORK);
+    }
+    for (name, advice) in [
+        ("wf", libc::MADV_WIPEONFORK),
+        ("hg", libc::MADV_HUGEPAGE),
+        ("nh", libc::MADV_NOHUGEPAGE),
+        ("mg", libc::MADV_MERGEABLE),
+        ("dd", libc::MADV_DONTDUMP),
+    ] {
+        if has(name) {
+            advise(advice);
+        }
+    }
+    if descriptor >= 0 {
+        batch.call(libc::SYS_close, &[descriptor.into()]);
+    }
+    let outputs = stopped.run(pid, &batch)?;
+    outputs.result(mapped).map(drop).map_err(|errno| freeze::Error::Call { pid, what: "mmap", errno }.into())
+}
+
+/// Opens the file behind a VMA through the shadow, which has it mapped, whatever became of its name.
+fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result<File> {
+    let shadow = image.shadow.pid;
+    let open = |path: &std::path::Path| {
+        OpenOptions::new().read(true).write(vma.shared).open(path).or_else(|_| File::open(path))
+    };
+    let result = match of_shadow {
+        Some(found) => open(&procfs::path(shadow, &format!("map_files/{:x}-{:x}", found.start, found.end))),
+        None => {
+            use std::os::unix::ffi::OsStrExt;
+            let inside = std::ffi::OsStr::from_bytes(vma.name.strip_prefix(b"/").unwrap_or(&vma.name));
+            open(&procfs::path(image.pid, "root").join(inside))
+        }
+    };
+    result.map_err(|error| system(image.pid, &format!("open the file mapped at {vma:?}"), error))
+}

@@ -1,0 +1,77 @@
+//! What a checkpoint holds of one address space.
+
+use nix::unistd::Pid;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::record::{Context, Kind, ObjectId};
+
+use super::layout::Layout;
+use super::ranges::{Ranges, Span};
+use super::shadow::Shadow;
+use super::store::Slots;
+use super::{Error, Result};
+
+/// Payload of an `AddressSpace` record. The records `VmaList` (the text of `/proc/PID/maps`) and `PopulatedRanges` (a
+/// list of [`Span`]) have the same object id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct AddressSpaceHeader {
+    /// PID of the process it is reached by.
+    pub pid: u32,
+    /// PID of the shadow.
+    pub shadow: u32,
+    /// The program break in bytes, as brk(2) gives it.
+    pub brk: u64,
+    /// First address of the window, which is not the program's.
+    pub window_start: u64,
+    /// First address after the window.
+    pub window_end: u64,
+}
+
+/// The image of one address space.
+#[derive(Debug)]
+pub struct SpaceImage {
+    /// The object id of its records.
+    pub id: ObjectId,
+    /// The process it is reached by.
+    pub pid: Pid,
+    /// Keeps the pages.
+    pub shadow: Shadow,
+    /// The VMA list, as the `VmaList` record has it.
+    pub layout: Layout,
+    /// Pages that may differ from the image though they were not written since the tracking was last armed.
+    pub stale: Ranges,
+    /// Pages that are in the store and not in the shadow.
+    pub kept: Ranges,
+    pub(super) slots: Slots,
+}
+
+impl SpaceImage {
+    pub(super) fn new(id: ObjectId, pid: Pid, shadow: Shadow, layout: Layout) -> Self {
+        Self { id, pid, shadow, layout, stale: Ranges::new(), kept: Ranges::new(), slots: Slots::default() }
+    }
+
+    /// Its header, read in place.
+    pub fn header<'c>(&self, context: &'c Context) -> Result<&'c AddressSpaceHeader> {
+        Ok(self.record(context, Kind::AddressSpace)?.fixed()?.0)
+    }
+
+    /// The text of its VMA list, read in place.
+    pub fn maps_text<'c>(&self, context: &'c Context) -> Result<&'c [u8]> {
+        Ok(self.record(context, Kind::VmaList)?.payload())
+    }
+
+    /// Its populated pages.
+    pub fn populated(&self, context: &Context) -> Result<Ranges> {
+        Ok(self.record(context, Kind::PopulatedRanges)?.list::<Span>()?.iter().copied().collect())
+    }
+
+    fn record<'c>(&self, context: &'c Context, kind: Kind) -> Result<crate::record::Record<'c>> {
+        context.find(kind, self.id).ok_or_else(|| {
+            Error::Freeze(crate::freeze::Error::System {
+                what: format!("{kind:?} record of pid {}", self.pid),
+                error: std::io::ErrorKind::NotFound.into(),
+            })
+        })
+    }
+}

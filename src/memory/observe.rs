@@ -1,0 +1,57 @@
+//! What an address space is like now, as far as it can have changed.
+
+use crate::freeze::{Batch, Stopped};
+use crate::kernel::pagemap::{self, Region, Scan};
+use crate::record::Context;
+
+use super::image::SpaceImage;
+use super::layout::Layout;
+use super::space::{read_maps, refuse, system, window_span};
+use super::{Result, USER_END};
+
+/// The live state of an address space.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Its VMAs; `None`: they are as in the image.
+    pub layout: Option<Layout>,
+    /// Its program break, asked for only if the VMAs are not as in the image.
+    pub brk: Option<u64>,
+    /// Its populated anonymous pages, and which of them were written since they were armed.
+    pub regions: Vec<Region>,
+}
+
+impl Observed {
+    /// Looks at the address space of an image. Refuses if it is not there any more.
+    pub fn look(stopped: &mut Stopped, image: &SpaceImage, context: &Context) -> Result<Self> {
+        let pid = image.pid;
+        let member = stopped.member(pid)?;
+        let text = read_maps(member)?;
+        if text.is_empty() {
+            return Err(refuse(
+                pid,
+                "its address space",
+                "the process has executed another program since the checkpoint; that can't be undone yet",
+            ));
+        }
+        if !image.shadow.is_alive() {
+            return Err(refuse(
+                pid,
+                format!("its shadow, pid {}", image.shadow.pid),
+                "something has killed it (a kill of all processes, or a memory limit); take a new checkpoint",
+            ));
+        }
+        let mut regions = Vec::new();
+        pagemap::scan(&member.pagemap, Scan::Populated, 0, USER_END, &mut regions)
+            .map_err(|errno| system(pid, "scan its pages", errno))?;
+        if text == image.maps_text(context)? {
+            return Ok(Self { layout: None, brk: None, regions });
+        }
+        let window = window_span(stopped, pid)?;
+        let layout = Layout::parse(&text, Some(window))
+            .ok_or_else(|| refuse(pid, "its memory map", "/proc/PID/maps does not read as documented"))?;
+        let mut batch = Batch::new();
+        let brk = batch.call(libc::SYS_brk, &[0.into()]);
+        let outputs = stopped.run(pid, &batch)?;
+        Ok(Self { layout: Some(layout), brk: outputs.result(brk).ok(), regions })
+    }
+}

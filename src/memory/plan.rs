@@ -1,0 +1,205 @@
+//! What must be done to an address space to make it equal to an image. Pure.
+
+use crate::kernel::maps::Vma;
+use crate::kernel::pagemap::Categories;
+use crate::outcome::Refusal;
+
+use super::image::AddressSpaceHeader;
+use super::layout::{Layout, LayoutChange};
+use super::observe::Observed;
+use super::ranges::{Ranges, Span};
+use super::space::populated;
+
+/// The changes, to be made in this order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Changes of the VMA list.
+    pub layout: Vec<LayoutChange>,
+    /// The program break to set, if the VMA list changes.
+    pub brk: Option<u64>,
+    /// Pages that were not there.
+    pub drop: Ranges,
+    /// Pages to be copied back.
+    pub copy: Ranges,
+    /// VMAs that are not registered for tracking.
+    pub register: Vec<Span>,
+}
+
+/// What the image says, as the plan needs it.
+#[derive(Debug, Clone, Copy)]
+pub struct Recorded<'a> {
+    /// The fixed part.
+    pub header: &'a AddressSpaceHeader,
+    /// Its VMAs.
+    pub layout: &'a Layout,
+    /// Its populated pages.
+    pub populated: &'a Ranges,
+    /// Pages that may differ though they were not written since armed last.
+    pub stale: &'a Ranges,
+}
+
+/// Plans the changes that make the address space equal to the image.
+///
+/// A page needs no copy only if all of this holds: it is where it was in a VMA that was not replaced, it is in
+/// memory (or, if anonymous, swapped out), its write-protection is still armed, and it is not stale.
+pub fn plan(recorded: Recorded<'_>, observed: &Observed, holder: &str) -> Result<Plan, Refusal> {
+    let live = observed.layout.as_ref().unwrap_or(recorded.layout);
+    let layout = match &observed.layout {
+        None => Vec::new(),
+        Some(live) => recorded.layout.changes_from(live),
+    };
+    if let Some(special) = special_change(&layout, live) {
+        return Err(Refusal {
+            object: format!("memory {special:?}"),
+            holder: holder.into(),
+            remedy: "the program has moved or unmapped the kernel's own mapping since the checkpoint".into(),
+        });
+    }
+    let replaced: Ranges = layout
+        .iter()
+        .filter_map(|change| match change {
+            LayoutChange::Unmap(span) => Some(*span),
+            LayoutChange::Map(vma) => Some(Span { start: vma.start, end: vma.end }),
+            LayoutChange::Protect(..) => None,
+        })
+        .collect();
+
+    let there = populated(live, &observed.regions, |_, _| true).difference(&replaced);
+    let clean = populated(live, &observed.regions, |vma, categories| {
+        categories.has(Categories::WP_ALLOWED)
+            && !categories.has(Categories::WRITTEN)
+            // In a file's VMA a page that was dropped leaves a marker that looks like a swapped-out page.
+            && (categories.has(Categories::PRESENT) || vma.is_anonymous())
+    })
+    .difference(&replaced)
+    .difference(recorded.stale);
+    let unregistered =
+        populated(live, &observed.regions, |_, categories| !categories.has(Categories::WP_ALLOWED));
+    let copy = recorded.populated.difference(&clean);
+    let drop = there.difference(recorded.populated);
+    let to_register = unregistered.union(&replaced);
+    let register = recorded
+        .layout
+        .private()
+        .map(|vma| Span { start: vma.start, end: vma.end })
+        .filter(|span| !Ranges::from_iter([*span]).intersection(&to_register).is_empty())
+        .collect();
+    let brk = observed.layout.as_ref().map(|_| recorded.header.brk).filter(|brk| observed.brk != Some(*brk));
+    Ok(Plan { layout, brk, drop, copy, register })
+}
+
+/// A change that touches one of the kernel's own mappings.
+fn special_change<'c>(changes: &'c [LayoutChange], live: &'c Layout) -> Option<&'c Vma> {
+    changes.iter().find_map(|change| match change {
+        LayoutChange::Map(vma) => Some(vma).filter(|vma| vma.is_special()),
+        LayoutChange::Unmap(span) | LayoutChange::Protect(span, _) => {
+            live.at(span.start).filter(|vma| vma.is_special())
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::pagemap::Region;
+    use crate::memory::PAGE;
+
+    const ARMED: Categories = Categories(1 | 8);
+    const DIRTY: Categories = Categories(1 | 2 | 8);
+    const MARKER: Categories = Categories(1 | 16);
+    const NEW: Categories = Categories(2 | 8);
+
+    fn header() -> AddressSpaceHeader {
+        AddressSpaceHeader { pid: 1, shadow: 2, brk: 0x9000, window_start: 0, window_end: 0 }
+    }
+
+    fn vma(start: u64, end: u64, inode: u64) -> Vma {
+        Vma {
+            start: start * PAGE,
+            end: end * PAGE,
+            prot: 3,
+            shared: false,
+            offset: 0,
+            device: inode,
+            inode,
+            name: Box::default(),
+        }
+    }
+
+    fn pages(spans: &[(u64, u64)]) -> Ranges {
+        spans.iter().map(|(start, end)| Span { start: start * PAGE, end: end * PAGE }).collect()
+    }
+
+    fn regions(of: &[(u64, u64, Categories)]) -> Vec<Region> {
+        of.iter()
+            .map(|(start, end, categories)| Region {
+                start: start * PAGE,
+                end: end * PAGE,
+                categories: *categories,
+            })
+            .collect()
+    }
+
+    fn planned(was: Layout, populated: &Ranges, stale: &Ranges, observed: &Observed) -> Plan {
+        let recorded = Recorded { header: &header(), layout: &was, populated, stale };
+        plan(recorded, observed, "pid 1 (x)").unwrap()
+    }
+
+    #[test]
+    fn only_what_was_written_is_copied() {
+        let was = Layout { vmas: vec![vma(0, 20, 0)] };
+        let observed = Observed {
+            regions: regions(&[(0, 3, ARMED), (3, 4, DIRTY), (4, 8, ARMED), (12, 14, DIRTY)]),
+            ..Observed::default()
+        };
+        // Page 9 was there and has been dropped since; pages 12 and 13 were not there.
+        let plan = planned(was, &pages(&[(0, 8), (9, 10)]), &pages(&[(6, 7)]), &observed);
+        assert_eq!(plan.copy, pages(&[(3, 4), (6, 7), (9, 10)]));
+        assert_eq!(plan.drop, pages(&[(12, 14)]));
+        assert!(plan.layout.is_empty() && plan.register.is_empty() && plan.brk.is_none());
+    }
+
+    #[test]
+    fn a_marker_in_a_files_vma_is_not_a_clean_page() {
+        let was = Layout { vmas: vec![vma(0, 4, 7), vma(4, 8, 0)] };
+        let observed = Observed { regions: regions(&[(0, 8, MARKER)]), ..Observed::default() };
+        let plan = planned(was, &pages(&[(0, 8)]), &Ranges::new(), &observed);
+        assert_eq!(plan.copy, pages(&[(0, 4)]));
+    }
+
+    #[test]
+    fn what_was_mapped_anew_at_the_same_place_is_not_trusted() {
+        let was = Layout { vmas: vec![vma(0, 8, 0)] };
+        let observed = Observed { regions: regions(&[(0, 2, NEW), (2, 8, ARMED)]), ..Observed::default() };
+        let plan = planned(was, &pages(&[(1, 8)]), &Ranges::new(), &observed);
+        assert_eq!(plan.copy, pages(&[(1, 2)]));
+        assert_eq!(plan.drop, pages(&[(0, 1)]));
+        assert_eq!(plan.register, [Span { start: 0, end: 8 * PAGE }]);
+    }
+
+    #[test]
+    fn a_vma_that_is_gone_comes_back_with_its_pages() {
+        let was = Layout { vmas: vec![vma(0, 4, 0), vma(6, 8, 0)] };
+        let live = Layout { vmas: vec![vma(0, 5, 0)] };
+        let observed = Observed {
+            layout: Some(live),
+            brk: Some(1),
+            regions: regions(&[(0, 4, ARMED), (4, 5, NEW)]),
+        };
+        let plan = planned(was, &pages(&[(0, 4), (6, 7)]), &Ranges::new(), &observed);
+        assert_eq!(plan.copy, pages(&[(6, 7)]));
+        assert!(plan.drop.is_empty());
+        assert_eq!(plan.brk, Some(0x9000));
+        assert_eq!(plan.layout.len(), 2);
+    }
+
+    #[test]
+    fn the_kernels_own_mappings_are_left_alone() {
+        let special = Vma { name: b"[vdso]"[..].into(), ..vma(4, 6, 0) };
+        let was = Layout { vmas: vec![vma(0, 4, 0), special] };
+        let observed = Observed { layout: Some(Layout { vmas: vec![vma(0, 4, 0)] }), ..Observed::default() };
+        let recorded =
+            Recorded { header: &header(), layout: &was, populated: &Ranges::new(), stale: &Ranges::new() };
+        assert!(plan(recorded, &observed, "pid 1 (x)").unwrap_err().object.contains("[vdso]"));
+    }
+}

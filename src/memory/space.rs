@@ -1,0 +1,276 @@
+//! Capturing an address space, and what is kept of it as long as any checkpoint of it lives.
+
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
+use crate::kernel::maps::Vma;
+use crate::kernel::pagemap::{self, Categories, Region, Scan};
+use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
+use crate::kernel::{pidfd, procfs, remote_memory};
+use crate::outcome::Refusal;
+use crate::record::{Context, Kind};
+
+use super::image::{AddressSpaceHeader, SpaceImage};
+use super::layout::Layout;
+use super::ranges::{Ranges, Span};
+use super::shadow::Shadow;
+use super::store::Store;
+use super::{PAGE, Result, USER_END};
+
+/// The least page store a window is given, in bytes. It is address space only until it is filled.
+const LEAST_STORE: u64 = 64 << 20;
+
+/// The write tracker and the page store of one address space, shared by all its checkpoints.
+#[derive(Debug)]
+pub struct Space {
+    /// The process it is reached by.
+    pub pid: Pid,
+    pub(super) tracker: WriteTracker,
+    pub(super) store: Store,
+}
+
+/// How much a rollback or checkpoint of an address space did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Pages that were not as they had to be (of a checkpoint: armed).
+    pub pages: u64,
+    /// Bytes copied.
+    pub bytes: u64,
+}
+
+impl Space {
+    /// Opens the window into a process and makes its write tracker. Nothing is armed yet.
+    pub fn open(stopped: &mut Stopped, pid: Pid) -> Result<Self> {
+        let resident = procfs::resident_bytes(pid).unwrap_or(0);
+        let store = resident.max(LEAST_STORE) as usize;
+        stopped.open_window(pid, store)?;
+        let mut batch = Batch::new();
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+        let made = batch.call(libc::SYS_userfaultfd, &[flags.into()]);
+        let outputs = stopped.run(pid, &batch)?;
+        let remote = outputs.result(made).map_err(|errno| {
+            refuse(pid, "write tracking", format!("userfaultfd(2) failed: {errno}; see `snapback check`"))
+        })?;
+        let taken = pidfd::get_fd(stopped.member(pid)?.pidfd.as_fd(), remote as i32);
+        let mut batch = Batch::new();
+        batch.call(libc::SYS_close, &[remote.into()]);
+        stopped.run(pid, &batch)?;
+        let tracker = taken.and_then(WriteTracker::enable).map_err(|errno| {
+            refuse(pid, "write tracking", format!("asynchronous write-protection failed: {errno}; Linux 6.7 has it, see `snapback check`"))
+        })?;
+        Ok(Self { pid, tracker, store: Store::new(store) })
+    }
+
+    /// Where in the window a slot of the store is.
+    pub(super) fn slot_offset(slot: u32) -> usize {
+        STORE_OFFSET + slot as usize * PAGE as usize
+    }
+
+    /// Registers the private VMAs of a layout for tracking, those already registered too.
+    pub(super) fn register<'a>(&self, vmas: impl Iterator<Item = &'a Vma>) -> Result<()> {
+        for vma in vmas {
+            match self.tracker.register(vma.start, vma.len()) {
+                Ok(()) => {}
+                Err(Errno::EBUSY) => {
+                    return Err(refuse(
+                        self.pid,
+                        format!("memory {vma:?}"),
+                        "the program tracks it with a userfaultfd of its own; such programs can't be taken",
+                    ));
+                }
+                Err(errno) => {
+                    return Err(refuse(
+                        self.pid,
+                        format!("memory {vma:?}"),
+                        format!("its pages can't be tracked ({errno}): device memory and the like can't be taken"),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes an image of the address space: shadow, VMA list, populated pages; and arms the tracking.
+    ///
+    /// Pages written since it was last armed are added to the stale set of `others`, the images of the same space
+    /// in other checkpoints.
+    pub fn capture<'i>(
+        &mut self,
+        stopped: &mut Stopped,
+        others: impl Iterator<Item = &'i mut SpaceImage>,
+        context: &mut Context,
+    ) -> Result<(SpaceImage, Copied)> {
+        let pid = self.pid;
+        // The clone comes last: should we die, the thread heals itself, and the shadow dies with us.
+        let mut batch = Batch::new();
+        let brk = batch.call(libc::SYS_brk, &[0.into()]);
+        let clone = batch.call(libc::SYS_clone, &[libc::CLONE_FILES.into(), 0.into(), 0.into(), 0.into(), 0.into()]);
+        let outputs = stopped.run(pid, &batch)?;
+        outputs.result(clone).map_err(|errno| {
+            refuse(pid, "a shadow", format!("the container can't have another process ({errno}): raise its memory, PID or process limit"))
+        })?;
+        let brk = outputs.result(brk).unwrap_or(0);
+        let [child] = outputs.born[..] else {
+            return Err(freeze::Error::Gone(pid).into());
+        };
+        let shadow = Shadow::adopt(stopped, pid, child)?;
+        let image = self.finish(stopped, others, context, &shadow, brk);
+        match image {
+            Ok((header_id, layout, armed, populated)) => {
+                let mut image = SpaceImage::new(header_id, pid, shadow, layout);
+                let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated)?;
+                Ok((image, Copied { pages: armed, bytes: saved }))
+            }
+            Err(error) => {
+                shadow.kill();
+                reap(stopped, pid, shadow.pid);
+                stopped.tree_mut().remove_shadow(shadow.pid);
+                Err(error)
+            }
+        }
+    }
+
+    fn finish<'i>(
+        &mut self,
+        stopped: &mut Stopped,
+        others: impl Iterator<Item = &'i mut SpaceImage>,
+        context: &mut Context,
+        shadow: &Shadow,
+        brk: u64,
+    ) -> Result<(crate::record::ObjectId, Layout, u64, Ranges)> {
+        let pid = self.pid;
+        let member = stopped.member(pid)?;
+        let window = window_span(stopped, pid)?;
+        let text = read_maps(member)?;
+        let layout = Layout::parse(&text, Some(window))
+            .ok_or_else(|| refuse(pid, "its memory map", "/proc/PID/maps does not read as documented"))?;
+        self.register(layout.private())?;
+        let mut regions = Vec::new();
+        pagemap::scan(&member.pagemap, Scan::Arm, 0, USER_END, &mut regions)
+            .map_err(|errno| system(pid, "scan its pages", errno))?;
+        let populated = populated(&layout, &regions, |_, _| true);
+        let written = populated_with(&layout, &regions, Categories::WRITTEN);
+        for other in others {
+            other.stale = other.stale.union(&written);
+        }
+
+        let id = context.new_object();
+        let header = AddressSpaceHeader {
+            pid: pid.as_raw() as u32,
+            shadow: shadow.pid.as_raw() as u32,
+            brk,
+            window_start: window.start,
+            window_end: window.end,
+        };
+        context.append(Kind::VmaList, id, &[&text])?;
+        context.put_list(Kind::PopulatedRanges, id, populated.spans())?;
+        context.put(Kind::AddressSpace, id, &header, b"")?;
+        Ok((id, layout, populated.pages(), populated))
+    }
+
+    /// Copies pages that fork does not give to a child (`MADV_DONTFORK`, `MADV_WIPEONFORK`) into the page store.
+    fn save_what_the_shadow_lacks(
+        &mut self,
+        stopped: &mut Stopped,
+        image: &mut SpaceImage,
+        populated: &Ranges,
+    ) -> Result<u64> {
+        let pid = self.pid;
+        let mut regions = Vec::new();
+        pagemap::scan(&image.shadow.pagemap, Scan::Populated, 0, USER_END, &mut regions)
+            .map_err(|errno| system(pid, "scan its shadow", errno))?;
+        let there: Ranges =
+            regions.iter().map(|region| Span { start: region.start, end: region.end }).collect();
+        let lacking = populated.difference(&there);
+        let target = stopped.tree_mut().member_mut(pid).and_then(|member| member.window.as_mut());
+        let target = target.ok_or(freeze::Error::Gone(pid))?;
+        for span in lacking.spans() {
+            let mut at = span.start;
+            while at < span.end {
+                let slot = self.store.take().ok_or_else(|| {
+                    refuse(pid, "its MADV_DONTFORK memory", "it holds more of it than the page store has room for")
+                })?;
+                let range = remote_memory::Range { start: at, len: PAGE as usize };
+                let page = target.window.store_mut(Self::slot_offset(slot), PAGE as usize);
+                remote_memory::read(pid, &[range], page).map_err(|errno| system(pid, "read a page", errno))?;
+                image.slots.insert(at, slot);
+                at += PAGE;
+            }
+        }
+        image.kept = lacking;
+        Ok(image.kept.bytes())
+    }
+
+    /// Gives up an image: its shadow and its slots. The process must be stopped for its shadow to be reaped; one
+    /// that is gone leaves that to its init.
+    pub fn discard(space: Option<&mut Self>, stopped: &mut Stopped, image: SpaceImage) {
+        image.shadow.kill();
+        reap(stopped, image.pid, image.shadow.pid);
+        stopped.tree_mut().remove_shadow(image.shadow.pid);
+        if let Some(space) = space {
+            image.slots.values().for_each(|slot| space.store.give_back(*slot));
+        }
+    }
+}
+
+/// Has a process reap its shadow, which is a child that only `__WALL` waits see.
+fn reap(stopped: &mut Stopped, parent: Pid, shadow: Pid) {
+    let inside = stopped.tree().shadow_inside(shadow).unwrap_or(shadow.as_raw());
+    let mut batch = Batch::new();
+    batch.call(
+        libc::SYS_wait4,
+        &[inside.into(), 0.into(), (libc::__WALL | libc::WNOHANG).into(), 0.into()],
+    );
+    // If the parent is gone its init reaps it.
+    let _ = stopped.run(parent, &batch);
+}
+
+/// Where the window of a process is in its address space.
+pub(super) fn window_span(stopped: &Stopped, pid: Pid) -> Result<Span> {
+    let window = stopped.member(pid)?.window.as_ref().ok_or(freeze::Error::Gone(pid))?;
+    Ok(Span { start: window.address, end: window.end() })
+}
+
+/// The text of the maps file of the address space a member had when it became known. Empty: it has another one now.
+pub(super) fn read_maps(member: &freeze::Member) -> Result<Vec<u8>> {
+    procfs::read_held(&member.maps).map_err(|error| system(member.pid, "read its memory map", error))
+}
+
+/// The pages that regions cover in the private VMAs of a layout and for which `wanted` says yes.
+pub(super) fn populated(
+    layout: &Layout,
+    regions: &[Region],
+    wanted: impl Fn(&Vma, Categories) -> bool,
+) -> Ranges {
+    let mut found = Ranges::new();
+    let mut vmas = layout.private().peekable();
+    for region in regions {
+        let mut at = region.start;
+        while at < region.end {
+            while vmas.next_if(|vma| vma.end <= at).is_some() {}
+            let Some(vma) = vmas.peek().filter(|vma| vma.start < region.end) else { break };
+            let span = Span { start: at.max(vma.start), end: region.end.min(vma.end) };
+            if wanted(vma, region.categories) {
+                found.push(span);
+            }
+            at = span.end;
+        }
+    }
+    found
+}
+
+fn populated_with(layout: &Layout, regions: &[Region], category: Categories) -> Ranges {
+    populated(layout, regions, |_, categories| categories.has(category))
+}
+
+pub(super) fn system(pid: Pid, what: &str, error: impl Into<std::io::Error>) -> super::Error {
+    freeze::Error::System { what: format!("{what} (pid {pid})"), error: error.into() }.into()
+}
+
+pub(super) fn refuse(pid: Pid, object: impl Into<String>, remedy: impl Into<String>) -> super::Error {
+    let holder = format!("pid {pid} ({})", procfs::comm(pid));
+    Refusal { object: object.into(), holder, remedy: remedy.into() }.into()
+}

@@ -1,0 +1,121 @@
+//! The oracle: compares a whole address space with its image, by other means than those that put it back.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use crate::freeze::Stopped;
+use crate::kernel::maps::Vma;
+use crate::kernel::pagemap::{self, Scan};
+use crate::kernel::procfs;
+use crate::outcome::Difference;
+use crate::record::Context;
+
+use super::image::SpaceImage;
+use super::layout::Layout;
+use super::ranges::{Ranges, Span};
+use super::space::{system, window_span};
+use super::{Result, USER_END};
+
+/// Most bytes compared at once.
+const PIECE: u64 = 1 << 20;
+
+/// Compares VMA list, program break and every page, byte for byte. `store` reads what the image keeps of pages that
+/// its shadow does not have.
+pub fn verify(
+    stopped: &mut Stopped,
+    image: &SpaceImage,
+    context: &Context,
+    kept: impl Fn(Span, &mut [u8]) -> bool,
+) -> Result<Vec<Difference>> {
+    let pid = image.pid;
+    let mut differences = Vec::new();
+    let read = |of: nix::unistd::Pid, name: &str| {
+        std::fs::read(procfs::path(of, name)).map_err(|error| system(of, "read its memory map", error))
+    };
+    let open = |of: nix::unistd::Pid, name: &str| {
+        File::open(procfs::path(of, name)).map_err(|error| system(of, "open its memory", error))
+    };
+    let window = window_span(stopped, pid)?;
+    let live = Layout::parse(&read(pid, "maps")?, Some(window)).unwrap_or_default();
+    let was = Layout::parse(image.maps_text(context)?, Some(window)).unwrap_or_default();
+    let (was, is) = (joined(&was), joined(&live));
+    for index in 0..was.len().max(is.len()) {
+        let (expected, found) = (was.get(index), is.get(index));
+        if expected.map(comparable) != found.map(comparable) {
+            differences.push(Difference {
+                what: format!("VMA {index} of pid {pid}"),
+                expected: format!("{expected:?}"),
+                found: format!("{found:?}"),
+            });
+            break;
+        }
+    }
+
+    // Where neither has an anonymous page both show zeroes or the same file.
+    let mut pages = image.kept.clone();
+    for of in [pid, image.shadow.pid] {
+        let mut regions = Vec::new();
+        pagemap::scan(open(of, "pagemap")?, Scan::Populated, 0, USER_END, &mut regions)
+            .map_err(|errno| system(of, "scan its pages", errno))?;
+        let there = regions.iter().map(|region| Span { start: region.start, end: region.end }).collect();
+        pages = pages.union(&there);
+    }
+    let ours: Ranges = live.private().map(|vma| Span { start: vma.start, end: vma.end }).collect();
+    let pages = pages.intersection(&ours);
+    let (memory, shadow) = (open(pid, "mem")?, open(image.shadow.pid, "mem")?);
+    let (mut found, mut expected) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
+    for (span, is_kept) in [(pages.difference(&image.kept), false), (pages.intersection(&image.kept), true)]
+        .iter()
+        .flat_map(|(pages, is_kept)| cut(pages).into_iter().map(move |span| (span, *is_kept)))
+    {
+        let len = span.len() as usize;
+        memory
+            .read_exact_at(&mut found[..len], span.start)
+            .map_err(|error| system(pid, &format!("read its memory at {:#x}", span.start), error))?;
+        if is_kept {
+            if !kept(span, &mut expected[..len]) {
+                continue;
+            }
+        } else {
+            shadow
+                .read_exact_at(&mut expected[..len], span.start)
+                .map_err(|error| system(pid, &format!("read its shadow at {:#x}", span.start), error))?;
+        }
+        if let Some(at) = (0..len).find(|at| found[*at] != expected[*at]) {
+            let address = span.start + at as u64;
+            differences.push(Difference {
+                what: format!("byte {address:#x} of pid {pid}, in {:?}", live.at(address)),
+                expected: format!("{:#04x}", expected[at]),
+                found: format!("{:#04x}", found[at]),
+            });
+            break;
+        }
+    }
+    Ok(differences)
+}
+
+/// The VMAs with neighbours joined that differ in nothing that matters.
+fn joined(layout: &Layout) -> Vec<Vma> {
+    let mut joined: Vec<Vma> = Vec::new();
+    for vma in &layout.vmas {
+        match joined.last_mut() {
+            Some(last) if last.continued_by(&Vma { name: last.name.clone(), ..vma.clone() }) => last.end = vma.end,
+            _ => joined.push(vma.clone()),
+        }
+    }
+    joined
+}
+
+/// What must be equal of a VMA. The name of anonymous memory only says how it came to be.
+fn comparable(vma: &Vma) -> (u64, u64, u8, bool, u64, u64, u64) {
+    let offset = if vma.is_anonymous() { 0 } else { vma.offset };
+    (vma.start, vma.end, vma.prot, vma.shared, offset, vma.device, vma.inode)
+}
+
+fn cut(pages: &Ranges) -> Vec<Span> {
+    let cut = |span: &Span| {
+        let end = span.end;
+        (span.start..end).step_by(PIECE as usize).map(move |start| Span { start, end: end.min(start + PIECE) })
+    };
+    pages.spans().iter().flat_map(cut).collect()
+}
