@@ -30,6 +30,18 @@ pub struct Refusal {
     pub remedy: String,
 }
 
+/// Something that is not as the checkpoint has it, found by the comparison after a rollback.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{what}: expected {expected}, found {found}")]
+pub struct Difference {
+    /// What differs, and whose it is, as `pid 12 (redis-server) thread 14: signal mask`.
+    pub what: String,
+    /// Its value in the checkpoint.
+    pub expected: String,
+    /// Its value now.
+    pub found: String,
+}
+
 /// What one operation did and what it took.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {

@@ -156,7 +156,11 @@ impl Stopped<'_> {
 
         let window = Window::map(&memfd, len).context(|| "map a window".into())?;
         window.write(0, runner::code());
-        let mut target = TargetWindow { address, window, bootstrap: place };
+        let mut target = TargetWindow {
+            address,
+            window,
+            bootstrap: place,
+        };
         let mut batch = Batch::new();
         let close = batch.call(libc::SYS_close, &[remote_fd.into()]);
         let read_only = batch.call(
@@ -187,14 +191,20 @@ impl Stopped<'_> {
     /// Makes up to four calls in a stopped copy of a process's address space that is never to run on, and is traced by
     /// this thread: a shadow. It has no window. The first failure is returned.
     pub fn run_in_copy(&self, original: Pid, copy: Pid, calls: &[PlainCall]) -> Result<()> {
-        let target = self.member(original)?.window.as_ref().ok_or(Error::Gone(original))?;
+        let target = self
+            .member(original)?
+            .window
+            .as_ref()
+            .ok_or(Error::Gone(original))?;
         let place = target.bootstrap.address;
         let code = runner::calls(calls);
         let memory = std::fs::OpenOptions::new()
             .write(true)
             .open(procfs::path(copy, "mem"))
             .context(|| format!("open /proc/{copy}/mem"))?;
-        memory.write_all_at(&code, place).context(|| format!("write to the vDSO padding of {copy}"))?;
+        memory
+            .write_all_at(&code, place)
+            .context(|| format!("write to the vDSO padding of {copy}"))?;
         let mut registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
         (registers.rip, registers.orig_rax) = (place, u64::MAX);
         ptrace::set_registers(copy, &registers).context(|| format!("set registers of {copy}"))?;
@@ -207,10 +217,15 @@ impl Stopped<'_> {
                 _ => ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?,
             }
         }
-        memory.write_all_at(&vec![0; code.len()], place).context(|| "clean the vDSO padding".into())?;
+        memory
+            .write_all_at(&vec![0; code.len()], place)
+            .context(|| "clean the vDSO padding".into())?;
         let registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
         let results = [registers.r12, registers.r13, registers.r14, registers.r15];
-        match results[..calls.len()].iter().find(|result| **result > -4096i64 as u64) {
+        match results[..calls.len()]
+            .iter()
+            .find(|result| **result > -4096i64 as u64)
+        {
             None => Ok(()),
             Some(result) => Err(Error::Call {
                 pid: copy,
@@ -347,7 +362,6 @@ struct Bootstrap {
 
 /// A system call with up to three arguments, for [`Stopped::run_in_copy`].
 pub type PlainCall = (libc::c_long, [u64; 3]);
-
 
 impl Bootstrap {
     /// Room for the code, the name of the window's memfd and a signal mask.

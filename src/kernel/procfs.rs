@@ -108,7 +108,10 @@ impl Stat {
 /// Bytes of a process that are in memory (`/proc/PID/statm`).
 pub fn resident_bytes(pid: Pid) -> io::Result<u64> {
     let text = fs::read_to_string(path(pid, "statm"))?;
-    let pages = text.split_ascii_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
+    let pages = text
+        .split_ascii_whitespace()
+        .nth(1)
+        .and_then(|word| word.parse::<u64>().ok());
     Ok(pages.unwrap_or(0) * 4096)
 }
 

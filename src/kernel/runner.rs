@@ -259,7 +259,12 @@ pub fn calls(calls: &[(libc::c_long, [u64; 3])]) -> Vec<u8> {
     assert!(calls.len() <= 4, "there are four registers for results");
     let mut code = Vec::new();
     for ((number, [rdi, rsi, rdx]), result_register) in calls.iter().zip([0xc4, 0xc5, 0xc6, 0xc7]) {
-        for (opcode, value) in [(0xb8, *number as u64), (0xbf, *rdi), (0xbe, *rsi), (0xba, *rdx)] {
+        for (opcode, value) in [
+            (0xb8, *number as u64),
+            (0xbf, *rdi),
+            (0xbe, *rsi),
+            (0xba, *rdx),
+        ] {
             code.extend([0x48, opcode]); // movabs
             code.extend(value.to_le_bytes());
         }

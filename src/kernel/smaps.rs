@@ -33,7 +33,11 @@ pub fn parse(text: &str) -> Vec<Flags> {
             && let Some((end, _)) = rest.split_once(' ')
             && let Ok(end) = u64::from_str_radix(end, 16)
         {
-            found.push(Flags { start, end, flags: Vec::new() });
+            found.push(Flags {
+                start,
+                end,
+                flags: Vec::new(),
+            });
         }
     }
     found
@@ -48,7 +52,10 @@ mod tests {
         let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let here = &raw const text as u64;
         let flags = parse(&text);
-        let mine = flags.iter().find(|flags| flags.start <= here && here < flags.end).unwrap();
+        let mine = flags
+            .iter()
+            .find(|flags| flags.start <= here && here < flags.end)
+            .unwrap();
         assert!(mine.has("wr") && !mine.has("ex"));
     }
 }

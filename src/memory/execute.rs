@@ -27,7 +27,12 @@ const PIECE: u64 = 1 << 20;
 
 impl Space {
     /// Puts the VMA list back and drops pages that were not there.
-    pub fn restore_layout(&self, stopped: &mut Stopped, image: &SpaceImage, plan: &Plan) -> Result<()> {
+    pub fn restore_layout(
+        &self,
+        stopped: &mut Stopped,
+        image: &SpaceImage,
+        plan: &Plan,
+    ) -> Result<()> {
         let pid = self.pid;
         let mut batch = Batch::new();
         for change in &plan.layout {
@@ -53,22 +58,41 @@ impl Space {
         for change in &plan.layout {
             if let LayoutChange::Protect(span, prot) = change {
                 self.make_room(stopped, &mut batch)?;
-                batch.call(libc::SYS_mprotect, &[span.start.into(), span.len().into(), u32::from(*prot).into()]);
+                batch.call(
+                    libc::SYS_mprotect,
+                    &[
+                        span.start.into(),
+                        span.len().into(),
+                        u32::from(*prot).into(),
+                    ],
+                );
             }
         }
         for span in plan.drop.spans() {
             self.make_room(stopped, &mut batch)?;
             batch.call(
                 libc::SYS_madvise,
-                &[span.start.into(), span.len().into(), libc::MADV_DONTNEED.into()],
+                &[
+                    span.start.into(),
+                    span.len().into(),
+                    libc::MADV_DONTNEED.into(),
+                ],
             );
         }
         self.run_all(stopped, &mut batch, "mprotect or madvise", |_| true)?;
-        self.register(plan.register.iter().filter_map(|span| image.layout.at(span.start)))
+        self.register(
+            plan.register
+                .iter()
+                .filter_map(|span| image.layout.at(span.start)),
+        )
     }
 
     fn make_room(&self, stopped: &mut Stopped, batch: &mut Batch) -> Result<()> {
-        if batch.has_room(1, 0) { Ok(()) } else { self.run_all(stopped, batch, "madvise", |_| true) }
+        if batch.has_room(1, 0) {
+            Ok(())
+        } else {
+            self.run_all(stopped, batch, "madvise", |_| true)
+        }
     }
 
     /// Runs a batch every step of which must succeed, and empties it.
@@ -86,20 +110,37 @@ impl Space {
         let failure = outputs.first_failure().map(|(_, errno)| errno);
         match failure.or_else(|| (!check(&outputs)).then_some(Errno::ENOMEM)) {
             None => Ok(()),
-            Some(errno) => Err(freeze::Error::Call { pid: self.pid, what, errno }.into()),
+            Some(errno) => Err(freeze::Error::Call {
+                pid: self.pid,
+                what,
+                errno,
+            }
+            .into()),
         }
     }
 
     /// Copies pages back, inside the target where it may write to them.
-    pub fn copy_back(&mut self, stopped: &mut Stopped, image: &mut SpaceImage, pages: &Ranges) -> Result<Copied> {
+    pub fn copy_back(
+        &mut self,
+        stopped: &mut Stopped,
+        image: &mut SpaceImage,
+        pages: &Ranges,
+    ) -> Result<Copied> {
         let (cached, missing) = runs(pages, &image.slots);
         let (fetched, overflow) = self.fetch(stopped, image, &missing)?;
         let mut batch = Batch::new();
-        let window = stopped.member(self.pid)?.window.as_ref().ok_or(freeze::Error::Gone(self.pid))?;
+        let window = stopped
+            .member(self.pid)?
+            .window
+            .as_ref()
+            .ok_or(freeze::Error::Gone(self.pid))?;
         let address = window.address;
         let writable = |span: Span| {
             let both = (libc::PROT_READ | libc::PROT_WRITE) as u8;
-            image.layout.at(span.start).is_some_and(|vma| vma.prot & both == both && vma.end >= span.end)
+            image
+                .layout
+                .at(span.start)
+                .is_some_and(|vma| vma.prot & both == both && vma.end >= span.end)
         };
         for run in cached.iter().chain(&fetched) {
             if writable(run.span) {
@@ -120,10 +161,16 @@ impl Space {
         self.run_all(stopped, &mut batch, "copying pages", |_| true)?;
         for span in pieces(&overflow) {
             let mut bytes = vec![0; span.len() as usize];
-            image.shadow.read(&[span], &mut bytes).map_err(|error| system(self.pid, "read its shadow", error))?;
+            image
+                .shadow
+                .read(&[span], &mut bytes)
+                .map_err(|error| system(self.pid, "read its shadow", error))?;
             force(&stopped.member(self.pid)?.memory, self.pid, span, &bytes)?;
         }
-        Ok(Copied { pages: pages.pages(), bytes: pages.bytes() })
+        Ok(Copied {
+            pages: pages.pages(),
+            bytes: pages.bytes(),
+        })
     }
 
     /// Fetches pre-images from the shadow into the page store. What does not fit is returned as the second value.
@@ -141,7 +188,10 @@ impl Space {
         for span in missing.spans() {
             let mut at = span.start;
             while at < span.end {
-                let page = Span { start: at, end: at + PAGE };
+                let page = Span {
+                    start: at,
+                    end: at + PAGE,
+                };
                 match self.store.take() {
                     Some(slot) => {
                         image.slots.insert(at, slot);
@@ -153,20 +203,28 @@ impl Space {
             }
         }
         let (runs, _) = runs(&stored, &image.slots);
-        let window = stopped.tree_mut().member_mut(self.pid).and_then(|member| member.window.as_mut());
+        let window = stopped
+            .tree_mut()
+            .member_mut(self.pid)
+            .and_then(|member| member.window.as_mut());
         let window = &mut window.ok_or(freeze::Error::Gone(self.pid))?.window;
         // Runs whose slots follow one another are read in one go.
         let mut at = 0;
         while at < runs.len() {
             let mut end = at + 1;
             let mut slots = runs[at].span.len() / PAGE;
-            while end < runs.len() && u64::from(runs[end].slot) == u64::from(runs[at].slot) + slots {
+            while end < runs.len() && u64::from(runs[end].slot) == u64::from(runs[at].slot) + slots
+            {
                 slots += runs[end].span.len() / PAGE;
                 end += 1;
             }
             let spans: Vec<Span> = runs[at..end].iter().map(|run| run.span).collect();
-            let buffer = window.store_mut(Self::slot_offset(runs[at].slot), (slots * PAGE) as usize);
-            image.shadow.read(&spans, buffer).map_err(|error| system(self.pid, "read its shadow", error))?;
+            let buffer =
+                window.store_mut(Self::slot_offset(runs[at].slot), (slots * PAGE) as usize);
+            image
+                .shadow
+                .read(&spans, buffer)
+                .map_err(|error| system(self.pid, "read its shadow", error))?;
             at = end;
         }
         Ok((runs, overflow))
@@ -177,12 +235,21 @@ impl Space {
         let blocks: Ranges = pages
             .spans()
             .iter()
-            .map(|span| Span { start: span.start & !(BLOCK - 1), end: span.end.next_multiple_of(BLOCK) })
+            .map(|span| Span {
+                start: span.start & !(BLOCK - 1),
+                end: span.end.next_multiple_of(BLOCK),
+            })
             .collect();
         let mut found = Vec::new();
         for block in blocks.spans() {
-            pagemap::scan(&stopped.member(self.pid)?.pagemap, Scan::Arm, block.start, block.end, &mut found)
-                .map_err(|errno| system(self.pid, "arm its pages", errno))?;
+            pagemap::scan(
+                &stopped.member(self.pid)?.pagemap,
+                Scan::Arm,
+                block.start,
+                block.end,
+                &mut found,
+            )
+            .map_err(|errno| system(self.pid, "arm its pages", errno))?;
         }
         Ok(())
     }
@@ -196,23 +263,34 @@ impl Space {
 fn pieces(pages: &Ranges) -> Vec<Span> {
     let cut = |span: &Span| {
         let end = span.end;
-        (span.start..end).step_by(PIECE as usize).map(move |start| Span { start, end: end.min(start + PIECE) })
+        (span.start..end)
+            .step_by(PIECE as usize)
+            .map(move |start| Span {
+                start,
+                end: end.min(start + PIECE),
+            })
     };
     pages.spans().iter().flat_map(cut).collect()
 }
 
 /// Writes to memory that the program itself may not write to.
 fn force(memory: &File, pid: Pid, span: Span, bytes: &[u8]) -> Result<()> {
-    memory.write_all_at(bytes, span.start).map_err(|error| system(pid, "write to its memory", error))
+    memory
+        .write_all_at(bytes, span.start)
+        .map_err(|error| system(pid, "write to its memory", error))
 }
 
 /// The VMAs of a shadow, and the `VmFlags` of each.
 fn read_shadow(shadow: Pid) -> Result<(Vec<Vma>, Vec<smaps::Flags>)> {
     let read = |name: &str| {
-        std::fs::read(procfs::path(shadow, name)).map_err(|error| system(shadow, "read the map of a shadow", error))
+        std::fs::read(procfs::path(shadow, name))
+            .map_err(|error| system(shadow, "read the map of a shadow", error))
     };
     let vmas = maps::parse(&read("maps")?).unwrap_or_default();
-    Ok((vmas, smaps::parse(&String::from_utf8_lossy(&read("smaps")?))))
+    Ok((
+        vmas,
+        smaps::parse(&String::from_utf8_lossy(&read("smaps")?)),
+    ))
 }
 
 /// Maps what was there.
@@ -224,11 +302,24 @@ fn map(
     shadow_vmas: &[Vma],
     flags: &[smaps::Flags],
 ) -> Result<()> {
-    let of_shadow = shadow_vmas.iter().find(|candidate| candidate.start <= vma.start && candidate.end > vma.start);
-    let flags = flags.iter().find(|flags| flags.start <= vma.start && flags.end > vma.start);
+    let of_shadow = shadow_vmas
+        .iter()
+        .find(|candidate| candidate.start <= vma.start && candidate.end > vma.start);
+    let flags = flags
+        .iter()
+        .find(|flags| flags.start <= vma.start && flags.end > vma.start);
     let has = |flag: &str| flags.is_some_and(|flags| flags.has(flag));
-    let mut mmap_flags = libc::MAP_FIXED | if vma.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-    for (name, bit) in [("gd", libc::MAP_GROWSDOWN), ("nr", libc::MAP_NORESERVE), ("lo", libc::MAP_LOCKED)] {
+    let mut mmap_flags = libc::MAP_FIXED
+        | if vma.shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+    for (name, bit) in [
+        ("gd", libc::MAP_GROWSDOWN),
+        ("nr", libc::MAP_NORESERVE),
+        ("lo", libc::MAP_LOCKED),
+    ] {
         if has(name) {
             mmap_flags |= bit;
         }
@@ -254,7 +345,10 @@ fn map(
     );
     batch.must_succeed(mapped);
     let mut advise = |advice: i32| {
-        batch.call(libc::SYS_madvise, &[vma.start.into(), vma.len().into(), advice.into()]);
+        batch.call(
+            libc::SYS_madvise,
+            &[vma.start.into(), vma.len().into(), advice.into()],
+        );
     };
     if of_shadow.is_none() {
         // It was in the checkpoint and is not in the shadow.
@@ -275,22 +369,43 @@ fn map(
         batch.call(libc::SYS_close, &[descriptor.into()]);
     }
     let outputs = stopped.run(pid, &batch)?;
-    outputs.result(mapped).map(drop).map_err(|errno| freeze::Error::Call { pid, what: "mmap", errno }.into())
+    outputs.result(mapped).map(drop).map_err(|errno| {
+        freeze::Error::Call {
+            pid,
+            what: "mmap",
+            errno,
+        }
+        .into()
+    })
 }
 
 /// Opens the file behind a VMA through the shadow, which has it mapped, whatever became of its name.
 fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result<File> {
     let shadow = image.shadow.pid;
     let open = |path: &std::path::Path| {
-        OpenOptions::new().read(true).write(vma.shared).open(path).or_else(|_| File::open(path))
+        OpenOptions::new()
+            .read(true)
+            .write(vma.shared)
+            .open(path)
+            .or_else(|_| File::open(path))
     };
     let result = match of_shadow {
-        Some(found) => open(&procfs::path(shadow, &format!("map_files/{:x}-{:x}", found.start, found.end))),
+        Some(found) => open(&procfs::path(
+            shadow,
+            &format!("map_files/{:x}-{:x}", found.start, found.end),
+        )),
         None => {
             use std::os::unix::ffi::OsStrExt;
-            let inside = std::ffi::OsStr::from_bytes(vma.name.strip_prefix(b"/").unwrap_or(&vma.name));
+            let inside =
+                std::ffi::OsStr::from_bytes(vma.name.strip_prefix(b"/").unwrap_or(&vma.name));
             open(&procfs::path(image.pid, "root").join(inside))
         }
     };
-    result.map_err(|error| system(image.pid, &format!("open the file mapped at {vma:?}"), error))
+    result.map_err(|error| {
+        system(
+            image.pid,
+            &format!("open the file mapped at {vma:?}"),
+            error,
+        )
+    })
 }

@@ -48,7 +48,15 @@ pub struct SpaceImage {
 
 impl SpaceImage {
     pub(super) fn new(id: ObjectId, pid: Pid, shadow: Shadow, layout: Layout) -> Self {
-        Self { id, pid, shadow, layout, stale: Ranges::new(), kept: Ranges::new(), slots: Slots::default() }
+        Self {
+            id,
+            pid,
+            shadow,
+            layout,
+            stale: Ranges::new(),
+            kept: Ranges::new(),
+            slots: Slots::default(),
+        }
     }
 
     /// Its header, read in place.
@@ -63,7 +71,12 @@ impl SpaceImage {
 
     /// Its populated pages.
     pub fn populated(&self, context: &Context) -> Result<Ranges> {
-        Ok(self.record(context, Kind::PopulatedRanges)?.list::<Span>()?.iter().copied().collect())
+        Ok(self
+            .record(context, Kind::PopulatedRanges)?
+            .list::<Span>()?
+            .iter()
+            .copied()
+            .collect())
     }
 
     fn record<'c>(&self, context: &'c Context, kind: Kind) -> Result<crate::record::Record<'c>> {

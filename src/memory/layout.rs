@@ -43,8 +43,9 @@ impl Layout {
             while was.next_if(|vma| vma.end <= at).is_some() {}
             while is.next_if(|vma| vma.end <= at).is_some() {}
             let edges = [was.peek(), is.peek()].into_iter().flatten();
-            let Some(to) =
-                edges.map(|vma| if vma.start > at { vma.start } else { vma.end }).min()
+            let Some(to) = edges
+                .map(|vma| if vma.start > at { vma.start } else { vma.end })
+                .min()
             else {
                 return changes;
             };
@@ -75,14 +76,25 @@ impl Layout {
 
     /// The VMAs whose private pages are kept: neither shared nor the kernel's own.
     pub fn private(&self) -> impl Iterator<Item = &Vma> {
-        self.vmas.iter().filter(|vma| !vma.shared && !vma.is_special())
+        self.vmas
+            .iter()
+            .filter(|vma| !vma.shared && !vma.is_special())
     }
 }
 
 /// The part of a VMA in `span`.
 fn part(vma: &Vma, span: Span) -> Vma {
-    let offset = if vma.is_anonymous() { 0 } else { vma.offset + (span.start - vma.start) };
-    Vma { start: span.start, end: span.end, offset, ..vma.clone() }
+    let offset = if vma.is_anonymous() {
+        0
+    } else {
+        vma.offset + (span.start - vma.start)
+    };
+    Vma {
+        start: span.start,
+        end: span.end,
+        offset,
+        ..vma.clone()
+    }
 }
 
 /// Whether two VMAs that overlap show the same thing at the same addresses.
@@ -101,7 +113,16 @@ mod tests {
     use super::*;
 
     fn vma(start: u64, end: u64, prot: u8, inode: u64) -> Vma {
-        Vma { start, end, prot, shared: false, offset: start * 3, device: inode, inode, name: Box::default() }
+        Vma {
+            start,
+            end,
+            prot,
+            shared: false,
+            offset: start * 3,
+            device: inode,
+            inode,
+            name: Box::default(),
+        }
     }
 
     /// One page for each address: what is there.
@@ -109,7 +130,11 @@ mod tests {
         (0..64)
             .map(|at| {
                 let vma = layout.at(at)?;
-                let offset = if vma.is_anonymous() { 0 } else { vma.offset + at - vma.start };
+                let offset = if vma.is_anonymous() {
+                    0
+                } else {
+                    vma.offset + at - vma.start
+                };
                 Some((vma.prot, vma.inode, offset))
             })
             .collect()

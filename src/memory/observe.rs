@@ -44,14 +44,27 @@ impl Observed {
         pagemap::scan(&member.pagemap, Scan::Populated, 0, USER_END, &mut regions)
             .map_err(|errno| system(pid, "scan its pages", errno))?;
         if text == image.maps_text(context)? {
-            return Ok(Self { layout: None, brk: None, regions });
+            return Ok(Self {
+                layout: None,
+                brk: None,
+                regions,
+            });
         }
         let window = window_span(stopped, pid)?;
-        let layout = Layout::parse(&text, Some(window))
-            .ok_or_else(|| refuse(pid, "its memory map", "/proc/PID/maps does not read as documented"))?;
+        let layout = Layout::parse(&text, Some(window)).ok_or_else(|| {
+            refuse(
+                pid,
+                "its memory map",
+                "/proc/PID/maps does not read as documented",
+            )
+        })?;
         let mut batch = Batch::new();
         let brk = batch.call(libc::SYS_brk, &[0.into()]);
         let outputs = stopped.run(pid, &batch)?;
-        Ok(Self { layout: Some(layout), brk: outputs.result(brk).ok(), regions })
+        Ok(Self {
+            layout: Some(layout),
+            brk: outputs.result(brk).ok(),
+            regions,
+        })
     }
 }

@@ -52,14 +52,19 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed, holder: &str) -> Result
         return Err(Refusal {
             object: format!("memory {special:?}"),
             holder: holder.into(),
-            remedy: "the program has moved or unmapped the kernel's own mapping since the checkpoint".into(),
+            remedy:
+                "the program has moved or unmapped the kernel's own mapping since the checkpoint"
+                    .into(),
         });
     }
     let replaced: Ranges = layout
         .iter()
         .filter_map(|change| match change {
             LayoutChange::Unmap(span) => Some(*span),
-            LayoutChange::Map(vma) => Some(Span { start: vma.start, end: vma.end }),
+            LayoutChange::Map(vma) => Some(Span {
+                start: vma.start,
+                end: vma.end,
+            }),
             LayoutChange::Protect(..) => None,
         })
         .collect();
@@ -73,19 +78,37 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed, holder: &str) -> Result
     })
     .difference(&replaced)
     .difference(recorded.stale);
-    let unregistered =
-        populated(live, &observed.regions, |_, categories| !categories.has(Categories::WP_ALLOWED));
+    let unregistered = populated(live, &observed.regions, |_, categories| {
+        !categories.has(Categories::WP_ALLOWED)
+    });
     let copy = recorded.populated.difference(&clean);
     let drop = there.difference(recorded.populated);
     let to_register = unregistered.union(&replaced);
     let register = recorded
         .layout
         .private()
-        .map(|vma| Span { start: vma.start, end: vma.end })
-        .filter(|span| !Ranges::from_iter([*span]).intersection(&to_register).is_empty())
+        .map(|vma| Span {
+            start: vma.start,
+            end: vma.end,
+        })
+        .filter(|span| {
+            !Ranges::from_iter([*span])
+                .intersection(&to_register)
+                .is_empty()
+        })
         .collect();
-    let brk = observed.layout.as_ref().map(|_| recorded.header.brk).filter(|brk| observed.brk != Some(*brk));
-    Ok(Plan { layout, brk, drop, copy, register })
+    let brk = observed
+        .layout
+        .as_ref()
+        .map(|_| recorded.header.brk)
+        .filter(|brk| observed.brk != Some(*brk));
+    Ok(Plan {
+        layout,
+        brk,
+        drop,
+        copy,
+        register,
+    })
 }
 
 /// A change that touches one of the kernel's own mappings.
@@ -110,7 +133,13 @@ mod tests {
     const NEW: Categories = Categories(2 | 8);
 
     fn header() -> AddressSpaceHeader {
-        AddressSpaceHeader { pid: 1, shadow: 2, brk: 0x9000, window_start: 0, window_end: 0 }
+        AddressSpaceHeader {
+            pid: 1,
+            shadow: 2,
+            brk: 0x9000,
+            window_start: 0,
+            window_end: 0,
+        }
     }
 
     fn vma(start: u64, end: u64, inode: u64) -> Vma {
@@ -127,7 +156,13 @@ mod tests {
     }
 
     fn pages(spans: &[(u64, u64)]) -> Ranges {
-        spans.iter().map(|(start, end)| Span { start: start * PAGE, end: end * PAGE }).collect()
+        spans
+            .iter()
+            .map(|(start, end)| Span {
+                start: start * PAGE,
+                end: end * PAGE,
+            })
+            .collect()
     }
 
     fn regions(of: &[(u64, u64, Categories)]) -> Vec<Region> {
@@ -141,19 +176,31 @@ mod tests {
     }
 
     fn planned(was: Layout, populated: &Ranges, stale: &Ranges, observed: &Observed) -> Plan {
-        let recorded = Recorded { header: &header(), layout: &was, populated, stale };
+        let recorded = Recorded {
+            header: &header(),
+            layout: &was,
+            populated,
+            stale,
+        };
         plan(recorded, observed, "pid 1 (x)").unwrap()
     }
 
     #[test]
     fn only_what_was_written_is_copied() {
-        let was = Layout { vmas: vec![vma(0, 20, 0)] };
+        let was = Layout {
+            vmas: vec![vma(0, 20, 0)],
+        };
         let observed = Observed {
             regions: regions(&[(0, 3, ARMED), (3, 4, DIRTY), (4, 8, ARMED), (12, 14, DIRTY)]),
             ..Observed::default()
         };
         // Page 9 was there and has been dropped since; pages 12 and 13 were not there.
-        let plan = planned(was, &pages(&[(0, 8), (9, 10)]), &pages(&[(6, 7)]), &observed);
+        let plan = planned(
+            was,
+            &pages(&[(0, 8), (9, 10)]),
+            &pages(&[(6, 7)]),
+            &observed,
+        );
         assert_eq!(plan.copy, pages(&[(3, 4), (6, 7), (9, 10)]));
         assert_eq!(plan.drop, pages(&[(12, 14)]));
         assert!(plan.layout.is_empty() && plan.register.is_empty() && plan.brk.is_none());
@@ -161,26 +208,46 @@ mod tests {
 
     #[test]
     fn a_marker_in_a_files_vma_is_not_a_clean_page() {
-        let was = Layout { vmas: vec![vma(0, 4, 7), vma(4, 8, 0)] };
-        let observed = Observed { regions: regions(&[(0, 8, MARKER)]), ..Observed::default() };
+        let was = Layout {
+            vmas: vec![vma(0, 4, 7), vma(4, 8, 0)],
+        };
+        let observed = Observed {
+            regions: regions(&[(0, 8, MARKER)]),
+            ..Observed::default()
+        };
         let plan = planned(was, &pages(&[(0, 8)]), &Ranges::new(), &observed);
         assert_eq!(plan.copy, pages(&[(0, 4)]));
     }
 
     #[test]
     fn what_was_mapped_anew_at_the_same_place_is_not_trusted() {
-        let was = Layout { vmas: vec![vma(0, 8, 0)] };
-        let observed = Observed { regions: regions(&[(0, 2, NEW), (2, 8, ARMED)]), ..Observed::default() };
+        let was = Layout {
+            vmas: vec![vma(0, 8, 0)],
+        };
+        let observed = Observed {
+            regions: regions(&[(0, 2, NEW), (2, 8, ARMED)]),
+            ..Observed::default()
+        };
         let plan = planned(was, &pages(&[(1, 8)]), &Ranges::new(), &observed);
         assert_eq!(plan.copy, pages(&[(1, 2)]));
         assert_eq!(plan.drop, pages(&[(0, 1)]));
-        assert_eq!(plan.register, [Span { start: 0, end: 8 * PAGE }]);
+        assert_eq!(
+            plan.register,
+            [Span {
+                start: 0,
+                end: 8 * PAGE
+            }]
+        );
     }
 
     #[test]
     fn a_vma_that_is_gone_comes_back_with_its_pages() {
-        let was = Layout { vmas: vec![vma(0, 4, 0), vma(6, 8, 0)] };
-        let live = Layout { vmas: vec![vma(0, 5, 0)] };
+        let was = Layout {
+            vmas: vec![vma(0, 4, 0), vma(6, 8, 0)],
+        };
+        let live = Layout {
+            vmas: vec![vma(0, 5, 0)],
+        };
         let observed = Observed {
             layout: Some(live),
             brk: Some(1),
@@ -195,11 +262,30 @@ mod tests {
 
     #[test]
     fn the_kernels_own_mappings_are_left_alone() {
-        let special = Vma { name: b"[vdso]"[..].into(), ..vma(4, 6, 0) };
-        let was = Layout { vmas: vec![vma(0, 4, 0), special] };
-        let observed = Observed { layout: Some(Layout { vmas: vec![vma(0, 4, 0)] }), ..Observed::default() };
-        let recorded =
-            Recorded { header: &header(), layout: &was, populated: &Ranges::new(), stale: &Ranges::new() };
-        assert!(plan(recorded, &observed, "pid 1 (x)").unwrap_err().object.contains("[vdso]"));
+        let special = Vma {
+            name: b"[vdso]"[..].into(),
+            ..vma(4, 6, 0)
+        };
+        let was = Layout {
+            vmas: vec![vma(0, 4, 0), special],
+        };
+        let observed = Observed {
+            layout: Some(Layout {
+                vmas: vec![vma(0, 4, 0)],
+            }),
+            ..Observed::default()
+        };
+        let recorded = Recorded {
+            header: &header(),
+            layout: &was,
+            populated: &Ranges::new(),
+            stale: &Ranges::new(),
+        };
+        assert!(
+            plan(recorded, &observed, "pid 1 (x)")
+                .unwrap_err()
+                .object
+                .contains("[vdso]")
+        );
     }
 }

@@ -126,12 +126,22 @@ mod tests {
     use super::*;
 
     fn model(ranges: &Ranges) -> BTreeSet<u64> {
-        ranges.spans().iter().flat_map(|span| span.start..span.end).collect()
+        ranges
+            .spans()
+            .iter()
+            .flat_map(|span| span.start..span.end)
+            .collect()
     }
 
     fn ranges() -> impl Strategy<Value = Ranges> {
         proptest::collection::vec((0u64..60, 1u64..8), 0..12).prop_map(|spans| {
-            spans.into_iter().map(|(start, len)| Span { start, end: start + len }).collect()
+            spans
+                .into_iter()
+                .map(|(start, len)| Span {
+                    start,
+                    end: start + len,
+                })
+                .collect()
         })
     }
 

@@ -26,23 +26,36 @@ pub struct Shadow {
 impl Shadow {
     /// Takes over a child fresh from clone(2), seized and stopped. It shares its parent's file table until here.
     pub fn adopt(stopped: &mut Stopped, parent: Pid, pid: Pid) -> Result<Self> {
-        let system = |what: &str, error: Errno| Error::System { what: format!("{what} of shadow {pid}"), error: error.into() };
-        ptrace::set_options(pid, Options::SHADOW).map_err(|errno| system("ptrace options", errno))?;
+        let system = |what: &str, error: Errno| Error::System {
+            what: format!("{what} of shadow {pid}"),
+            error: error.into(),
+        };
+        ptrace::set_options(pid, Options::SHADOW)
+            .map_err(|errno| system("ptrace options", errno))?;
         stopped.tree_mut().add_shadow(pid);
         // It must not hold the parent's pipes and sockets open, nor be hit by signals to the parent's process group.
         stopped.run_in_copy(
             parent,
             pid,
             &[
-                (libc::SYS_close_range, [0, u64::from(u32::MAX), CLOSE_RANGE_UNSHARE]),
+                (
+                    libc::SYS_close_range,
+                    [0, u64::from(u32::MAX), CLOSE_RANGE_UNSHARE],
+                ),
                 (libc::SYS_setsid, [0; 3]),
             ],
         )?;
         let open = |name: &str| {
-            File::open(procfs::path(pid, name))
-                .map_err(|error| Error::System { what: format!("open /proc/{pid}/{name}"), error })
+            File::open(procfs::path(pid, name)).map_err(|error| Error::System {
+                what: format!("open /proc/{pid}/{name}"),
+                error,
+            })
         };
-        Ok(Self { pid, memory: open("mem")?, pagemap: open("pagemap")? })
+        Ok(Self {
+            pid,
+            memory: open("mem")?,
+            pagemap: open("pagemap")?,
+        })
     }
 
     /// Whether it is still there. Something in the container may have killed it.
@@ -54,7 +67,10 @@ impl Shadow {
     pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
         let ranges: Vec<_> = spans
             .iter()
-            .map(|span| remote_memory::Range { start: span.start, len: span.len() as usize })
+            .map(|span| remote_memory::Range {
+                start: span.start,
+                len: span.len() as usize,
+            })
             .collect();
         if remote_memory::read(self.pid, &ranges, buffer).is_ok() {
             return Ok(());
@@ -62,7 +78,8 @@ impl Shadow {
         // Some of it is not readable to the program itself.
         let mut at = 0;
         for range in ranges {
-            self.memory.read_exact_at(&mut buffer[at..at + range.len], range.start)?;
+            self.memory
+                .read_exact_at(&mut buffer[at..at + range.len], range.start)?;
             at += range.len;
         }
         Ok(())

@@ -19,11 +19,11 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::kernel::procfs;
 use crate::record::{Context, Interned, Kind, ObjectId, ObjectKey};
 
+use super::PAGE;
 use super::Result;
 use super::image::SpaceImage;
 use super::ranges::{Ranges, Span};
 use super::space::{Copied, refuse, system};
-use super::PAGE;
 
 /// Payload of a `SharedMemory` record; the content is kept beside the context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -64,17 +64,35 @@ impl SharedImage {
         let mut found = Vec::new();
         let mut seen = BTreeSet::new();
         for image in images {
-            for vma in image.layout.vmas.iter().filter(|vma| vma.shared && !vma.is_special()) {
+            for vma in image
+                .layout
+                .vmas
+                .iter()
+                .filter(|vma| vma.shared && !vma.is_special())
+            {
                 if vma.is_anonymous() || !seen.insert((vma.device, vma.inode)) {
                     continue;
                 }
-                let path = procfs::path(image.pid, &format!("map_files/{:x}-{:x}", vma.start, vma.end));
-                found.extend(Self::capture(image.pid, &path, String::from_utf8_lossy(&vma.name).into(), context)?);
+                let path = procfs::path(
+                    image.pid,
+                    &format!("map_files/{:x}-{:x}", vma.start, vma.end),
+                );
+                found.extend(Self::capture(
+                    image.pid,
+                    &path,
+                    String::from_utf8_lossy(&vma.name).into(),
+                    context,
+                )?);
             }
         }
         for (pid, number) in memfds {
             let path = procfs::path(*pid, &format!("fd/{number}"));
-            found.extend(Self::capture(*pid, &path, format!("memfd {number}"), context)?);
+            found.extend(Self::capture(
+                *pid,
+                &path,
+                format!("memfd {number}"),
+                context,
+            )?);
         }
         Ok(found)
     }
@@ -90,27 +108,38 @@ impl SharedImage {
             .custom_flags(libc::O_PATH)
             .open(path)
             .map_err(failed("pin"))?;
-        let kind = fstatfs(&pin).map_err(|errno| system(pid, "statfs of shared memory", errno))?.filesystem_type();
+        let kind = fstatfs(&pin)
+            .map_err(|errno| system(pid, "statfs of shared memory", errno))?
+            .filesystem_type();
         if kind != TMPFS_MAGIC && kind != HUGETLBFS_MAGIC {
             return Ok(None);
         }
         if kind == HUGETLBFS_MAGIC {
-            return Err(refuse(pid, format!("shared memory {name}"), "huge pages of hugetlbfs can't be taken yet"));
+            return Err(refuse(
+                pid,
+                format!("shared memory {name}"),
+                "huge pages of hugetlbfs can't be taken yet",
+            ));
         }
         let metadata = pin.metadata().map_err(failed("stat"))?;
         let key = ObjectKey::new(Kind::SharedMemory, metadata.dev(), metadata.ino());
-        let Interned::New(id) = context.intern(key) else { return Ok(None) };
+        let Interned::New(id) = context.intern(key) else {
+            return Ok(None);
+        };
         let live = File::open(reopen(&pin)).map_err(failed("open"))?;
         let copy = memfd_create(c"snapback-shared", MemFdCreateFlag::MFD_CLOEXEC)
             .map(File::from)
             .map_err(|errno| system(pid, "make room for shared memory", errno))?;
-        copy.set_len(metadata.len()).map_err(failed("make room for"))?;
+        copy.set_len(metadata.len())
+            .map_err(failed("make room for"))?;
         let data = data_of(&live, metadata.len()).map_err(failed("look for the data of"))?;
         let mut buffer = vec![0; PIECE as usize];
         for span in pieces(&data) {
             let bytes = &mut buffer[..span.len() as usize];
-            live.read_exact_at(bytes, span.start).map_err(failed("read"))?;
-            copy.write_all_at(bytes, span.start).map_err(failed("save"))?;
+            live.read_exact_at(bytes, span.start)
+                .map_err(failed("read"))?;
+            copy.write_all_at(bytes, span.start)
+                .map_err(failed("save"))?;
         }
         let record = SharedObject {
             device: metadata.dev(),
@@ -119,28 +148,50 @@ impl SharedImage {
             data: data.bytes(),
         };
         context.put(Kind::SharedMemory, id, &record, name.as_bytes())?;
-        Ok(Some(Self { id, holder: pid, name, pin, copy }))
+        Ok(Some(Self {
+            id,
+            holder: pid,
+            name,
+            pin,
+            copy,
+        }))
     }
 
     /// Makes the live object's content what it was. Only pages that differ are written.
     pub fn restore(&self) -> Result<Copied> {
         let mut copied = Copied::default();
         let live = self.open(true)?;
-        let size = self.copy.metadata().map_err(self.failed("stat the copy of"))?.len();
+        let size = self
+            .copy
+            .metadata()
+            .map_err(self.failed("stat the copy of"))?
+            .len();
         if live.metadata().map_err(self.failed("stat"))?.len() != size {
             live.set_len(size).map_err(self.failed("size"))?;
         }
         for difference in self.differences(&live, size)? {
-            let span = Span { start: difference, end: size.min(difference + PAGE) };
+            let span = Span {
+                start: difference,
+                end: size.min(difference + PAGE),
+            };
             let mut page = [0; PAGE as usize];
             let bytes = &mut page[..span.len() as usize];
-            self.copy.read_exact_at(bytes, span.start).map_err(self.failed("read the copy of"))?;
+            self.copy
+                .read_exact_at(bytes, span.start)
+                .map_err(self.failed("read the copy of"))?;
             if bytes.iter().all(|byte| *byte == 0) {
-                let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                fallocate(live.as_raw_fd(), punch, span.start as i64, span.len() as i64)
-                    .map_err(|errno| self.failed("empty")(errno.into()))?;
+                let punch =
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                fallocate(
+                    live.as_raw_fd(),
+                    punch,
+                    span.start as i64,
+                    span.len() as i64,
+                )
+                .map_err(|errno| self.failed("empty")(errno.into()))?;
             } else {
-                live.write_all_at(bytes, span.start).map_err(self.failed("write"))?;
+                live.write_all_at(bytes, span.start)
+                    .map_err(self.failed("write"))?;
             }
             copied.pages += 1;
             copied.bytes += span.len();
@@ -151,17 +202,30 @@ impl SharedImage {
     /// Names a difference between the live content and the saved one, if there is one.
     pub fn verify(&self) -> Result<Option<String>> {
         let live = self.open(false)?;
-        let size = self.copy.metadata().map_err(self.failed("stat the copy of"))?.len();
+        let size = self
+            .copy
+            .metadata()
+            .map_err(self.failed("stat the copy of"))?
+            .len();
         let found = live.metadata().map_err(self.failed("stat"))?.len();
         if found != size {
-            return Ok(Some(format!("shared memory {}: size {found} instead of {size}", self.name)));
+            return Ok(Some(format!(
+                "shared memory {}: size {found} instead of {size}",
+                self.name
+            )));
         }
         let (mut one, mut other) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
-        let everything = Ranges::from_iter([Span { start: 0, end: size }]);
+        let everything = Ranges::from_iter([Span {
+            start: 0,
+            end: size,
+        }]);
         for span in pieces(&everything) {
             let len = span.len() as usize;
-            live.read_exact_at(&mut one[..len], span.start).map_err(self.failed("read"))?;
-            self.copy.read_exact_at(&mut other[..len], span.start).map_err(self.failed("read the copy of"))?;
+            live.read_exact_at(&mut one[..len], span.start)
+                .map_err(self.failed("read"))?;
+            self.copy
+                .read_exact_at(&mut other[..len], span.start)
+                .map_err(self.failed("read the copy of"))?;
             if let Some(at) = (0..len).find(|at| one[*at] != other[*at]) {
                 return Ok(Some(format!(
                     "shared memory {}: byte {:#x} is {:#04x} instead of {:#04x}",
@@ -177,11 +241,17 @@ impl SharedImage {
 
     /// Bytes kept for it.
     pub fn bytes(&self) -> u64 {
-        self.copy.metadata().map_or(0, |metadata| metadata.blocks() * 512)
+        self.copy
+            .metadata()
+            .map_or(0, |metadata| metadata.blocks() * 512)
     }
 
     fn open(&self, write: bool) -> Result<File> {
-        OpenOptions::new().read(true).write(write).open(reopen(&self.pin)).map_err(self.failed("open"))
+        OpenOptions::new()
+            .read(true)
+            .write(write)
+            .open(reopen(&self.pin))
+            .map_err(self.failed("open"))
     }
 
     /// Offsets of the pages that differ.
@@ -193,12 +263,17 @@ impl SharedImage {
         let mut found = Vec::new();
         for span in pieces(&data) {
             let len = span.len() as usize;
-            live.read_exact_at(&mut one[..len], span.start).map_err(self.failed("read"))?;
-            self.copy.read_exact_at(&mut other[..len], span.start).map_err(self.failed("read the copy of"))?;
+            live.read_exact_at(&mut one[..len], span.start)
+                .map_err(self.failed("read"))?;
+            self.copy
+                .read_exact_at(&mut other[..len], span.start)
+                .map_err(self.failed("read the copy of"))?;
             if one[..len] == other[..len] {
                 continue;
             }
-            let pages = one[..len].chunks(PAGE as usize).zip(other[..len].chunks(PAGE as usize));
+            let pages = one[..len]
+                .chunks(PAGE as usize)
+                .zip(other[..len].chunks(PAGE as usize));
             let differing = pages.enumerate().filter(|(_, (one, other))| one != other);
             found.extend(differing.map(|(index, _)| span.start + index as u64 * PAGE));
         }
@@ -227,7 +302,10 @@ fn data_of(file: &File, size: u64) -> std::io::Result<Ranges> {
             Err(errno) => return Err(errno.into()),
         };
         let end = lseek64(file.as_raw_fd(), start as i64, Whence::SeekHole)? as u64;
-        found.push(Span { start, end: end.min(size) });
+        found.push(Span {
+            start,
+            end: end.min(size),
+        });
         at = end;
     }
     Ok(found)
@@ -236,7 +314,12 @@ fn data_of(file: &File, size: u64) -> std::io::Result<Ranges> {
 fn pieces(data: &Ranges) -> Vec<Span> {
     let cut = |span: &Span| {
         let end = span.end;
-        (span.start..end).step_by(PIECE as usize).map(move |start| Span { start, end: end.min(start + PIECE) })
+        (span.start..end)
+            .step_by(PIECE as usize)
+            .map(move |start| Span {
+                start,
+                end: end.min(start + PIECE),
+            })
     };
     data.spans().iter().flat_map(cut).collect()
 }

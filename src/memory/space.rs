@@ -52,7 +52,11 @@ impl Space {
         let made = batch.call(libc::SYS_userfaultfd, &[flags.into()]);
         let outputs = stopped.run(pid, &batch)?;
         let remote = outputs.result(made).map_err(|errno| {
-            refuse(pid, "write tracking", format!("userfaultfd(2) failed: {errno}; see `snapback check`"))
+            refuse(
+                pid,
+                "write tracking",
+                format!("userfaultfd(2) failed: {errno}; see `snapback check`"),
+            )
         })?;
         let taken = pidfd::get_fd(stopped.member(pid)?.pidfd.as_fd(), remote as i32);
         let mut batch = Batch::new();
@@ -61,7 +65,11 @@ impl Space {
         let tracker = taken.and_then(WriteTracker::enable).map_err(|errno| {
             refuse(pid, "write tracking", format!("asynchronous write-protection failed: {errno}; Linux 6.7 has it, see `snapback check`"))
         })?;
-        Ok(Self { pid, tracker, store: Store::new(store) })
+        Ok(Self {
+            pid,
+            tracker,
+            store: Store::new(store),
+        })
     }
 
     /// Where in the window a slot of the store is.
@@ -85,7 +93,9 @@ impl Space {
                     return Err(refuse(
                         self.pid,
                         format!("memory {vma:?}"),
-                        format!("its pages can't be tracked ({errno}): device memory and the like can't be taken"),
+                        format!(
+                            "its pages can't be tracked ({errno}): device memory and the like can't be taken"
+                        ),
                     ));
                 }
             }
@@ -107,7 +117,16 @@ impl Space {
         // The clone comes last: should we die, the thread heals itself, and the shadow dies with us.
         let mut batch = Batch::new();
         let brk = batch.call(libc::SYS_brk, &[0.into()]);
-        let clone = batch.call(libc::SYS_clone, &[libc::CLONE_FILES.into(), 0.into(), 0.into(), 0.into(), 0.into()]);
+        let clone = batch.call(
+            libc::SYS_clone,
+            &[
+                libc::CLONE_FILES.into(),
+                0.into(),
+                0.into(),
+                0.into(),
+                0.into(),
+            ],
+        );
         let outputs = stopped.run(pid, &batch)?;
         outputs.result(clone).map_err(|errno| {
             refuse(pid, "a shadow", format!("the container can't have another process ({errno}): raise its memory, PID or process limit"))
@@ -122,7 +141,13 @@ impl Space {
             Ok((header_id, layout, armed, populated)) => {
                 let mut image = SpaceImage::new(header_id, pid, shadow, layout);
                 let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated)?;
-                Ok((image, Copied { pages: armed, bytes: saved }))
+                Ok((
+                    image,
+                    Copied {
+                        pages: armed,
+                        bytes: saved,
+                    },
+                ))
             }
             Err(error) => {
                 shadow.kill();
@@ -145,8 +170,13 @@ impl Space {
         let member = stopped.member(pid)?;
         let window = window_span(stopped, pid)?;
         let text = read_maps(member)?;
-        let layout = Layout::parse(&text, Some(window))
-            .ok_or_else(|| refuse(pid, "its memory map", "/proc/PID/maps does not read as documented"))?;
+        let layout = Layout::parse(&text, Some(window)).ok_or_else(|| {
+            refuse(
+                pid,
+                "its memory map",
+                "/proc/PID/maps does not read as documented",
+            )
+        })?;
         self.register(layout.private())?;
         let mut regions = Vec::new();
         pagemap::scan(&member.pagemap, Scan::Arm, 0, USER_END, &mut regions)
@@ -180,22 +210,46 @@ impl Space {
     ) -> Result<u64> {
         let pid = self.pid;
         let mut regions = Vec::new();
-        pagemap::scan(&image.shadow.pagemap, Scan::Populated, 0, USER_END, &mut regions)
-            .map_err(|errno| system(pid, "scan its shadow", errno))?;
-        let there: Ranges =
-            regions.iter().map(|region| Span { start: region.start, end: region.end }).collect();
+        pagemap::scan(
+            &image.shadow.pagemap,
+            Scan::Populated,
+            0,
+            USER_END,
+            &mut regions,
+        )
+        .map_err(|errno| system(pid, "scan its shadow", errno))?;
+        let there: Ranges = regions
+            .iter()
+            .map(|region| Span {
+                start: region.start,
+                end: region.end,
+            })
+            .collect();
         let lacking = populated.difference(&there);
-        let target = stopped.tree_mut().member_mut(pid).and_then(|member| member.window.as_mut());
+        let target = stopped
+            .tree_mut()
+            .member_mut(pid)
+            .and_then(|member| member.window.as_mut());
         let target = target.ok_or(freeze::Error::Gone(pid))?;
         for span in lacking.spans() {
             let mut at = span.start;
             while at < span.end {
                 let slot = self.store.take().ok_or_else(|| {
-                    refuse(pid, "its MADV_DONTFORK memory", "it holds more of it than the page store has room for")
+                    refuse(
+                        pid,
+                        "its MADV_DONTFORK memory",
+                        "it holds more of it than the page store has room for",
+                    )
                 })?;
-                let range = remote_memory::Range { start: at, len: PAGE as usize };
-                let page = target.window.store_mut(Self::slot_offset(slot), PAGE as usize);
-                remote_memory::read(pid, &[range], page).map_err(|errno| system(pid, "read a page", errno))?;
+                let range = remote_memory::Range {
+                    start: at,
+                    len: PAGE as usize,
+                };
+                let page = target
+                    .window
+                    .store_mut(Self::slot_offset(slot), PAGE as usize);
+                remote_memory::read(pid, &[range], page)
+                    .map_err(|errno| system(pid, "read a page", errno))?;
                 image.slots.insert(at, slot);
                 at += PAGE;
             }
@@ -211,18 +265,29 @@ impl Space {
         reap(stopped, image.pid, image.shadow.pid);
         stopped.tree_mut().remove_shadow(image.shadow.pid);
         if let Some(space) = space {
-            image.slots.values().for_each(|slot| space.store.give_back(*slot));
+            image
+                .slots
+                .values()
+                .for_each(|slot| space.store.give_back(*slot));
         }
     }
 }
 
 /// Has a process reap its shadow, which is a child that only `__WALL` waits see.
 fn reap(stopped: &mut Stopped, parent: Pid, shadow: Pid) {
-    let inside = stopped.tree().shadow_inside(shadow).unwrap_or(shadow.as_raw());
+    let inside = stopped
+        .tree()
+        .shadow_inside(shadow)
+        .unwrap_or(shadow.as_raw());
     let mut batch = Batch::new();
     batch.call(
         libc::SYS_wait4,
-        &[inside.into(), 0.into(), (libc::__WALL | libc::WNOHANG).into(), 0.into()],
+        &[
+            inside.into(),
+            0.into(),
+            (libc::__WALL | libc::WNOHANG).into(),
+            0.into(),
+        ],
     );
     // If the parent is gone its init reaps it.
     let _ = stopped.run(parent, &batch);
@@ -230,13 +295,21 @@ fn reap(stopped: &mut Stopped, parent: Pid, shadow: Pid) {
 
 /// Where the window of a process is in its address space.
 pub(super) fn window_span(stopped: &Stopped, pid: Pid) -> Result<Span> {
-    let window = stopped.member(pid)?.window.as_ref().ok_or(freeze::Error::Gone(pid))?;
-    Ok(Span { start: window.address, end: window.end() })
+    let window = stopped
+        .member(pid)?
+        .window
+        .as_ref()
+        .ok_or(freeze::Error::Gone(pid))?;
+    Ok(Span {
+        start: window.address,
+        end: window.end(),
+    })
 }
 
 /// The text of the maps file of the address space a member had when it became known. Empty: it has another one now.
 pub(super) fn read_maps(member: &freeze::Member) -> Result<Vec<u8>> {
-    procfs::read_held(&member.maps).map_err(|error| system(member.pid, "read its memory map", error))
+    procfs::read_held(&member.maps)
+        .map_err(|error| system(member.pid, "read its memory map", error))
 }
 
 /// The pages that regions cover in the private VMAs of a layout and for which `wanted` says yes.
@@ -251,8 +324,13 @@ pub(super) fn populated(
         let mut at = region.start;
         while at < region.end {
             while vmas.next_if(|vma| vma.end <= at).is_some() {}
-            let Some(vma) = vmas.peek().filter(|vma| vma.start < region.end) else { break };
-            let span = Span { start: at.max(vma.start), end: region.end.min(vma.end) };
+            let Some(vma) = vmas.peek().filter(|vma| vma.start < region.end) else {
+                break;
+            };
+            let span = Span {
+                start: at.max(vma.start),
+                end: region.end.min(vma.end),
+            };
             if wanted(vma, region.categories) {
                 found.push(span);
             }
@@ -267,10 +345,23 @@ fn populated_with(layout: &Layout, regions: &[Region], category: Categories) -> 
 }
 
 pub(super) fn system(pid: Pid, what: &str, error: impl Into<std::io::Error>) -> super::Error {
-    freeze::Error::System { what: format!("{what} (pid {pid})"), error: error.into() }.into()
+    freeze::Error::System {
+        what: format!("{what} (pid {pid})"),
+        error: error.into(),
+    }
+    .into()
 }
 
-pub(super) fn refuse(pid: Pid, object: impl Into<String>, remedy: impl Into<String>) -> super::Error {
+pub(super) fn refuse(
+    pid: Pid,
+    object: impl Into<String>,
+    remedy: impl Into<String>,
+) -> super::Error {
     let holder = format!("pid {pid} ({})", procfs::comm(pid));
-    Refusal { object: object.into(), holder, remedy: remedy.into() }.into()
+    Refusal {
+        object: object.into(),
+        holder,
+        remedy: remedy.into(),
+    }
+    .into()
 }

@@ -18,7 +18,9 @@ impl Hasher for PageHasher {
         unreachable!("pages are hashed by their number")
     }
     fn write_u64(&mut self, value: u64) {
-        self.0 = (value >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+        self.0 = (value >> 12)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(32);
     }
 }
 
@@ -36,7 +38,11 @@ pub struct Store {
 impl Store {
     /// An empty store of `bytes` bytes.
     pub fn new(bytes: usize) -> Self {
-        Self { capacity: (bytes as u64 / PAGE) as u32, unused: 0, free: Vec::new() }
+        Self {
+            capacity: (bytes as u64 / PAGE) as u32,
+            unused: 0,
+            free: Vec::new(),
+        }
     }
 
     /// A slot, or `None` if the store is full. Consecutive calls on a fresh store give consecutive slots.
@@ -75,7 +81,10 @@ pub fn runs(pages: &Ranges, slots: &Slots) -> (Vec<Run>, Ranges) {
     for span in pages.spans() {
         let mut at = span.start;
         while at < span.end {
-            let page = Span { start: at, end: at + PAGE };
+            let page = Span {
+                start: at,
+                end: at + PAGE,
+            };
             match slots.get(&at) {
                 None => missing.push(page),
                 Some(&slot) => match runs.last_mut() {
@@ -100,18 +109,50 @@ mod tests {
 
     #[test]
     fn neighbours_become_one_run() {
-        let pages = Ranges::from_iter([Span { start: 0x1000, end: 0x5000 }]);
-        let slots: Slots = [(0x1000, 7), (0x2000, 8), (0x4000, 3)].into_iter().collect();
+        let pages = Ranges::from_iter([Span {
+            start: 0x1000,
+            end: 0x5000,
+        }]);
+        let slots: Slots = [(0x1000, 7), (0x2000, 8), (0x4000, 3)]
+            .into_iter()
+            .collect();
         let (runs, missing) = runs(&pages, &slots);
-        assert_eq!(runs[0], Run { span: Span { start: 0x1000, end: 0x3000 }, slot: 7 });
-        assert_eq!(runs[1], Run { span: Span { start: 0x4000, end: 0x5000 }, slot: 3 });
-        assert_eq!(missing.spans(), [Span { start: 0x3000, end: 0x4000 }]);
+        assert_eq!(
+            runs[0],
+            Run {
+                span: Span {
+                    start: 0x1000,
+                    end: 0x3000
+                },
+                slot: 7
+            }
+        );
+        assert_eq!(
+            runs[1],
+            Run {
+                span: Span {
+                    start: 0x4000,
+                    end: 0x5000
+                },
+                slot: 3
+            }
+        );
+        assert_eq!(
+            missing.spans(),
+            [Span {
+                start: 0x3000,
+                end: 0x4000
+            }]
+        );
     }
 
     #[test]
     fn a_full_store_says_so() {
         let mut store = Store::new(2 * PAGE as usize);
-        assert_eq!((store.take(), store.take(), store.take()), (Some(0), Some(1), None));
+        assert_eq!(
+            (store.take(), store.take(), store.take()),
+            (Some(0), Some(1), None)
+        );
         store.give_back(1);
         assert_eq!(store.take(), Some(1));
         assert_eq!(store.bytes(), 2 * PAGE);

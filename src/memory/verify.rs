@@ -30,7 +30,8 @@ pub fn verify(
     let pid = image.pid;
     let mut differences = Vec::new();
     let read = |of: nix::unistd::Pid, name: &str| {
-        std::fs::read(procfs::path(of, name)).map_err(|error| system(of, "read its memory map", error))
+        std::fs::read(procfs::path(of, name))
+            .map_err(|error| system(of, "read its memory map", error))
     };
     let open = |of: nix::unistd::Pid, name: &str| {
         File::open(procfs::path(of, name)).map_err(|error| system(of, "open its memory", error))
@@ -43,7 +44,7 @@ pub fn verify(
         let (expected, found) = (was.get(index), is.get(index));
         if expected.map(comparable) != found.map(comparable) {
             differences.push(Difference {
-                what: format!("VMA {index} of pid {pid}"),
+                what: format!("pid {pid}: VMA {index}"),
                 expected: format!("{expected:?}"),
                 found: format!("{found:?}"),
             });
@@ -55,23 +56,46 @@ pub fn verify(
     let mut pages = image.kept.clone();
     for of in [pid, image.shadow.pid] {
         let mut regions = Vec::new();
-        pagemap::scan(open(of, "pagemap")?, Scan::Populated, 0, USER_END, &mut regions)
-            .map_err(|errno| system(of, "scan its pages", errno))?;
-        let there = regions.iter().map(|region| Span { start: region.start, end: region.end }).collect();
+        pagemap::scan(
+            open(of, "pagemap")?,
+            Scan::Populated,
+            0,
+            USER_END,
+            &mut regions,
+        )
+        .map_err(|errno| system(of, "scan its pages", errno))?;
+        let there = regions
+            .iter()
+            .map(|region| Span {
+                start: region.start,
+                end: region.end,
+            })
+            .collect();
         pages = pages.union(&there);
     }
-    let ours: Ranges = live.private().map(|vma| Span { start: vma.start, end: vma.end }).collect();
+    let ours: Ranges = live
+        .private()
+        .map(|vma| Span {
+            start: vma.start,
+            end: vma.end,
+        })
+        .collect();
     let pages = pages.intersection(&ours);
     let (memory, shadow) = (open(pid, "mem")?, open(image.shadow.pid, "mem")?);
     let (mut found, mut expected) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
-    for (span, is_kept) in [(pages.difference(&image.kept), false), (pages.intersection(&image.kept), true)]
-        .iter()
-        .flat_map(|(pages, is_kept)| cut(pages).into_iter().map(move |span| (span, *is_kept)))
+    for (span, is_kept) in [
+        (pages.difference(&image.kept), false),
+        (pages.intersection(&image.kept), true),
+    ]
+    .iter()
+    .flat_map(|(pages, is_kept)| cut(pages).into_iter().map(move |span| (span, *is_kept)))
     {
         let len = span.len() as usize;
         memory
             .read_exact_at(&mut found[..len], span.start)
-            .map_err(|error| system(pid, &format!("read its memory at {:#x}", span.start), error))?;
+            .map_err(|error| {
+                system(pid, &format!("read its memory at {:#x}", span.start), error)
+            })?;
         if is_kept {
             if !kept(span, &mut expected[..len]) {
                 continue;
@@ -79,7 +103,9 @@ pub fn verify(
         } else {
             shadow
                 .read_exact_at(&mut expected[..len], span.start)
-                .map_err(|error| system(pid, &format!("read its shadow at {:#x}", span.start), error))?;
+                .map_err(|error| {
+                    system(pid, &format!("read its shadow at {:#x}", span.start), error)
+                })?;
         }
         if let Some(at) = (0..len).find(|at| found[*at] != expected[*at]) {
             let address = span.start + at as u64;
@@ -99,7 +125,14 @@ fn joined(layout: &Layout) -> Vec<Vma> {
     let mut joined: Vec<Vma> = Vec::new();
     for vma in &layout.vmas {
         match joined.last_mut() {
-            Some(last) if last.continued_by(&Vma { name: last.name.clone(), ..vma.clone() }) => last.end = vma.end,
+            Some(last)
+                if last.continued_by(&Vma {
+                    name: last.name.clone(),
+                    ..vma.clone()
+                }) =>
+            {
+                last.end = vma.end
+            }
             _ => joined.push(vma.clone()),
         }
     }
@@ -109,13 +142,20 @@ fn joined(layout: &Layout) -> Vec<Vma> {
 /// What must be equal of a VMA. The name of anonymous memory only says how it came to be.
 fn comparable(vma: &Vma) -> (u64, u64, u8, bool, u64, u64, u64) {
     let offset = if vma.is_anonymous() { 0 } else { vma.offset };
-    (vma.start, vma.end, vma.prot, vma.shared, offset, vma.device, vma.inode)
+    (
+        vma.start, vma.end, vma.prot, vma.shared, offset, vma.device, vma.inode,
+    )
 }
 
 fn cut(pages: &Ranges) -> Vec<Span> {
     let cut = |span: &Span| {
         let end = span.end;
-        (span.start..end).step_by(PIECE as usize).map(move |start| Span { start, end: end.min(start + PIECE) })
+        (span.start..end)
+            .step_by(PIECE as usize)
+            .map(move |start| Span {
+                start,
+                end: end.min(start + PIECE),
+            })
     };
     pages.spans().iter().flat_map(cut).collect()
 }
