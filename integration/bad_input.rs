@@ -496,7 +496,10 @@ fn interrupted_in_the_middle() {
             Duration::from_micros(step * 500),
         );
         assert!([DONE, ERROR, 130].contains(&status), "status {status}");
-        // Whatever became of that one: the next is complete, and waits for it if it still runs.
+        // Requests are answered in their order: after this, that one is over, whatever became of it.
+        session
+            .run(&["checkpoints", "--pid", &pid])
+            .expect(DONE, "checkpoints");
         let found = fixture.ask(b'v');
         assert!(found == wrecked || found == "PASS", "half-way: {found}");
         session.rollback(fixture.pid());

@@ -52,7 +52,7 @@ fn rollbacks(program: &str) {
     let mut fixture = Fixture::start(program);
     session.checkpoint(fixture.pid());
     let pid = fixture.pid().to_string();
-    let mut round = |session: &Session, fixture: &mut Fixture| {
+    let round = |session: &Session, fixture: &mut Fixture| {
         fixture.mutate();
         session
             .run(&["rollback", "--json", "--pid", &pid])

@@ -46,6 +46,8 @@ pub(crate) struct Fixture {
     commands: ChildStdin,
     answers: ChildStdout,
     unread: Vec<u8>,
+    /// Whether it reads its commands by plain `read` of descriptor 0 on its first thread.
+    plain: bool,
     stderr: PathBuf,
     _directory: tempfile::TempDir,
 }
@@ -54,24 +56,25 @@ impl Fixture {
     /// Starts a program in a directory of its own and waits until it is ready.
     #[track_caller]
     pub(crate) fn start(name: &str) -> Self {
-        Self::start_with(name, |_| {})
+        let mut fixture = Self::launch(name, Command::new(build_directory().join(name)));
+        fixture.plain = true;
+        fixture.settle();
+        fixture
     }
 
-    /// The same after a change to the command that starts it, as an argument or an environment variable.
+    /// The same for any command that obeys the protocol, however it reads.
     #[track_caller]
-    pub(crate) fn start_with(name: &str, change: impl FnOnce(&mut Command)) -> Self {
+    pub(crate) fn launch(name: &str, mut command: Command) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("fixture-")
             .tempdir()
             .expect("making a directory");
         let stderr = directory.path().join("stderr");
-        let mut command = Command::new(build_directory().join(name));
         command
             .current_dir(directory.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::create(&stderr).expect("making a file"));
-        change(&mut command);
         let mut family = Family::start(&mut command);
         let commands = family.child.stdin.take().expect("a pipe");
         let answers = family.child.stdout.take().expect("a pipe");
@@ -81,12 +84,12 @@ impl Fixture {
             commands,
             answers,
             unread: Vec::new(),
+            plain: false,
             stderr,
             _directory: directory,
         };
         let line = fixture.line("start");
         assert_eq!(line, "READY", "{name} did not get ready");
-        fixture.settle();
         fixture
     }
 
@@ -98,9 +101,11 @@ impl Fixture {
     /// Waits until it is back in the read of the next command.
     #[track_caller]
     pub(crate) fn settle(&self) {
-        wait::until("the fixture program reads the next command", || {
-            numbers::reads_commands(self.pid())
-        });
+        if self.plain {
+            wait::until("the fixture program reads the next command", || {
+                numbers::reads_commands(self.pid())
+            });
+        }
     }
 
     /// Sends one command and returns its line of answer.

@@ -5,6 +5,7 @@ pub(crate) mod container;
 pub(crate) mod family;
 pub(crate) mod fixture;
 pub(crate) mod numbers;
+pub(crate) mod redis;
 pub(crate) mod session;
 pub(crate) mod wait;
 

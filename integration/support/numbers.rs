@@ -12,8 +12,6 @@ pub(crate) struct Stat {
     pub(crate) parent: i32,
     /// Process group.
     pub(crate) group: i32,
-    /// Start time in clock ticks since boot: with the PID, who this is.
-    pub(crate) started: u64,
 }
 
 /// Reads one process's stat; `None` if it is gone.
@@ -24,7 +22,6 @@ pub(crate) fn stat(pid: i32) -> Option<Stat> {
         state: fields.first()?.chars().next()?,
         parent: fields.get(1)?.parse().ok()?,
         group: fields.get(2)?.parse().ok()?,
-        started: fields.get(19)?.parse().ok()?,
     })
 }
 
