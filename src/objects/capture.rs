@@ -9,10 +9,10 @@ use nix::unistd::Pid;
 use super::live::{Holder, Live};
 use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Slot, Table};
 use super::pipe::Pipe;
-use super::socket_apply::complete;
 use super::socket_plan::inner_tcp;
 use super::state::State;
 use super::survey::{Ask, Expected, Sighting, Survey, compare, sharing, survey};
+use super::tcp_queue::complete;
 use super::{Error, epoll, file, locks, pipe, records, socket, socket_diag};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
@@ -147,7 +147,9 @@ fn complete_sockets(
     }
     let ends = inner_tcp(&sockets.iter().map(|(id, state)| (*id, state)).collect());
     let at: BTreeMap<ObjectId, usize> = ids.iter().copied().zip(0..).collect();
-    complete(&mut sockets, &ends, |id| lives[at[&id]].duplicate())?;
+    complete(&mut sockets, &ends, &BTreeMap::new(), |id| {
+        lives[at[&id]].duplicate()
+    })?;
     for (id, state) in sockets {
         states[at[&id]] = State::Socket(state);
     }

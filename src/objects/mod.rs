@@ -54,6 +54,8 @@ pub mod state;
 pub mod survey;
 pub mod table;
 pub mod tcp;
+mod tcp_join;
+mod tcp_queue;
 pub mod timerfd;
 pub mod transfer;
 mod udp;

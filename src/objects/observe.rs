@@ -14,10 +14,10 @@ use super::model::{
 };
 use super::pipe::{self, Pipe};
 use super::socket;
-use super::socket_apply::complete;
 use super::socket_plan::inner_tcp;
 use super::state::{self, State};
 use super::survey::{Ask, Expected, survey};
+use super::tcp_queue::complete;
 use crate::freeze::Stopped;
 use crate::kernel::{kcmp, pidfd};
 use crate::outcome::Refusal;
@@ -108,7 +108,7 @@ fn complete_sockets(
             .iter()
             .position(|live| live.is == Some(id))
     };
-    complete(&mut states, &ends, |id| match at(id) {
+    complete(&mut states, &ends, &recorded.sockets(), |id| match at(id) {
         Some(at) => lives[at].duplicate(),
         None => Err(Error::Own {
             call: "finding a socket",

@@ -12,12 +12,12 @@ use super::execute::{Effects, Reach};
 use super::model::ObjectId;
 use super::socket::{Role, State, own};
 use super::socket_options::Options;
-use super::socket_queue::{drain, drain_tcp, fill, fill_tcp};
-use super::tcp;
+use super::socket_queue::{drain, fill};
+use super::tcp_queue::{drain_tcp, fill_tcp};
 use crate::kernel::sock_diag::SockDiag;
 use crate::kernel::socket::{
-    Address, Message, SO_COOKIE, accept, connect, int_option, listen, set_option, shutdown,
-    u64_option,
+    Address, Message, SO_COOKIE, accept, bind, connect, int_option, listen, local_address,
+    set_option, shutdown, u64_option,
 };
 
 /// What must be done to a socket that is there, or there again.
@@ -203,7 +203,13 @@ fn connect_again(
         record.peer.clone()
     };
     let (_pin, to) = address_for_us(&to, reach.place(id).map(|place| place.pid))?;
-    connect(fd, &to).map_err(own("connect"))
+    connect(fd, &to).map_err(own("connect"))?;
+    // A port that the kernel chose is lost with the connection (udp_disconnect of the kernel).
+    let now = local_address(fd).map_err(own("getsockname"))?;
+    match now == record.local {
+        true => Ok(()),
+        false => bind(fd, &record.local).map_err(own("bind")),
+    }
 }
 
 /// An address that means the same to the keeper: a path in the process's root becomes one through a pin of the file,
@@ -314,32 +320,4 @@ fn destination(receiver: &State, message: &Message) -> Address {
         to.0[ip.clone()].copy_from_slice(&message.source.0[ip]);
     }
     to
-}
-
-/// Looks again at the TCP connections that have both ends in the tree: what each reader would still get, in its receive
-/// queue or on the way to it. `ends` gives the other end of each.
-///
-/// # Errors
-/// If the kernel refuses to tell.
-pub fn complete(
-    states: &mut BTreeMap<ObjectId, State>,
-    ends: &BTreeMap<ObjectId, ObjectId>,
-    duplicate: impl Fn(ObjectId) -> Result<OwnedFd, Error>,
-) -> Result<(), Error> {
-    super::socket_diag::close();
-    for (&reader, &writer) in ends {
-        let (Some(one), Some(other)) = (states.get(&reader), states.get(&writer)) else {
-            continue;
-        };
-        if tcp::waits(one) == 0 && tcp::on_the_way(other) == 0 {
-            continue;
-        }
-        let (reader_fd, writer_fd) = (duplicate(reader)?, duplicate(writer)?);
-        let queue = tcp::between(reader_fd.as_fd(), writer_fd.as_fd())
-            .map_err(own("looking at queued TCP data"))?;
-        if let Some(state) = states.get_mut(&reader) {
-            state.queue = queue;
-        }
-    }
-    Ok(())
 }

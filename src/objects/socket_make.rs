@@ -16,8 +16,8 @@ use super::socket_apply::reset_at_close;
 use super::socket_inside::Maker;
 use super::socket_plan::{Plan, Recipe};
 use super::socket_queue::fill;
-use super::tcp;
 use super::unix::{BoundFile, file_at, path_for_us};
+use super::{tcp, tcp_join};
 use crate::kernel::sock_diag::{SockDiag, state};
 use crate::kernel::socket::{
     Address, accept, as_seen_by, bind, connect, create, listen, local_address, pair, peer_address,
@@ -386,7 +386,7 @@ fn tcp_pair(one: &State, two: &State, home: i32) -> Result<(OwnedFd, OwnedFd), E
     remove_remains(one, two, home)?;
     as_seen_by(home, || {
         let ends = [create_repairing(one)?, create_repairing(two)?];
-        tcp::join(
+        tcp_join::join(
             ends[0].as_fd(),
             &one.local,
             &one.peer,

@@ -10,9 +10,10 @@ use super::*;
 use crate::kernel::socket::{SO_COOKIE, option, shutdown, u64_option};
 use crate::objects::live::{Holder, Live};
 use crate::objects::model::{Common, Place};
-use crate::objects::socket_apply::{apply, complete};
+use crate::objects::socket_apply::apply;
 use crate::objects::socket_inside::Keeper;
 use crate::objects::socket_plan::{inner_tcp, plan};
+use crate::objects::tcp_queue::complete;
 
 /// Recorded sockets of this process, by number.
 struct Recorded {
@@ -60,7 +61,10 @@ impl Recorded {
         };
         let ends = inner_tcp(&borrow(&recorded.states));
         let mut states = std::mem::take(&mut recorded.states);
-        complete(&mut states, &ends, |id| recorded.duplicate(id)).expect("complete");
+        complete(&mut states, &ends, &BTreeMap::new(), |id| {
+            recorded.duplicate(id)
+        })
+        .expect("complete");
         recorded.states = states;
         recorded
     }
@@ -85,7 +89,10 @@ impl Recorded {
             );
         }
         let ends = inner_tcp(&borrow(&self.states));
-        complete(&mut now, &ends, |id| self.duplicate(id)).expect("complete");
+        complete(&mut now, &ends, &borrow(&self.states), |id| {
+            self.duplicate(id)
+        })
+        .expect("complete");
         now
     }
 

@@ -403,7 +403,9 @@ impl<'a> Planner<'a> {
         if let Some(other) = self.ends.of(record) {
             let same = |now: &State| socket_queue::same(&record.queue, &now.queue, record.shape());
             return match now {
-                Some((now, connection)) if connection.state == before.state && same(now) => Ok(()),
+                Some((now, connection)) if connection.phase() == before.phase() && same(now) => {
+                    Ok(())
+                }
                 Some((_, connection))
                     if connection.state == before.state && before.state == state::ESTABLISHED =>
                 {

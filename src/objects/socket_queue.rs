@@ -1,19 +1,16 @@
 //! What waits to be read from a socket: looking at it without taking it, taking it all, putting it back.
 
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use crate::kernel::socket::{
-    Address, Message, int_option, poll, receive, send, set_option, unread, unsent,
+    Address, Message, int_option, poll, receive, send, set_option, unread,
 };
 
 /// Room for one message; grows if one does not fit.
 const MESSAGE_ROOM: usize = 256 << 10;
 const LARGEST_ROOM: usize = 64 << 20;
-/// How long queued bytes may take over the loopback interface.
-const LOOPBACK_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Whether data has boundaries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,86 +162,6 @@ fn enlarge(sender: BorrowedFd<'_>) -> nix::Result<()> {
         libc::SO_SNDBUFFORCE,
         &size.to_ne_bytes(),
     )
-}
-
-/// Sends `data` over a TCP connection whose other end is `reader`, and waits until all of it is there or the reader's
-/// window is full. Changes `TCP_NODELAY` and `TCP_CORK` of the sender; the caller puts its options back.
-///
-/// # Errors
-/// As sendmsg(2); `ETIMEDOUT` if it does not arrive.
-pub(super) fn fill_tcp(
-    sender: BorrowedFd<'_>,
-    reader: BorrowedFd<'_>,
-    data: &[u8],
-) -> nix::Result<()> {
-    set_option(
-        sender,
-        libc::IPPROTO_TCP,
-        libc::TCP_CORK,
-        &0i32.to_ne_bytes(),
-    )?;
-    set_option(
-        sender,
-        libc::IPPROTO_TCP,
-        libc::TCP_NODELAY,
-        &1i32.to_ne_bytes(),
-    )?;
-    let before = unread(reader)? as usize;
-    let message = Message {
-        data: data.to_vec(),
-        ..Message::default()
-    };
-    fill(sender, std::slice::from_ref(&message), &Address::default())?;
-    let started = Instant::now();
-    loop {
-        acknowledge(reader)?;
-        let arrived = unread(reader)? as usize - before;
-        if arrived == data.len() || arrived + tcp_not_sent(sender)? == data.len() {
-            return Ok(());
-        }
-        if started.elapsed() > LOOPBACK_DEADLINE {
-            return Err(Errno::ETIMEDOUT);
-        }
-        std::thread::yield_now();
-    }
-}
-
-/// Takes everything that waits at `reader`, and what its peer `writer` sends as room comes free.
-///
-/// # Errors
-/// As recvmsg(2); `ETIMEDOUT` if what is on the way does not arrive.
-pub(super) fn drain_tcp(reader: BorrowedFd<'_>, writer: BorrowedFd<'_>) -> nix::Result<()> {
-    let started = Instant::now();
-    loop {
-        drain(reader, Shape::Stream)?;
-        acknowledge(reader)?;
-        if unsent(writer)? == 0 && unread(reader)? == 0 {
-            return Ok(());
-        }
-        if started.elapsed() > LOOPBACK_DEADLINE {
-            return Err(Errno::ETIMEDOUT);
-        }
-        std::thread::yield_now();
-    }
-}
-
-/// Has a delayed acknowledgement sent now (tcp(7), `TCP_QUICKACK`), so that the other end's [`unsent`] tells what the
-/// reader does not have. An even value does not switch to quick acknowledgements.
-pub(super) fn acknowledge(reader: BorrowedFd<'_>) -> nix::Result<()> {
-    match set_option(
-        reader,
-        libc::IPPROTO_TCP,
-        libc::TCP_QUICKACK,
-        &2i32.to_ne_bytes(),
-    ) {
-        Err(Errno::ENOPROTOOPT) => Ok(()),
-        other => other,
-    }
-}
-
-/// Bytes that wait because the reader's window is full.
-pub(super) fn tcp_not_sent(sender: BorrowedFd<'_>) -> nix::Result<usize> {
-    Ok(super::tcp::info(sender)?.not_sent.min(unsent(sender)?) as usize)
 }
 
 #[cfg(test)]

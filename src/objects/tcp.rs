@@ -8,22 +8,11 @@ use super::Error;
 use super::live::Live;
 use super::socket::{Role, State};
 use super::socket_diag;
-use super::socket_queue::{Shape, acknowledge, peek};
 use crate::kernel::sock_diag::{InetSocket, state};
-use crate::kernel::socket::{
-    Address, Message, bind, connect, local_address, option, peer_address, receive, set_option,
-    unread, unsent,
-};
-
-/// Of `linux/tcp.h`.
-const TCP_NO_QUEUE: u32 = 0;
-const TCP_RECV_QUEUE: u32 = 1;
-const TCP_SEND_QUEUE: i32 = 2;
-/// Leaves repair mode without a window probe.
-const TCP_REPAIR_OFF_NO_WP: i32 = -1;
+use crate::kernel::socket::{local_address, option, peer_address, unread, unsent};
 
 /// A TCP connection as the program at this end sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connection {
     /// State of `net/tcp_states.h`.
     pub state: u8,
@@ -54,7 +43,20 @@ impl Connection {
     /// Whether the program has neither read nor written since `before`, nor has the state changed: whatever is under
     /// way then is what would have been under way had nothing run.
     pub(super) fn is_where(&self, before: &Self) -> bool {
-        (self.state, self.read, self.written) == (before.state, before.read, before.written)
+        (self.phase(), self.read, self.written) == (before.phase(), before.read, before.written)
+    }
+
+    /// The state as far as the program can tell: whether its own end was acknowledged is no difference.
+    pub(super) fn phase(&self) -> u8 {
+        phase(self.state)
+    }
+}
+
+/// `FIN_WAIT1` becomes `FIN_WAIT2` by itself.
+pub(super) fn phase(state: u8) -> u8 {
+    match state {
+        state::FIN_WAIT1 => state::FIN_WAIT2,
+        other => other,
     }
 }
 
@@ -185,124 +187,4 @@ pub(super) fn observe(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Resu
         role,
         ..state
     })
-}
-
-/// Bytes that wait at this end to be read.
-pub(super) fn waits(state: &State) -> u32 {
-    match &state.role {
-        Role::Tcp(connection) => connection.unread,
-        _ => 0,
-    }
-}
-
-/// Bytes that this end has sent and the other has not acknowledged.
-pub(super) fn on_the_way(state: &State) -> u32 {
-    match &state.role {
-        Role::Tcp(connection) => connection.unsent,
-        _ => 0,
-    }
-}
-
-/// What `reader` will still get from `writer`, both being ends of one connection inside: its receive queue, and what
-/// does not fit into its window and waits at the writer.
-pub(super) fn between(reader: BorrowedFd<'_>, writer: BorrowedFd<'_>) -> nix::Result<Vec<Message>> {
-    acknowledge(reader)?;
-    let mut data = Vec::new();
-    for message in peek(reader, Shape::Stream)? {
-        data.extend(message.data);
-    }
-    let pending = unsent(writer)? as usize;
-    if pending > 0 {
-        data.extend(unsent_bytes(writer, pending)?);
-    }
-    let message = Message {
-        data,
-        ..Message::default()
-    };
-    Ok(if message.data.is_empty() {
-        Vec::new()
-    } else {
-        vec![message]
-    })
-}
-
-/// Looks into the send queue, which only `TCP_REPAIR` shows (Linux 3.5).
-fn unsent_bytes(writer: BorrowedFd<'_>, length: usize) -> nix::Result<Vec<u8>> {
-    let set =
-        |name: i32, value: i32| set_option(writer, libc::IPPROTO_TCP, name, &value.to_ne_bytes());
-    set(libc::TCP_REPAIR, 1)?;
-    let seen = set(libc::TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
-        .and_then(|()| receive(writer, length, libc::MSG_PEEK))
-        .map(|message| message.unwrap_or_default().data);
-    // Without a window probe, which would be a packet more than the program sent.
-    set(libc::TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)?;
-    seen
-}
-
-/// `struct tcp_repair_opt` kinds of `linux/tcp.h`, which are those of the protocol.
-const TCPOPT_MSS: u32 = 2;
-const TCPOPT_WINDOW: u32 = 3;
-const TCPOPT_SACK_PERMITTED: u32 = 4;
-/// Of the loopback interface: its MTU without the headers of IPv6.
-const LOOPBACK_MSS: u32 = 65_476;
-const WINDOW_SCALE: u32 = 7;
-const FIRST_WINDOW: u32 = 65_535;
-
-/// Connects two new sockets to each other, each bound to its address, without sending anything: both are told where in
-/// the stream the other is.
-pub(super) fn join(
-    one: BorrowedFd<'_>,
-    one_local: &Address,
-    one_peer: &Address,
-    two: BorrowedFd<'_>,
-    two_local: &Address,
-    two_peer: &Address,
-) -> nix::Result<()> {
-    const SEQUENCES: [u32; 2] = [0x1000_0000, 0x2000_0000];
-    let ends = [(one, one_local, one_peer), (two, two_local, two_peer)];
-    for (index, (fd, local, _)) in ends.into_iter().enumerate() {
-        let number =
-            |name: i32, value: u32| set_option(fd, libc::IPPROTO_TCP, name, &value.to_ne_bytes());
-        number(libc::TCP_REPAIR, 1)?;
-        number(libc::TCP_REPAIR_QUEUE, TCP_SEND_QUEUE as u32)?;
-        number(libc::TCP_QUEUE_SEQ, SEQUENCES[index])?;
-        number(libc::TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)?;
-        number(libc::TCP_QUEUE_SEQ, SEQUENCES[1 - index])?;
-        number(libc::TCP_REPAIR_QUEUE, TCP_NO_QUEUE)?;
-        bind(fd, local)?;
-    }
-    for (index, (fd, _, peer)) in ends.into_iter().enumerate() {
-        let words = |words: &[u32]| -> Vec<u8> {
-            words.iter().flat_map(|word| word.to_ne_bytes()).collect()
-        };
-        connect(fd, peer)?;
-        let options = words(&[
-            TCPOPT_MSS,
-            LOOPBACK_MSS,
-            TCPOPT_WINDOW,
-            WINDOW_SCALE | WINDOW_SCALE << 16,
-            TCPOPT_SACK_PERMITTED,
-            0,
-        ]);
-        set_option(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR_OPTIONS, &options)?;
-        // struct tcp_repair_window: snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup.
-        let their_sequence = SEQUENCES[1 - index];
-        let window = words(&[
-            their_sequence,
-            FIRST_WINDOW,
-            FIRST_WINDOW,
-            FIRST_WINDOW,
-            their_sequence,
-        ]);
-        set_option(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR_WINDOW, &window)?;
-    }
-    for (fd, ..) in ends {
-        set_option(
-            fd,
-            libc::IPPROTO_TCP,
-            libc::TCP_REPAIR,
-            &TCP_REPAIR_OFF_NO_WP.to_ne_bytes(),
-        )?;
-    }
-    Ok(())
 }
