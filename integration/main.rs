@@ -10,6 +10,7 @@ mod fixtures_memory;
 mod fixtures_objects;
 mod fixtures_sockets;
 mod fixtures_task;
+mod honesty;
 mod leaks;
 mod real_programs;
 mod refusals;

@@ -1,0 +1,82 @@
+//! State that is hard or impossible to undo: it comes back, or it is refused by name and nothing is touched, or the program
+//! is dead and the answer says so. What it never is: reported as rolled back and wrong.
+
+use crate::support::fixture::{self, Fixture};
+use crate::support::numbers;
+use crate::support::session::{DONE, LOST, REFUSED, Session};
+
+#[track_caller]
+fn assert_refused(answer: &crate::support::session::Answer) {
+    assert_eq!(answer.text("outcome"), "refused", "{answer:#?}");
+    for part in ["object", "holder", "remedy"] {
+        let text = answer.report["refused"][part].as_str().unwrap_or_default();
+        assert!(!text.is_empty(), "a refusal without {part}: {answer:#?}");
+    }
+}
+
+#[track_caller]
+fn honest_run(program: &str) {
+    let mut session = Session::new();
+    let mut fixture = Fixture::start(program);
+    let answer = session.try_checkpoint(fixture.pid());
+    if answer.status != DONE {
+        assert_eq!(answer.status, REFUSED, "{answer:#?}");
+        assert_refused(&answer);
+        fixture.verify("after a refused checkpoint");
+        return;
+    }
+    session.rollback(fixture.pid());
+    fixture.verify("after a rollback that had nothing to do");
+    fixture.mutate();
+    let wrecked = fixture.ask(b'v');
+    let answer = session.try_rollback(fixture.pid());
+    match answer.status {
+        DONE => fixture.verify("after the rollback"),
+        REFUSED => {
+            assert_refused(&answer);
+            assert_eq!(
+                fixture.ask(b'v'),
+                wrecked,
+                "a refused rollback changed something"
+            );
+        }
+        LOST => assert!(
+            !numbers::is_alive(fixture.pid()),
+            "lost, but alive: {answer:#?}"
+        ),
+        _ => panic!("{answer:#?}"),
+    }
+}
+
+macro_rules! honesty_tests {
+    ($($program:ident),* $(,)?) => {$(
+        mod $program {
+            #[test]
+            fn notices_what_is_wrecked() {
+                super::fixture::control_run(stringify!($program));
+            }
+
+            #[test]
+            fn is_never_wrong() {
+                super::honest_run(stringify!($program));
+            }
+        }
+    )*};
+}
+
+honesty_tests! {
+    credentials,
+    effective_ids,
+    hard_limits,
+    namespaces,
+    no_new_privileges,
+    process_flags,
+    process_group,
+    root_directory,
+    seccomp_filter,
+    session_and_group,
+    shared_file_map,
+    stopped_child,
+    sysv_memory,
+    zombie_child,
+}
