@@ -1,1 +1,283 @@
 //! The library's face: attach to a process tree, take checkpoints of it, roll it back.
+//!
+//! ```no_run
+//! use snapback::engine::{Engine, RollbackOptions, Target};
+//!
+//! # fn main() -> Result<(), snapback::engine::Error> {
+//! let mut engine = Engine::attach(Target::of_pid(4711))?;
+//! engine.checkpoint("clean")?;
+//! // … the program does what it likes …
+//! let report = engine.rollback("clean", RollbackOptions::default())?;
+//! println!("back in {} us", report.stop_us);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::marker::PhantomData;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use nix::unistd::Pid;
+
+use crate::checkpoint::{self, Checkpoint, Spaces};
+use crate::freeze::{self, Tree};
+use crate::outcome::{Outcome, Refusal, Report};
+use crate::phases::Phases;
+use crate::record::Stats;
+use crate::rollback::{self, Failure};
+
+/// The tree to attach to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// PID of its root.
+    pub pid: i32,
+    /// Its cgroup directory, if it is a container.
+    pub cgroup: Option<PathBuf>,
+    /// What to call it in messages.
+    pub label: String,
+}
+
+impl Target {
+    /// The tree below a process.
+    pub fn of_pid(pid: i32) -> Self {
+        Self { pid, cgroup: None, label: format!("pid {pid}") }
+    }
+}
+
+/// How to roll back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RollbackOptions {
+    /// Compare the whole live state with the checkpoint before anything runs. It reads every page.
+    pub verify: bool,
+}
+
+/// What is known of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct CheckpointInfo {
+    /// Its name.
+    pub name: String,
+    /// When its tree was stopped.
+    pub taken_at: SystemTime,
+    /// Number of processes.
+    pub processes: usize,
+    /// Number of threads.
+    pub threads: usize,
+    /// Bytes and counts of headers by kind.
+    pub stats: Stats,
+    /// Populated pages when it was taken; kept copy-on-write.
+    pub resident_pages: u64,
+    /// Bytes of shared memory kept as a copy.
+    pub shared_bytes: u64,
+}
+
+/// Why an operation did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing was touched, for this reason.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A rollback failed after changes began, and the tree was killed.
+    #[error("the container was killed: the rollback failed half-way: {message}")]
+    Lost {
+        /// What failed.
+        message: String,
+    },
+    /// It failed; the tree runs as before.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<checkpoint::Error> for Error {
+    fn from(error: checkpoint::Error) -> Self {
+        match error {
+            checkpoint::Error::Refused(refusal) => Self::Refused(refusal),
+            other => Self::Failed(other.to_string()),
+        }
+    }
+}
+
+impl From<freeze::Error> for Error {
+    fn from(error: freeze::Error) -> Self {
+        checkpoint::Error::from(error).into()
+    }
+}
+
+/// A tree with its checkpoints.
+///
+/// It belongs to the thread that attached: ptrace is bound to that, and shadows die with it. Dropped, it frees all
+/// checkpoints.
+#[derive(Debug)]
+pub struct Engine {
+    target: Target,
+    tree: Tree,
+    spaces: Spaces,
+    checkpoints: Vec<Checkpoint>,
+    bound_to_thread: PhantomData<*const ()>,
+}
+
+impl Engine {
+    /// Attaches to a tree. It goes on running.
+    ///
+    /// # Errors
+    ///
+    /// Refused if there is no such process, or it is one that can't be taken (a kernel thread, ourselves).
+    pub fn attach(target: Target) -> Result<Self, Error> {
+        let tree = Tree::new(Pid::from_raw(target.pid))?;
+        Ok(Self {
+            target,
+            tree,
+            spaces: Spaces::new(),
+            checkpoints: Vec::new(),
+            bound_to_thread: PhantomData,
+        })
+    }
+
+    /// Takes a checkpoint. One of the same name is replaced once the new one is there.
+    ///
+    /// # Errors
+    ///
+    /// Refused, naming the object in the way, or failed; the tree runs as before and other checkpoints are kept.
+    pub fn checkpoint(&mut self, name: &str) -> Result<Report, Error> {
+        let mut phases = Phases::start();
+        let checkpoint =
+            checkpoint::take(&mut self.tree, &mut self.spaces, &mut self.checkpoints, name, &mut phases)?;
+        let stop_us = phases.total().as_micros() as u64;
+        let report = Report {
+            outcome: Outcome::Checkpointed,
+            stop_us,
+            total_us: 0,
+            phases: phases.microseconds(),
+            processes: checkpoint.processes,
+            threads: checkpoint.threads,
+            dirty_pages: checkpoint.resident_pages,
+            copied_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
+            header_bytes: header_bytes(&checkpoint),
+            killed: 0,
+            reset_connections: 0,
+            refused: None,
+        };
+        let replaced = self.checkpoints.iter().position(|other| other.name == name);
+        let replaced = replaced.map(|index| self.checkpoints.remove(index));
+        self.checkpoints.push(checkpoint);
+        if let Some(replaced) = replaced {
+            checkpoint::release(&mut self.tree, &mut self.spaces, &self.checkpoints, replaced)?;
+        }
+        Ok(Report { total_us: phases.total().as_micros() as u64, ..report })
+    }
+
+    /// Rolls the tree back to a checkpoint, which is kept.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] and [`Error::Failed`]: nothing was touched. [`Error::Lost`]: it failed after changes began, or
+    /// the comparison found a difference, and every process of the tree was killed.
+    pub fn rollback(&mut self, name: &str, options: RollbackOptions) -> Result<Report, Error> {
+        let to = self.find(name)?;
+        let mut phases = Phases::start();
+        let result = rollback::run(
+            &mut self.tree,
+            &mut self.spaces,
+            &mut self.checkpoints,
+            to,
+            options.verify,
+            &mut phases,
+        );
+        let done = match result {
+            Ok(done) => done,
+            Err(Failure::Untouched(error)) => return Err(error.into()),
+            Err(failure @ (Failure::HalfWay(_) | Failure::Different(_))) => {
+                self.tree.kill();
+                return Err(Error::Lost { message: failure.to_string() });
+            }
+        };
+        let micros = phases.total().as_micros() as u64;
+        let checkpoint = &self.checkpoints[to];
+        let (processes, threads) = (checkpoint.processes, checkpoint.threads);
+        let header_bytes = header_bytes(checkpoint);
+        let checkpoints = &self.checkpoints;
+        self.tree.forget_dead(|pid| {
+            checkpoints.iter().flat_map(|checkpoint| &checkpoint.spaces).any(|image| image.pid == pid)
+        });
+        Ok(Report {
+            outcome: Outcome::RolledBack,
+            stop_us: micros,
+            total_us: phases.total().as_micros() as u64,
+            phases: phases.microseconds(),
+            processes,
+            threads,
+            dirty_pages: done.copied.pages,
+            copied_bytes: done.copied.bytes,
+            header_bytes,
+            killed: done.killed,
+            reset_connections: done.reset_connections,
+            refused: None,
+        })
+    }
+
+    /// The checkpoints, oldest first.
+    pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
+        let info = |checkpoint: &Checkpoint| CheckpointInfo {
+            name: checkpoint.name.clone(),
+            taken_at: checkpoint.taken_at,
+            processes: checkpoint.processes,
+            threads: checkpoint.threads,
+            stats: checkpoint.context.stats().clone(),
+            resident_pages: checkpoint.resident_pages,
+            shared_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
+        };
+        self.checkpoints.iter().map(info).collect()
+    }
+
+    /// Frees a checkpoint, or all of them. The tree runs on; with the last one all traces of us are gone from it.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name; or the tree could not be stopped, and then the checkpoint is freed but a window or
+    /// a zombie of it may be left in the tree.
+    pub fn release(&mut self, name: Option<&str>) -> Result<(), Error> {
+        let to_free = match name {
+            Some(name) => {
+                let index = self.find(name)?;
+                vec![self.checkpoints.remove(index)]
+            }
+            None => std::mem::take(&mut self.checkpoints),
+        };
+        for checkpoint in to_free {
+            checkpoint::release(&mut self.tree, &mut self.spaces, &self.checkpoints, checkpoint)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the root of the tree lives.
+    pub fn is_alive(&self) -> bool {
+        self.tree.is_alive()
+    }
+
+    /// The tree it is attached to.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    fn find(&self, name: &str) -> Result<usize, Error> {
+        self.checkpoints.iter().position(|checkpoint| checkpoint.name == name).ok_or_else(|| {
+            let names: Vec<_> = self.checkpoints.iter().map(|checkpoint| checkpoint.name.as_str()).collect();
+            Error::Failed(if names.is_empty() {
+                format!("{} has no checkpoints", self.target.label)
+            } else {
+                format!("{} has no checkpoint \"{name}\"; there are: {}", self.target.label, names.join(", "))
+            })
+        })
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if let Err(error) = self.release(None) {
+            tracing::warn!(%error, "checkpoints were not freed cleanly");
+        }
+    }
+}
+
+fn header_bytes(checkpoint: &Checkpoint) -> u64 {
+    checkpoint.context.stats().total_bytes()
+}

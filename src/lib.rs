@@ -7,6 +7,7 @@
 
 pub mod fault;
 pub mod outcome;
+pub mod phases;
 
 pub mod record;
 

@@ -1,1 +1,256 @@
 //! The capture phases.
+//!
+//! A checkpoint either is taken whole or refused, and then the tree is as it was. Nothing of it is undone by hand but
+//! what the capture itself added: shadows and windows.
+
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::time::SystemTime;
+
+use nix::unistd::Pid;
+
+use crate::freeze::{self, OnTracerDeath, Stopped, Tree};
+use crate::kernel::kcmp;
+use crate::memory::{self, SharedImage, Space, SpaceImage};
+use crate::outcome::Refusal;
+use crate::phases::Phases;
+use crate::record::{self, Context};
+use crate::{fault, objects, task};
+
+/// What can go wrong while a checkpoint is taken or a tree rolled back.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be done, and nothing was touched.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Stopping the tree or running code in it failed.
+    #[error(transparent)]
+    Freeze(freeze::Error),
+    /// An address space.
+    #[error(transparent)]
+    Memory(memory::Error),
+    /// Descriptors.
+    #[error(transparent)]
+    Objects(objects::Error),
+    /// Threads and processes.
+    #[error(transparent)]
+    Task(task::Error),
+    /// The context.
+    #[error(transparent)]
+    Record(#[from] record::Error),
+}
+
+impl From<freeze::Error> for Error {
+    fn from(error: freeze::Error) -> Self {
+        match error {
+            freeze::Error::Refused(refusal) => Self::Refused(refusal),
+            other => Self::Freeze(other),
+        }
+    }
+}
+
+impl From<memory::Error> for Error {
+    fn from(error: memory::Error) -> Self {
+        match error {
+            memory::Error::Refused(refusal) => Self::Refused(refusal),
+            memory::Error::Freeze(error) => error.into(),
+            other => Self::Memory(other),
+        }
+    }
+}
+
+impl From<objects::Error> for Error {
+    fn from(error: objects::Error) -> Self {
+        match error {
+            objects::Error::Refused(refusal) => Self::Refused(refusal),
+            objects::Error::Freeze(error) => error.into(),
+            other => Self::Objects(other),
+        }
+    }
+}
+
+impl From<task::Error> for Error {
+    fn from(error: task::Error) -> Self {
+        match error {
+            task::Error::Refused(refusal) => Self::Refused(refusal),
+            task::Error::Freeze(error) => error.into(),
+            other => Self::Task(other),
+        }
+    }
+}
+
+/// Result of this room.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The address spaces of a tree that are tracked, by the PID they are reached by.
+pub type Spaces = BTreeMap<Pid, Space>;
+
+/// A checkpoint of a tree, in RAM.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Its name.
+    pub name: String,
+    /// When the tree was stopped for it.
+    pub taken_at: SystemTime,
+    /// All headers.
+    pub context: Context,
+    /// The address spaces.
+    pub spaces: Vec<SpaceImage>,
+    /// Shared memory.
+    pub shared: Vec<SharedImage>,
+    /// Descriptors.
+    pub objects: objects::Capture,
+    /// Number of processes.
+    pub processes: usize,
+    /// Number of threads.
+    pub threads: usize,
+    /// Pages that were populated when it was taken.
+    pub resident_pages: u64,
+}
+
+/// Takes a checkpoint. `others` are the tree's other checkpoints, which learn what was written since.
+pub fn take(
+    tree: &mut Tree,
+    spaces: &mut Spaces,
+    others: &mut [Checkpoint],
+    name: &str,
+    phases: &mut Phases,
+) -> Result<Checkpoint> {
+    let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+    phases.end("stop");
+    fault::point("checkpoint.stopped");
+    let mut images = Vec::new();
+    match capture(&mut stopped, spaces, others, name, &mut images, phases) {
+        Ok(mut checkpoint) => {
+            checkpoint.spaces = images;
+            fault::point("checkpoint.resuming");
+            stopped.resume()?;
+            phases.end("resume");
+            fault::point("checkpoint.resumed");
+            Ok(checkpoint)
+        }
+        Err(error) => {
+            for image in images {
+                Space::discard(spaces.get_mut(&image.pid), &mut stopped, image);
+            }
+            forget_unused(&mut stopped, spaces, others);
+            stopped.resume()?;
+            Err(error)
+        }
+    }
+}
+
+fn capture(
+    stopped: &mut Stopped,
+    spaces: &mut Spaces,
+    others: &mut [Checkpoint],
+    name: &str,
+    images: &mut Vec<SpaceImage>,
+    phases: &mut Phases,
+) -> Result<Checkpoint> {
+    let taken_at = SystemTime::now();
+    task::prepare(stopped)?;
+    let living: Vec<Pid> =
+        stopped.processes().filter(|process| !process.is_zombie()).map(|process| process.pid).collect();
+    check_spaces(stopped)?;
+    phases.end("observe");
+    fault::point("checkpoint.observed");
+    for pid in &living {
+        if !spaces.contains_key(pid) {
+            spaces.insert(*pid, Space::open(stopped, *pid)?);
+        }
+    }
+    phases.end("window");
+    fault::point("checkpoint.window");
+
+    let mut context = Context::buffering()?;
+    let objects = objects::capture(stopped, &mut context)?;
+    phases.end("objects");
+    fault::point("checkpoint.objects");
+    task::capture(stopped, &mut context)?;
+    phases.end("tasks");
+    fault::point("checkpoint.tasks");
+    let mut resident_pages = 0;
+    for pid in &living {
+        let Some(space) = spaces.get_mut(pid) else { continue };
+        let others = others.iter_mut().flat_map(|other| &mut other.spaces).filter(|image| image.pid == *pid);
+        let (image, armed) = space.capture(stopped, others, &mut context)?;
+        resident_pages += armed.pages;
+        images.push(image);
+        fault::point("checkpoint.shadow");
+    }
+    phases.end("memory");
+    fault::point("checkpoint.armed");
+    let shared = SharedImage::capture_all(images, &memfds(&objects), &mut context)?;
+    context.finish()?;
+    phases.end("shared");
+    Ok(Checkpoint {
+        name: name.to_owned(),
+        taken_at,
+        context,
+        spaces: Vec::new(),
+        shared,
+        objects,
+        processes: stopped.processes().count(),
+        threads: stopped.thread_count(),
+        resident_pages,
+    })
+}
+
+/// The memfds among the descriptors, by a PID and number that have them.
+fn memfds(objects: &objects::Capture) -> Vec<(Pid, RawFd)> {
+    let recorded = &objects.recorded;
+    let ids = recorded.memfds();
+    ids.filter_map(|id| recorded.places(id).next()).map(|place| (Pid::from_raw(place.pid), place.fd)).collect()
+}
+
+/// Refuses processes that share an address space without being threads of one process.
+fn check_spaces(stopped: &Stopped) -> Result<()> {
+    for process in stopped.processes().filter(|process| !process.is_zombie()) {
+        let Some(parent) = stopped.process(process.parent).filter(|parent| !parent.is_zombie()) else {
+            continue;
+        };
+        if kcmp::same(process.pid, parent.pid, kcmp::Shared::Memory).unwrap_or(false) {
+            return Err(Refusal {
+                object: "its address space".into(),
+                holder: process.holder(),
+                remedy: format!(
+                    "it shares it with its parent {} (vfork or CLONE_VM); try again when it has executed its program",
+                    parent.holder()
+                ),
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// Frees a checkpoint that is not in `others` any more. The tree is stopped for it, if it lives.
+pub fn release(tree: &mut Tree, spaces: &mut Spaces, others: &[Checkpoint], checkpoint: Checkpoint) -> Result<()> {
+    if !tree.is_alive() {
+        checkpoint.spaces.iter().for_each(|image| image.shadow.kill());
+        return Ok(());
+    }
+    let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+    for image in checkpoint.spaces {
+        Space::discard(spaces.get_mut(&image.pid), &mut stopped, image);
+    }
+    forget_unused(&mut stopped, spaces, others);
+    Ok(stopped.resume()?)
+}
+
+/// Takes windows and tracking away from processes that no checkpoint holds.
+fn forget_unused(stopped: &mut Stopped, spaces: &mut Spaces, checkpoints: &[Checkpoint]) {
+    let used = |pid: &Pid| {
+        checkpoints.iter().flat_map(|checkpoint| &checkpoint.spaces).any(|image| image.pid == *pid)
+    };
+    spaces.retain(|pid, _| used(pid));
+    let windows: Vec<Pid> =
+        stopped.processes().map(|process| process.pid).filter(|pid| !used(pid)).collect();
+    for pid in windows {
+        // Best effort: a window left behind is a mapping that nobody uses.
+        if let Err(error) = stopped.close_window(pid) {
+            tracing::debug!(%pid, %error, "the window was left in place");
+        }
+    }
+}

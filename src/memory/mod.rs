@@ -19,7 +19,7 @@ mod verify;
 pub use image::{AddressSpaceHeader, SpaceImage};
 pub use layout::Layout;
 pub use observe::Observed;
-pub use plan::{Plan, plan};
+pub use plan::{Plan, Recorded, plan};
 pub use ranges::{Ranges, Span};
 pub use shadow::Shadow;
 pub use shared::{SharedImage, SharedObject};

@@ -59,6 +59,12 @@ impl Ranges {
         self.0.is_empty()
     }
 
+    /// Whether an address is in it.
+    pub fn contains(&self, address: u64) -> bool {
+        let index = self.0.partition_point(|span| span.end <= address);
+        self.0.get(index).is_some_and(|span| span.start <= address)
+    }
+
     /// Number of bytes in it.
     pub fn bytes(&self) -> u64 {
         self.0.iter().map(Span::len).sum()

@@ -17,6 +17,7 @@ use nix::unistd::{Pid, Whence, lseek64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::kernel::procfs;
+use crate::outcome::Difference;
 use crate::record::{Context, Interned, Kind, ObjectId, ObjectKey};
 
 use super::PAGE;
@@ -200,7 +201,7 @@ impl SharedImage {
     }
 
     /// Names a difference between the live content and the saved one, if there is one.
-    pub fn verify(&self) -> Result<Option<String>> {
+    pub fn verify(&self) -> Result<Option<Difference>> {
         let live = self.open(false)?;
         let size = self
             .copy
@@ -227,13 +228,11 @@ impl SharedImage {
                 .read_exact_at(&mut other[..len], span.start)
                 .map_err(self.failed("read the copy of"))?;
             if let Some(at) = (0..len).find(|at| one[*at] != other[*at]) {
-                return Ok(Some(format!(
-                    "shared memory {}: byte {:#x} is {:#04x} instead of {:#04x}",
-                    self.name,
-                    span.start + at as u64,
-                    one[at],
-                    other[at]
-                )));
+                return Ok(Some(Difference {
+                    what: format!("shared memory {}: byte {:#x}", self.name, span.start + at as u64),
+                    expected: format!("{:#04x}", other[at]),
+                    found: format!("{:#04x}", one[at]),
+                }));
             }
         }
         Ok(None)

@@ -41,6 +41,14 @@ pub struct Copied {
     pub bytes: u64,
 }
 
+impl Copied {
+    /// Adds another count to this one.
+    pub fn add(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.bytes += other.bytes;
+    }
+}
+
 impl Space {
     /// Opens the window into a process and makes its write tracker. Nothing is armed yet.
     pub fn open(stopped: &mut Stopped, pid: Pid) -> Result<Self> {

@@ -13,19 +13,19 @@ use crate::record::Context;
 use super::image::SpaceImage;
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
-use super::space::{system, window_span};
+use super::space::{Space, system, window_span};
 use super::{Result, USER_END};
 
 /// Most bytes compared at once.
 const PIECE: u64 = 1 << 20;
 
-/// Compares VMA list, program break and every page, byte for byte. `store` reads what the image keeps of pages that
-/// its shadow does not have.
+/// Compares VMA list and every page, byte for byte. `ignored` are bytes that the kernel writes whenever it likes.
 pub fn verify(
     stopped: &mut Stopped,
+    space: &Space,
     image: &SpaceImage,
     context: &Context,
-    kept: impl Fn(Span, &mut [u8]) -> bool,
+    ignored: &Ranges,
 ) -> Result<Vec<Difference>> {
     let pid = image.pid;
     let mut differences = Vec::new();
@@ -97,9 +97,7 @@ pub fn verify(
                 system(pid, &format!("read its memory at {:#x}", span.start), error)
             })?;
         if is_kept {
-            if !kept(span, &mut expected[..len]) {
-                continue;
-            }
+            space.read_kept(stopped, image, span, &mut expected[..len])?;
         } else {
             shadow
                 .read_exact_at(&mut expected[..len], span.start)
@@ -107,7 +105,13 @@ pub fn verify(
                     system(pid, &format!("read its shadow at {:#x}", span.start), error)
                 })?;
         }
-        if let Some(at) = (0..len).find(|at| found[*at] != expected[*at]) {
+        let differs = |at: &usize| {
+            let address = span.start + *at as u64;
+            found[*at] != expected[*at] && !ignored.contains(address)
+        };
+        if found[..len] != expected[..len]
+            && let Some(at) = (0..len).find(differs)
+        {
             let address = span.start + at as u64;
             differences.push(Difference {
                 what: format!("byte {address:#x} of pid {pid}, in {:?}", live.at(address)),

@@ -184,6 +184,15 @@ impl Recorded {
         sockets.collect()
     }
 
+    /// The memfds.
+    pub fn memfds(&self) -> impl Iterator<Item = ObjectId> {
+        let is_memfd = |state: &State| {
+            matches!(state, State::File(file) if file.form == crate::objects::file::Form::Memfd)
+        };
+        let found = self.descriptions.iter().filter(move |(_, description)| is_memfd(&description.state));
+        found.map(|(id, _)| *id)
+    }
+
     /// A refusal about a description, named by its first place.
     pub fn refuse(&self, id: ObjectId, (object, remedy): Complaint) -> Refusal {
         let place = self.places(id).next().unwrap_or(Place { pid: 0, fd: -1 });

@@ -1,1 +1,195 @@
 //! Observe, plan, execute, verify.
+//!
+//! Everything that can be refused is refused before the first change. An error after it leaves a tree that is neither
+//! as it was nor as recorded: the caller kills it.
+
+use nix::unistd::Pid;
+
+use crate::checkpoint::{Checkpoint, Error, Result, Spaces};
+use crate::freeze::{OnTracerDeath, Stopped, Tree};
+use crate::memory::{self, Copied, Observed, Ranges};
+use crate::outcome::{Difference, Refusal};
+use crate::phases::Phases;
+use crate::{fault, objects, task};
+
+/// What a rollback did.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Done {
+    /// Pages put back.
+    pub copied: Copied,
+    /// Processes and threads killed.
+    pub killed: usize,
+    /// Connections reset.
+    pub reset_connections: usize,
+}
+
+/// Why a rollback did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It failed before anything was changed; the tree runs on.
+    #[error(transparent)]
+    Untouched(Error),
+    /// It failed after changes began. The tree must be killed.
+    #[error(transparent)]
+    HalfWay(Error),
+    /// The comparison found differences. The tree must be killed.
+    #[error("after the rollback {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Different(Vec<Difference>),
+}
+
+/// Rolls the tree back to checkpoint number `to` of `checkpoints` and lets it run.
+pub fn run(
+    tree: &mut Tree,
+    spaces: &mut Spaces,
+    checkpoints: &mut [Checkpoint],
+    to: usize,
+    verify: bool,
+    phases: &mut Phases,
+) -> std::result::Result<Done, Failure> {
+    let untouched = |error: Error| Failure::Untouched(error);
+    let mut stopped = tree.stop(OnTracerDeath::Die).map_err(|error| untouched(error.into()))?;
+    phases.end("stop");
+    fault::point("rollback.stopped");
+    let plan = observe(&mut stopped, &checkpoints[to], phases).map_err(untouched)?;
+    fault::point("rollback.planned");
+
+    let done = execute(&mut stopped, spaces, &mut checkpoints[to], &plan, phases).map_err(Failure::HalfWay)?;
+    for other in checkpoints.iter_mut().enumerate().filter(|(index, _)| *index != to).map(|(_, other)| other) {
+        for image in &mut other.spaces {
+            if let Some((_, plan)) = plan.memory.iter().find(|(pid, _)| *pid == image.pid) {
+                image.stale = image.stale.union(&plan.copy);
+            }
+        }
+    }
+    if verify {
+        let differences = compare(&mut stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
+        if !differences.is_empty() {
+            return Err(Failure::Different(differences));
+        }
+        phases.end("verify");
+        fault::point("rollback.verified");
+    }
+    fault::point("rollback.resuming");
+    stopped.resume().map_err(|error| Failure::HalfWay(error.into()))?;
+    phases.end("resume");
+    fault::point("rollback.resumed");
+    Ok(done)
+}
+
+struct Plan {
+    memory: Vec<(Pid, memory::Plan)>,
+    objects: objects::Plan,
+}
+
+fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) -> Result<Plan> {
+    task::prepare(stopped)?;
+    let recorded = task::Recorded::read(&checkpoint.context)?;
+    task::check(stopped, &recorded)?;
+    phases.end("check");
+    fault::point("rollback.observed");
+    let mut memory = Vec::new();
+    for image in &checkpoint.spaces {
+        let observed = Observed::look(stopped, image, &checkpoint.context)?;
+        let populated = image.populated(&checkpoint.context)?;
+        let recorded = memory::Recorded {
+            header: image.header(&checkpoint.context)?,
+            layout: &image.layout,
+            populated: &populated,
+            stale: &image.stale,
+        };
+        let holder = stopped.process(image.pid).map_or_else(String::new, |process| process.holder());
+        memory.push((image.pid, memory::plan(recorded, &observed, &holder)?));
+    }
+    phases.end("scan");
+    fault::point("rollback.scanned");
+    let objects = objects::prepare(stopped, &checkpoint.objects)?;
+    phases.end("plan");
+    Ok(Plan { memory, objects })
+}
+
+fn execute(
+    stopped: &mut Stopped,
+    spaces: &mut Spaces,
+    checkpoint: &mut Checkpoint,
+    plan: &Plan,
+    phases: &mut Phases,
+) -> Result<Done> {
+    fault::point("rollback.mutating");
+    let recorded = task::Recorded::read(&checkpoint.context)?;
+    let killed = task::kill_born(stopped, &recorded)?;
+    phases.end("kill");
+    fault::point("rollback.killed");
+    for (image, (pid, plan)) in checkpoint.spaces.iter().zip(&plan.memory) {
+        space(spaces, *pid)?.restore_layout(stopped, image, plan)?;
+    }
+    phases.end("layout");
+    fault::point("rollback.layout");
+    let effects = objects::execute(stopped, &mut checkpoint.objects, &plan.objects)?;
+    phases.end("objects");
+    fault::point("rollback.objects");
+    task::restore(stopped, &recorded)?;
+    phases.end("tasks");
+    fault::point("rollback.tasks");
+
+    // Memory comes last: what ran in the tree until here may have written to it.
+    let mut copied = Copied::default();
+    for shared in &checkpoint.shared {
+        copied.add(shared.restore()?);
+    }
+    phases.end("shared");
+    for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
+        copied.add(space(spaces, *pid)?.copy_back(stopped, image, &plan.copy)?);
+    }
+    phases.end("copy");
+    fault::point("rollback.copied");
+    for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
+        space(spaces, *pid)?.rearm(stopped, &plan.copy)?;
+        image.stale = Ranges::new();
+    }
+    phases.end("rearm");
+    fault::point("rollback.rearmed");
+    for process in stopped.processes_mut() {
+        for thread in &mut process.threads {
+            thread.settle()?;
+        }
+    }
+    phases.end("registers");
+    Ok(Done { copied, killed, reset_connections: effects.reset_connections })
+}
+
+fn compare(stopped: &mut Stopped, spaces: &mut Spaces, checkpoint: &Checkpoint) -> Result<Vec<Difference>> {
+    let recorded = task::Recorded::read(&checkpoint.context)?;
+    let mut differences = Vec::new();
+    // Memory first: the others run code in the tree, upon which the kernel writes to the threads' rseq areas.
+    let ignored = recorded.rseq_areas();
+    for image in &checkpoint.spaces {
+        let space = space(spaces, image.pid)?;
+        differences.extend(memory::verify(stopped, space, image, &checkpoint.context, &ignored)?);
+    }
+    for shared in &checkpoint.shared {
+        differences.extend(shared.verify()?);
+    }
+    differences.extend(task::verify(stopped, &recorded)?);
+    let found = objects::verify(stopped, &checkpoint.objects)?;
+    differences.extend(found.into_iter().map(|difference| Difference {
+        what: difference.object,
+        expected: "as recorded".into(),
+        found: difference.what,
+    }));
+    for process in stopped.processes_mut() {
+        for thread in &mut process.threads {
+            thread.settle()?;
+        }
+    }
+    Ok(differences)
+}
+
+fn space(spaces: &mut Spaces, pid: Pid) -> Result<&mut memory::Space> {
+    spaces.get_mut(&pid).ok_or_else(|| {
+        Error::Refused(Refusal {
+            object: "its address space".into(),
+            holder: format!("pid {pid}"),
+            remedy: "it is not tracked; release this checkpoint and take a new one".into(),
+        })
+    })
+}
