@@ -40,7 +40,11 @@ pub struct Target {
 impl Target {
     /// The tree below a process.
     pub fn of_pid(pid: i32) -> Self {
-        Self { pid, cgroup: None, label: format!("pid {pid}") }
+        Self {
+            pid,
+            cgroup: None,
+            label: format!("pid {pid}"),
+        }
     }
 }
 
@@ -139,8 +143,13 @@ impl Engine {
     /// Refused, naming the object in the way, or failed; the tree runs as before and other checkpoints are kept.
     pub fn checkpoint(&mut self, name: &str) -> Result<Report, Error> {
         let mut phases = Phases::start();
-        let checkpoint =
-            checkpoint::take(&mut self.tree, &mut self.spaces, &mut self.checkpoints, name, &mut phases)?;
+        let checkpoint = checkpoint::take(
+            &mut self.tree,
+            &mut self.spaces,
+            &mut self.checkpoints,
+            name,
+            &mut phases,
+        )?;
         let stop_us = phases.total().as_micros() as u64;
         let report = Report {
             outcome: Outcome::Checkpointed,
@@ -160,9 +169,17 @@ impl Engine {
         let replaced = replaced.map(|index| self.checkpoints.remove(index));
         self.checkpoints.push(checkpoint);
         if let Some(replaced) = replaced {
-            checkpoint::release(&mut self.tree, &mut self.spaces, &self.checkpoints, replaced)?;
+            checkpoint::release(
+                &mut self.tree,
+                &mut self.spaces,
+                &self.checkpoints,
+                replaced,
+            )?;
         }
-        Ok(Report { total_us: phases.total().as_micros() as u64, ..report })
+        Ok(Report {
+            total_us: phases.total().as_micros() as u64,
+            ..report
+        })
     }
 
     /// Rolls the tree back to a checkpoint, which is kept.
@@ -187,7 +204,9 @@ impl Engine {
             Err(Failure::Untouched(error)) => return Err(error.into()),
             Err(failure @ (Failure::HalfWay(_) | Failure::Different(_))) => {
                 self.tree.kill();
-                return Err(Error::Lost { message: failure.to_string() });
+                return Err(Error::Lost {
+                    message: failure.to_string(),
+                });
             }
         };
         let micros = phases.total().as_micros() as u64;
@@ -196,7 +215,10 @@ impl Engine {
         let header_bytes = header_bytes(checkpoint);
         let checkpoints = &self.checkpoints;
         self.tree.forget_dead(|pid| {
-            checkpoints.iter().flat_map(|checkpoint| &checkpoint.spaces).any(|image| image.pid == pid)
+            checkpoints
+                .iter()
+                .flat_map(|checkpoint| &checkpoint.spaces)
+                .any(|image| image.pid == pid)
         });
         Ok(Report {
             outcome: Outcome::RolledBack,
@@ -243,7 +265,12 @@ impl Engine {
             None => std::mem::take(&mut self.checkpoints),
         };
         for checkpoint in to_free {
-            checkpoint::release(&mut self.tree, &mut self.spaces, &self.checkpoints, checkpoint)?;
+            checkpoint::release(
+                &mut self.tree,
+                &mut self.spaces,
+                &self.checkpoints,
+                checkpoint,
+            )?;
         }
         Ok(())
     }
@@ -259,14 +286,25 @@ impl Engine {
     }
 
     fn find(&self, name: &str) -> Result<usize, Error> {
-        self.checkpoints.iter().position(|checkpoint| checkpoint.name == name).ok_or_else(|| {
-            let names: Vec<_> = self.checkpoints.iter().map(|checkpoint| checkpoint.name.as_str()).collect();
-            Error::Failed(if names.is_empty() {
-                format!("{} has no checkpoints", self.target.label)
-            } else {
-                format!("{} has no checkpoint \"{name}\"; there are: {}", self.target.label, names.join(", "))
+        self.checkpoints
+            .iter()
+            .position(|checkpoint| checkpoint.name == name)
+            .ok_or_else(|| {
+                let names: Vec<_> = self
+                    .checkpoints
+                    .iter()
+                    .map(|checkpoint| checkpoint.name.as_str())
+                    .collect();
+                Error::Failed(if names.is_empty() {
+                    format!("{} has no checkpoints", self.target.label)
+                } else {
+                    format!(
+                        "{} has no checkpoint \"{name}\"; there are: {}",
+                        self.target.label,
+                        names.join(", ")
+                    )
+                })
             })
-        })
     }
 }
 
@@ -278,6 +316,9 @@ impl Drop for Engine {
     }
 }
 
+#[cfg(test)]
+mod tests;
+
 fn header_bytes(checkpoint: &Checkpoint) -> u64 {
-    checkpoint.context.stats().total_bytes()
+    checkpoint.context.stats().bytes
 }

@@ -15,7 +15,11 @@ impl Phases {
     /// Starts it.
     pub fn start() -> Self {
         let now = Instant::now();
-        Self { start: now, last: now, spent: BTreeMap::new() }
+        Self {
+            start: now,
+            last: now,
+            spent: BTreeMap::new(),
+        }
     }
 
     /// The phase `name` ends here. A phase may be passed more than once.
@@ -38,7 +42,10 @@ impl Phases {
 
     /// Microseconds by phase.
     pub fn microseconds(&self) -> BTreeMap<String, u64> {
-        self.spent.iter().map(|(name, spent)| ((*name).to_owned(), spent.as_micros() as u64)).collect()
+        self.spent
+            .iter()
+            .map(|(name, spent)| ((*name).to_owned(), spent.as_micros() as u64))
+            .collect()
     }
 }
 

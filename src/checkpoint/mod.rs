@@ -150,13 +150,21 @@ fn capture(
 ) -> Result<Checkpoint> {
     let taken_at = SystemTime::now();
     task::prepare(stopped)?;
-    let living: Vec<Pid> =
-        stopped.processes().filter(|process| !process.is_zombie()).map(|process| process.pid).collect();
+    let living: Vec<Pid> = stopped
+        .processes()
+        .filter(|process| !process.is_zombie())
+        .map(|process| process.pid)
+        .collect();
     check_spaces(stopped)?;
     phases.end("observe");
     fault::point("checkpoint.observed");
     for pid in &living {
-        if !spaces.contains_key(pid) {
+        stopped.renew(*pid)?;
+        if !spaces.get(pid).is_some_and(|space| {
+            stopped
+                .member(*pid)
+                .is_ok_and(|member| space.is_current(member))
+        }) {
             spaces.insert(*pid, Space::open(stopped, *pid)?);
         }
     }
@@ -172,8 +180,13 @@ fn capture(
     fault::point("checkpoint.tasks");
     let mut resident_pages = 0;
     for pid in &living {
-        let Some(space) = spaces.get_mut(pid) else { continue };
-        let others = others.iter_mut().flat_map(|other| &mut other.spaces).filter(|image| image.pid == *pid);
+        let Some(space) = spaces.get_mut(pid) else {
+            continue;
+        };
+        let others = others
+            .iter_mut()
+            .flat_map(|other| &mut other.spaces)
+            .filter(|image| image.pid == *pid);
         let (image, armed) = space.capture(stopped, others, &mut context)?;
         resident_pages += armed.pages;
         images.push(image);
@@ -201,13 +214,18 @@ fn capture(
 fn memfds(objects: &objects::Capture) -> Vec<(Pid, RawFd)> {
     let recorded = &objects.recorded;
     let ids = recorded.memfds();
-    ids.filter_map(|id| recorded.places(id).next()).map(|place| (Pid::from_raw(place.pid), place.fd)).collect()
+    ids.filter_map(|id| recorded.places(id).next())
+        .map(|place| (Pid::from_raw(place.pid), place.fd))
+        .collect()
 }
 
 /// Refuses processes that share an address space without being threads of one process.
 fn check_spaces(stopped: &Stopped) -> Result<()> {
     for process in stopped.processes().filter(|process| !process.is_zombie()) {
-        let Some(parent) = stopped.process(process.parent).filter(|parent| !parent.is_zombie()) else {
+        let Some(parent) = stopped
+            .process(process.parent)
+            .filter(|parent| !parent.is_zombie())
+        else {
             continue;
         };
         if kcmp::same(process.pid, parent.pid, kcmp::Shared::Memory).unwrap_or(false) {
@@ -226,9 +244,17 @@ fn check_spaces(stopped: &Stopped) -> Result<()> {
 }
 
 /// Frees a checkpoint that is not in `others` any more. The tree is stopped for it, if it lives.
-pub fn release(tree: &mut Tree, spaces: &mut Spaces, others: &[Checkpoint], checkpoint: Checkpoint) -> Result<()> {
+pub fn release(
+    tree: &mut Tree,
+    spaces: &mut Spaces,
+    others: &[Checkpoint],
+    checkpoint: Checkpoint,
+) -> Result<()> {
     if !tree.is_alive() {
-        checkpoint.spaces.iter().for_each(|image| image.shadow.kill());
+        checkpoint
+            .spaces
+            .iter()
+            .for_each(|image| image.shadow.kill());
         return Ok(());
     }
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
@@ -242,11 +268,17 @@ pub fn release(tree: &mut Tree, spaces: &mut Spaces, others: &[Checkpoint], chec
 /// Takes windows and tracking away from processes that no checkpoint holds.
 fn forget_unused(stopped: &mut Stopped, spaces: &mut Spaces, checkpoints: &[Checkpoint]) {
     let used = |pid: &Pid| {
-        checkpoints.iter().flat_map(|checkpoint| &checkpoint.spaces).any(|image| image.pid == *pid)
+        checkpoints
+            .iter()
+            .flat_map(|checkpoint| &checkpoint.spaces)
+            .any(|image| image.pid == *pid)
     };
     spaces.retain(|pid, _| used(pid));
-    let windows: Vec<Pid> =
-        stopped.processes().map(|process| process.pid).filter(|pid| !used(pid)).collect();
+    let windows: Vec<Pid> = stopped
+        .processes()
+        .map(|process| process.pid)
+        .filter(|pid| !used(pid))
+        .collect();
     for pid in windows {
         // Best effort: a window left behind is a mapping that nobody uses.
         if let Err(error) = stopped.close_window(pid) {

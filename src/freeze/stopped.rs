@@ -400,6 +400,21 @@ impl<'t> Stopped<'t> {
         Ok(())
     }
 
+    /// Takes note of a process's new address space, if it has executed another program since it became known. The
+    /// window into the old one is gone with it.
+    pub fn renew(&mut self, pid: Pid) -> Result<()> {
+        let member = self.member(pid)?;
+        if !member.has_its_memory() {
+            let generation = member.generation + 1;
+            let member = Member {
+                generation,
+                ..Member::open(pid)?
+            };
+            self.tree.members.insert(pid, member);
+        }
+        Ok(())
+    }
+
     /// When the first task was stopped.
     pub fn since(&self) -> Instant {
         self.since

@@ -40,6 +40,8 @@ pub struct Member {
     pub pagemap: File,
     /// The window into it, once one was needed.
     pub window: Option<TargetWindow>,
+    /// Counts the address spaces it is known to have had: it has a new one after execve(2).
+    pub generation: u64,
 }
 
 impl Member {
@@ -64,7 +66,14 @@ impl Member {
             maps: open("maps", false)?,
             pagemap: open("pagemap", false)?,
             window: None,
+            generation: 0,
         })
+    }
+
+    /// Whether it still has the address space it had when it became known.
+    pub fn has_its_memory(&self) -> bool {
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_at(&self.maps, &mut byte, 0).is_ok_and(|len| len == 1)
     }
 
     /// Whether the process has not been reaped.

@@ -255,11 +255,26 @@ impl Space {
     }
 
     /// Reads pages that an image keeps in the store because its shadow lacks them.
-    pub(super) fn read_kept(&self, stopped: &Stopped, image: &SpaceImage, span: Span, buffer: &mut [u8]) -> Result<()> {
+    pub(super) fn read_kept(
+        &self,
+        stopped: &Stopped,
+        image: &SpaceImage,
+        span: Span,
+        buffer: &mut [u8],
+    ) -> Result<()> {
         let member = stopped.member(self.pid)?;
-        let window = member.window.as_ref().ok_or(freeze::Error::Gone(self.pid))?;
-        for (page, bytes) in (span.start..span.end).step_by(PAGE as usize).zip(buffer.chunks_mut(PAGE as usize)) {
-            let slot = image.slots.get(&page).ok_or(freeze::Error::Gone(self.pid))?;
+        let window = member
+            .window
+            .as_ref()
+            .ok_or(freeze::Error::Gone(self.pid))?;
+        for (page, bytes) in (span.start..span.end)
+            .step_by(PAGE as usize)
+            .zip(buffer.chunks_mut(PAGE as usize))
+        {
+            let slot = image
+                .slots
+                .get(&page)
+                .ok_or(freeze::Error::Gone(self.pid))?;
             window.window.read(Self::slot_offset(*slot), bytes);
         }
         Ok(())

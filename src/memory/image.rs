@@ -44,10 +44,18 @@ pub struct SpaceImage {
     /// Pages that are in the store and not in the shadow.
     pub kept: Ranges,
     pub(super) slots: Slots,
+    /// Which of the process's address spaces it is of.
+    pub(super) generation: u64,
 }
 
 impl SpaceImage {
-    pub(super) fn new(id: ObjectId, pid: Pid, shadow: Shadow, layout: Layout) -> Self {
+    pub(super) fn new(
+        id: ObjectId,
+        pid: Pid,
+        generation: u64,
+        shadow: Shadow,
+        layout: Layout,
+    ) -> Self {
         Self {
             id,
             pid,
@@ -56,6 +64,7 @@ impl SpaceImage {
             stale: Ranges::new(),
             kept: Ranges::new(),
             slots: Slots::default(),
+            generation,
         }
     }
 

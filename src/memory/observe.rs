@@ -26,7 +26,7 @@ impl Observed {
         let pid = image.pid;
         let member = stopped.member(pid)?;
         let text = read_maps(member)?;
-        if text.is_empty() {
+        if text.is_empty() || member.generation != image.generation {
             return Err(refuse(
                 pid,
                 "its address space",

@@ -210,10 +210,11 @@ impl SharedImage {
             .len();
         let found = live.metadata().map_err(self.failed("stat"))?.len();
         if found != size {
-            return Ok(Some(format!(
-                "shared memory {}: size {found} instead of {size}",
-                self.name
-            )));
+            return Ok(Some(Difference {
+                what: format!("shared memory {}: size", self.name),
+                expected: size.to_string(),
+                found: found.to_string(),
+            }));
         }
         let (mut one, mut other) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
         let everything = Ranges::from_iter([Span {
@@ -229,7 +230,11 @@ impl SharedImage {
                 .map_err(self.failed("read the copy of"))?;
             if let Some(at) = (0..len).find(|at| one[*at] != other[*at]) {
                 return Ok(Some(Difference {
-                    what: format!("shared memory {}: byte {:#x}", self.name, span.start + at as u64),
+                    what: format!(
+                        "shared memory {}: byte {:#x}",
+                        self.name,
+                        span.start + at as u64
+                    ),
                     expected: format!("{:#04x}", other[at]),
                     found: format!("{:#04x}", one[at]),
                 }));

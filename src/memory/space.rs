@@ -28,6 +28,7 @@ const LEAST_STORE: u64 = 64 << 20;
 pub struct Space {
     /// The process it is reached by.
     pub pid: Pid,
+    generation: u64,
     pub(super) tracker: WriteTracker,
     pub(super) store: Store,
 }
@@ -73,11 +74,23 @@ impl Space {
         let tracker = taken.and_then(WriteTracker::enable).map_err(|errno| {
             refuse(pid, "write tracking", format!("asynchronous write-protection failed: {errno}; Linux 6.7 has it, see `snapback check`"))
         })?;
+        let generation = stopped.member(pid)?.generation;
         Ok(Self {
             pid,
+            generation,
             tracker,
             store: Store::new(store),
         })
+    }
+
+    /// Whether the process still has this address space, as far as it is known.
+    pub fn is_current(&self, member: &freeze::Member) -> bool {
+        self.generation == member.generation
+    }
+
+    /// Whether an image is of this address space.
+    pub fn is_of(&self, image: &SpaceImage) -> bool {
+        (self.pid, self.generation) == (image.pid, image.generation)
     }
 
     /// Where in the window a slot of the store is.
@@ -147,7 +160,13 @@ impl Space {
         let image = self.finish(stopped, others, context, &shadow, brk);
         match image {
             Ok((header_id, layout, armed, populated)) => {
-                let mut image = SpaceImage::new(header_id, pid, shadow, layout);
+                let mut image = SpaceImage::new(
+                    header_id,
+                    pid,
+                    stopped.member(pid)?.generation,
+                    shadow,
+                    layout,
+                );
                 let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated)?;
                 Ok((
                     image,
@@ -191,7 +210,7 @@ impl Space {
             .map_err(|errno| system(pid, "scan its pages", errno))?;
         let populated = populated(&layout, &regions, |_, _| true);
         let written = populated_with(&layout, &regions, Categories::WRITTEN);
-        for other in others {
+        for other in others.filter(|image| self.is_of(image)) {
             other.stale = other.stale.union(&written);
         }
 

@@ -186,10 +186,11 @@ impl Recorded {
 
     /// The memfds.
     pub fn memfds(&self) -> impl Iterator<Item = ObjectId> {
-        let is_memfd = |state: &State| {
-            matches!(state, State::File(file) if file.form == crate::objects::file::Form::Memfd)
-        };
-        let found = self.descriptions.iter().filter(move |(_, description)| is_memfd(&description.state));
+        let is_memfd = |state: &State| matches!(state, State::File(file) if file.form == crate::objects::file::Form::Memfd);
+        let found = self
+            .descriptions
+            .iter()
+            .filter(move |(_, description)| is_memfd(&description.state));
         found.map(|(id, _)| *id)
     }
 

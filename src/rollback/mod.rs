@@ -47,14 +47,22 @@ pub fn run(
     phases: &mut Phases,
 ) -> std::result::Result<Done, Failure> {
     let untouched = |error: Error| Failure::Untouched(error);
-    let mut stopped = tree.stop(OnTracerDeath::Die).map_err(|error| untouched(error.into()))?;
+    let mut stopped = tree
+        .stop(OnTracerDeath::Die)
+        .map_err(|error| untouched(error.into()))?;
     phases.end("stop");
     fault::point("rollback.stopped");
     let plan = observe(&mut stopped, &checkpoints[to], phases).map_err(untouched)?;
     fault::point("rollback.planned");
 
-    let done = execute(&mut stopped, spaces, &mut checkpoints[to], &plan, phases).map_err(Failure::HalfWay)?;
-    for other in checkpoints.iter_mut().enumerate().filter(|(index, _)| *index != to).map(|(_, other)| other) {
+    let done = execute(&mut stopped, spaces, &mut checkpoints[to], &plan, phases)
+        .map_err(Failure::HalfWay)?;
+    for other in checkpoints
+        .iter_mut()
+        .enumerate()
+        .filter(|(index, _)| *index != to)
+        .map(|(_, other)| other)
+    {
         for image in &mut other.spaces {
             if let Some((_, plan)) = plan.memory.iter().find(|(pid, _)| *pid == image.pid) {
                 image.stale = image.stale.union(&plan.copy);
@@ -62,7 +70,8 @@ pub fn run(
         }
     }
     if verify {
-        let differences = compare(&mut stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
+        let differences =
+            compare(&mut stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
         if !differences.is_empty() {
             return Err(Failure::Different(differences));
         }
@@ -70,7 +79,9 @@ pub fn run(
         fault::point("rollback.verified");
     }
     fault::point("rollback.resuming");
-    stopped.resume().map_err(|error| Failure::HalfWay(error.into()))?;
+    stopped
+        .resume()
+        .map_err(|error| Failure::HalfWay(error.into()))?;
     phases.end("resume");
     fault::point("rollback.resumed");
     Ok(done)
@@ -97,7 +108,9 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
             populated: &populated,
             stale: &image.stale,
         };
-        let holder = stopped.process(image.pid).map_or_else(String::new, |process| process.holder());
+        let holder = stopped
+            .process(image.pid)
+            .map_or_else(String::new, |process| process.holder());
         memory.push((image.pid, memory::plan(recorded, &observed, &holder)?));
     }
     phases.end("scan");
@@ -154,17 +167,31 @@ fn execute(
         }
     }
     phases.end("registers");
-    Ok(Done { copied, killed, reset_connections: effects.reset_connections })
+    Ok(Done {
+        copied,
+        killed,
+        reset_connections: effects.reset_connections,
+    })
 }
 
-fn compare(stopped: &mut Stopped, spaces: &mut Spaces, checkpoint: &Checkpoint) -> Result<Vec<Difference>> {
+fn compare(
+    stopped: &mut Stopped,
+    spaces: &mut Spaces,
+    checkpoint: &Checkpoint,
+) -> Result<Vec<Difference>> {
     let recorded = task::Recorded::read(&checkpoint.context)?;
     let mut differences = Vec::new();
     // Memory first: the others run code in the tree, upon which the kernel writes to the threads' rseq areas.
     let ignored = recorded.rseq_areas();
     for image in &checkpoint.spaces {
         let space = space(spaces, image.pid)?;
-        differences.extend(memory::verify(stopped, space, image, &checkpoint.context, &ignored)?);
+        differences.extend(memory::verify(
+            stopped,
+            space,
+            image,
+            &checkpoint.context,
+            &ignored,
+        )?);
     }
     for shared in &checkpoint.shared {
         differences.extend(shared.verify()?);
