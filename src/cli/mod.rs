@@ -13,23 +13,29 @@
 //! one is asked for.
 
 mod check;
+mod checkpoint;
+mod checkpoints;
 mod create;
 mod delete;
 mod exec;
 mod fault_points;
 mod features;
 mod foreground;
+mod keeper;
 mod kill;
 mod list;
 mod log;
 mod output;
 mod pause;
 mod ps;
+mod release;
 mod resume;
+mod rollback;
 mod run;
 mod spec;
 mod start;
 mod state;
+mod target;
 mod terminal;
 
 use std::ffi::OsString;
@@ -105,7 +111,14 @@ enum Command {
     Spec(spec::Spec),
     /// Print what this runtime offers as JSON
     Features(liboci_cli::Features),
+    Checkpoint(checkpoint::Checkpoint),
+    Rollback(rollback::Rollback),
+    Checkpoints(checkpoints::Checkpoints),
+    Release(release::Release),
     Check(check::Check),
+    /// Hold the checkpoints of a process tree; started by `checkpoint`
+    #[command(hide = true)]
+    Keeper(keeper::Keeper),
     /// Print the names that the environment variable SNAPBACK_FAULT takes
     #[command(hide = true)]
     FaultPoints,
@@ -126,6 +139,11 @@ fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
         Command::Delete(args) => delete::run(global, &args),
         Command::Spec(args) => spec::run(&args),
         Command::Features(_) => features::run(),
+        Command::Checkpoint(args) => checkpoint::run(global, args),
+        Command::Rollback(args) => rollback::run(global, args),
+        Command::Checkpoints(args) => checkpoints::run(global, args),
+        Command::Release(args) => release::run(global, args),
+        Command::Keeper(args) => keeper::run(global, args),
         Command::Check(args) => check::run(args),
         Command::FaultPoints => fault_points::run(),
     }

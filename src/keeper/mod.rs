@@ -7,6 +7,7 @@
 
 mod client;
 mod directory;
+mod engine;
 mod launch;
 pub mod protocol;
 mod server;
@@ -17,6 +18,7 @@ mod tests;
 
 pub use client::Client;
 pub use directory::StateDirectory;
+pub use engine::attach;
 pub use launch::{Errand, run};
 pub use server::Operations;
 pub use target::{Identity, TargetError};

@@ -117,7 +117,7 @@ pub enum Failure {
 }
 
 /// One checkpoint that a keeper holds.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointInfo {
     /// Its name.
     pub name: String,
@@ -129,7 +129,7 @@ pub struct CheckpointInfo {
     pub header_bytes: u64,
     /// Bytes that were resident in the tree when it was taken.
     pub resident_bytes: u64,
-    /// Bytes of page contents that the checkpoint holds a copy of by now.
+    /// Bytes of shared memory, which cannot be kept copy-on-write, in a copy.
     pub copied_bytes: u64,
 }
 

@@ -1,0 +1,118 @@
+//! Rollback of one process: against its floor, against fork-from-template, by dirty pages and size.
+
+mod support;
+
+use std::path::Path;
+
+use support::{
+    Program, Shape, checkpoint, judged, line, median, middle, misfit, ms, rollback, table,
+};
+
+const ROUNDS: usize = 101;
+
+fn main() {
+    let program = support::compile();
+    against_others(&program);
+    sweep(&program);
+}
+
+/// The three ways in one run on 100 MiB: floor and rollback in turns, for both must meet the same caches, then the
+/// template.
+fn against_others(program: &Path) {
+    let mut rows = Vec::new();
+    for pages in [10, 100, 1000] {
+        let order = format!("d {pages}");
+        let start = |mode: &str| Program::start(program, &[mode.to_owned(), "100".to_owned()]);
+        let mut floor = start("floor");
+        let mut target = Program::tree(program, Shape::plain(100));
+        let (mut engine, _) = checkpoint(&target);
+        let (mut floors, mut rollbacks) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            floors.push(floor.ask(&order));
+            target.ask(&order);
+            rollbacks.push(rollback(&mut engine).0);
+        }
+        engine.release(None).expect("release");
+        let mut template = start("template");
+        let template = median(3, 31, || template.ask(&order));
+        let (floor, ours) = (middle(floors), middle(rollbacks));
+        let ratio = |other: f64, limit: f64| match pages {
+            1000 => judged(ours / other, limit),
+            _ => format!("{:.2}", ours / other),
+        };
+        let times = [
+            ms(ours),
+            ms(floor),
+            ratio(floor, 1.5),
+            ms(template),
+            ratio(template, 0.3),
+        ];
+        rows.push([vec![pages.to_string()], times.to_vec()].concat());
+    }
+    let header = [
+        "dirty pages",
+        "rollback ms",
+        "floor ms",
+        "ratio",
+        "kill + fork ms",
+        "ratio",
+    ];
+    table(
+        "Rollback of a 100 MiB process, scattered dirty pages (median)",
+        &header,
+        &rows,
+    );
+}
+
+fn rollback_time(program: &Path, mib: usize, pages: usize) -> f64 {
+    let mut target = Program::tree(program, Shape::plain(mib));
+    let (mut engine, _) = checkpoint(&target);
+    let order = format!("d {pages}");
+    let time = median(5, ROUNDS, || {
+        target.ask(&order);
+        rollback(&mut engine).0
+    });
+    engine.release(None).expect("release");
+    time
+}
+
+fn sweep(program: &Path) {
+    const SIZES: [usize; 3] = [16, 100, 1024];
+    let mut rows = Vec::new();
+    let mut points = [const { Vec::new() }; SIZES.len()];
+    for pages in [0, 10, 100, 1000, 10_000] {
+        let mut row = vec![pages.to_string()];
+        for (size, points) in SIZES.into_iter().zip(&mut points) {
+            // 16 MiB are 4,096 pages: there are not more to change.
+            let pages = pages.min(size << 8);
+            let time = rollback_time(program, size, pages);
+            points.push((pages as f64, time));
+            row.push(ms(time));
+        }
+        rows.push(row);
+    }
+    let header = ["dirty pages", "16 MiB, ms", "100 MiB, ms", "1 GiB, ms"];
+    table(
+        "Rollback by dirty pages and size (median; 16 MiB hold 4,096 pages)",
+        &header,
+        &rows,
+    );
+    let rows: Vec<Vec<String>> = SIZES
+        .into_iter()
+        .zip(&points)
+        .map(|(size, points)| {
+            let (start, slope) = line(points);
+            vec![
+                size.to_string(),
+                format!("{start:.0}"),
+                format!("{slope:.3}"),
+                format!("{:.0}%", misfit(points, (start, slope)) * 100.0),
+            ]
+        })
+        .collect();
+    table(
+        "The same as a line",
+        &["MiB", "us", "us per dirty page", "largest misfit"],
+        &rows,
+    );
+}
