@@ -218,14 +218,13 @@ impl<'t> Stopped<'t> {
             for (pid, tid) in &fresh {
                 self.await_stop(*pid, *tid, deadline)?;
             }
-            self.open_members()?;
-            let before = found.len();
-            self.add_children(&mut found)?;
-            if fresh.is_empty() && found.len() == before {
-                break;
+            if fresh.is_empty() {
+                // All that runs was stopped before the children were listed: the lists are complete.
+                return Ok(());
             }
+            self.open_members()?;
+            self.add_children(&mut found)?;
         }
-        Ok(())
     }
 
     /// Seizes and interrupts the threads of a process that are not held yet.
@@ -270,8 +269,13 @@ impl<'t> Stopped<'t> {
                     }
                 }
             }
-            let parent = procfs::Stat::read(pid).map_or(Pid::from_raw(0), |stat| stat.parent());
-            let process = self.note_process(pid, parent);
+            if !self.processes.contains_key(&pid) {
+                let parent = procfs::Stat::read(pid).map_or(Pid::from_raw(0), |stat| stat.parent());
+                self.note_process(pid, parent);
+            }
+            let Some(process) = self.processes.get_mut(&pid) else {
+                continue;
+            };
             process.threads.push(Thread::new(tid));
             process
                 .threads
@@ -301,12 +305,13 @@ impl<'t> Stopped<'t> {
         let missing: Vec<Pid> = self
             .processes
             .values()
-            .filter(|process| !process.is_zombie() && !self.tree.members.contains_key(&process.pid))
+            .filter(|process| !process.is_zombie())
             .map(|process| process.pid)
+            .filter(|pid| !self.tree.members.get(pid).is_some_and(Member::is_alive))
             .collect();
         for pid in missing {
-            match Member::open(pid) {
-                Ok(member) => drop(self.tree.members.insert(pid, member)),
+            match self.open_member(pid) {
+                Ok(()) => {}
                 // Killed while it was stopped: only SIGKILL does that.
                 Err(_)
                     if procfs::Stat::read(pid)
@@ -403,15 +408,20 @@ impl<'t> Stopped<'t> {
     /// Takes note of a process's new address space, if it has executed another program since it became known. The
     /// window into the old one is gone with it.
     pub fn renew(&mut self, pid: Pid) -> Result<()> {
-        let member = self.member(pid)?;
-        if !member.has_its_memory() {
-            let generation = member.generation + 1;
-            let member = Member {
-                generation,
-                ..Member::open(pid)?
-            };
-            self.tree.members.insert(pid, member);
+        if !self.member(pid)?.has_its_memory() {
+            self.open_member(pid)?;
         }
+        Ok(())
+    }
+
+    fn open_member(&mut self, pid: Pid) -> Result<()> {
+        self.tree.generations += 1;
+        let generation = self.tree.generations;
+        let member = Member {
+            generation,
+            ..Member::open(pid)?
+        };
+        self.tree.members.insert(pid, member);
         Ok(())
     }
 

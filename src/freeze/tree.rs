@@ -40,7 +40,8 @@ pub struct Member {
     pub pagemap: File,
     /// The window into it, once one was needed.
     pub window: Option<TargetWindow>,
-    /// Counts the address spaces it is known to have had: it has a new one after execve(2).
+    /// Names its address space in this tree: another process of the same PID, or the same one after execve(2), has
+    /// another.
     pub generation: u64,
 }
 
@@ -92,6 +93,8 @@ pub struct Tree {
     pub(super) shadows: BTreeMap<Pid, i32>,
     /// Tasks that were asked to stop, have not yet, and are to be let go as soon as they have.
     pub(super) stragglers: Vec<Pid>,
+    /// Address spaces seen so far.
+    pub(super) generations: u64,
 }
 
 impl Tree {
@@ -108,6 +111,7 @@ impl Tree {
             members: BTreeMap::from([(root, member)]),
             shadows: BTreeMap::new(),
             stragglers: Vec::new(),
+            generations: 0,
         })
     }
 

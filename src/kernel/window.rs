@@ -75,6 +75,9 @@ impl Window {
     /// Takes the robust lock that tells the runner its tracer lives. The calling thread must be the tracer: when it
     /// dies the kernel sets `FUTEX_OWNER_DIED` in the lock word (get_robust_list(2)), before it detaches.
     pub fn show_alive(&mut self) -> Result<(), Errno> {
+        if self.alive {
+            return Ok(());
+        }
         let mutex = self
             .at(LIVENESS_OFFSET, size_of::<libc::pthread_mutex_t>())
             .cast::<libc::pthread_mutex_t>();

@@ -6,6 +6,7 @@ use crate::record::Context;
 
 use super::image::SpaceImage;
 use super::layout::Layout;
+use super::ranges::Span;
 use super::space::{read_maps, refuse, system, window_span};
 use super::{Result, USER_END};
 
@@ -24,6 +25,16 @@ impl Observed {
     /// Looks at the address space of an image. Refuses if it is not there any more.
     pub fn look(stopped: &mut Stopped, image: &SpaceImage, context: &Context) -> Result<Self> {
         let pid = image.pid;
+        if stopped
+            .process(pid)
+            .is_none_or(|process| process.is_zombie())
+        {
+            return Err(refuse(
+                pid,
+                "the process",
+                "it has exited since the checkpoint and can't be brought back yet; take a new checkpoint",
+            ));
+        }
         let member = stopped.member(pid)?;
         let text = read_maps(member)?;
         if text.is_empty() || member.generation != image.generation {
@@ -51,6 +62,7 @@ impl Observed {
             });
         }
         let window = window_span(stopped, pid)?;
+        check_window(pid, &text, window)?;
         let layout = Layout::parse(&text, Some(window)).ok_or_else(|| {
             refuse(
                 pid,
@@ -67,4 +79,26 @@ impl Observed {
             regions,
         })
     }
+}
+
+/// Refuses if the program has unmapped or replaced the window: no code can be run through it then.
+fn check_window(pid: nix::unistd::Pid, text: &[u8], window: Span) -> Result<()> {
+    let vmas = crate::kernel::maps::parse(text).unwrap_or_default();
+    let mut at = window.start;
+    for vma in vmas
+        .iter()
+        .filter(|vma| vma.start < window.end && vma.end > window.start)
+    {
+        if vma.start == at && vma.name.starts_with(b"/memfd:snapback") {
+            at = vma.end;
+        }
+    }
+    if at == window.end {
+        return Ok(());
+    }
+    Err(refuse(
+        pid,
+        "the window that snapback keeps in its address space",
+        "the program has unmapped it, and memory can't be put back through it; release the checkpoints and take a new one",
+    ))
 }

@@ -42,7 +42,7 @@ pub struct Recorded<'a> {
 ///
 /// A page needs no copy only if all of this holds: it is where it was in a VMA that was not replaced, it is in
 /// memory (or, if anonymous, swapped out), its write-protection is still armed, and it is not stale.
-pub fn plan(recorded: Recorded<'_>, observed: &Observed, holder: &str) -> Result<Plan, Refusal> {
+pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal> {
     let live = observed.layout.as_ref().unwrap_or(recorded.layout);
     let layout = match &observed.layout {
         None => Vec::new(),
@@ -51,7 +51,7 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed, holder: &str) -> Result
     if let Some(special) = special_change(&layout, live) {
         return Err(Refusal {
             object: format!("memory {special:?}"),
-            holder: holder.into(),
+            holder: format!("pid {}", recorded.header.pid),
             remedy:
                 "the program has moved or unmapped the kernel's own mapping since the checkpoint"
                     .into(),
@@ -182,7 +182,7 @@ mod tests {
             populated,
             stale,
         };
-        plan(recorded, observed, "pid 1 (x)").unwrap()
+        plan(recorded, observed).unwrap()
     }
 
     #[test]
@@ -282,7 +282,7 @@ mod tests {
             stale: &Ranges::new(),
         };
         assert!(
-            plan(recorded, &observed, "pid 1 (x)")
+            plan(recorded, &observed)
                 .unwrap_err()
                 .object
                 .contains("[vdso]")

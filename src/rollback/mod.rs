@@ -93,11 +93,8 @@ struct Plan {
 }
 
 fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) -> Result<Plan> {
+    // It may write to the tree's memory, so it precedes the scan.
     task::prepare(stopped)?;
-    let recorded = task::Recorded::read(&checkpoint.context)?;
-    task::check(stopped, &recorded)?;
-    phases.end("check");
-    fault::point("rollback.observed");
     let mut memory = Vec::new();
     for image in &checkpoint.spaces {
         let observed = Observed::look(stopped, image, &checkpoint.context)?;
@@ -108,13 +105,23 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
             populated: &populated,
             stale: &image.stale,
         };
-        let holder = stopped
-            .process(image.pid)
-            .map_or_else(String::new, |process| process.holder());
-        memory.push((image.pid, memory::plan(recorded, &observed, &holder)?));
+        let holder = || {
+            stopped
+                .process(image.pid)
+                .map_or_else(String::new, |process| process.holder())
+        };
+        let plan = memory::plan(recorded, &observed).map_err(|refusal| Refusal {
+            holder: holder(),
+            ..refusal
+        })?;
+        memory.push((image.pid, plan));
     }
     phases.end("scan");
     fault::point("rollback.scanned");
+    let recorded = task::Recorded::read(&checkpoint.context)?;
+    task::check(stopped, &recorded)?;
+    phases.end("check");
+    fault::point("rollback.observed");
     let objects = objects::prepare(stopped, &checkpoint.objects)?;
     phases.end("plan");
     Ok(Plan { memory, objects })
