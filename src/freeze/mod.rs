@@ -6,6 +6,7 @@
 mod batch;
 mod discover;
 mod inject;
+mod kill;
 mod pass;
 mod stopped;
 mod tree;

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use crate::checkpoint::{Checkpoint, Error, Result, Spaces};
 use crate::freeze::{OnTracerDeath, Stopped, Tree};
-use crate::memory::{self, Copied, Observed, Ranges};
+use crate::memory::{self, Copied, Observed, Ranges, Span};
 use crate::outcome::{Difference, Refusal};
 use crate::phases::Phases;
 use crate::{fault, objects, task};
@@ -88,6 +88,7 @@ pub fn run(
 }
 
 struct Plan {
+    tasks: task::Observed,
     memory: Vec<(Pid, memory::Plan)>,
     objects: objects::Plan,
 }
@@ -119,12 +120,16 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
     phases.end("scan");
     fault::point("rollback.scanned");
     let recorded = task::Recorded::read(&checkpoint.context)?;
-    task::check(stopped, &recorded)?;
+    let tasks = task::check(stopped, &recorded)?;
     phases.end("check");
     fault::point("rollback.observed");
     let objects = objects::prepare(stopped, &checkpoint.objects)?;
     phases.end("plan");
-    Ok(Plan { memory, objects })
+    Ok(Plan {
+        tasks,
+        memory,
+        objects,
+    })
 }
 
 fn execute(
@@ -137,6 +142,7 @@ fn execute(
     fault::point("rollback.mutating");
     let recorded = task::Recorded::read(&checkpoint.context)?;
     let killed = task::kill_born(stopped, &recorded)?;
+    task::loosen(stopped, &recorded, &plan.tasks)?;
     phases.end("kill");
     fault::point("rollback.killed");
     for (image, (pid, plan)) in checkpoint.spaces.iter().zip(&plan.memory) {
@@ -147,7 +153,7 @@ fn execute(
     let effects = objects::execute(stopped, &mut checkpoint.objects, &plan.objects)?;
     phases.end("objects");
     fault::point("rollback.objects");
-    task::restore(stopped, &recorded)?;
+    task::restore(stopped, &recorded, &plan.tasks)?;
     phases.end("tasks");
     fault::point("rollback.tasks");
 
@@ -189,7 +195,8 @@ fn compare(
     let recorded = task::Recorded::read(&checkpoint.context)?;
     let mut differences = Vec::new();
     // Memory first: the others run code in the tree, upon which the kernel writes to the threads' rseq areas.
-    let ignored = recorded.rseq_areas();
+    let areas = recorded.rseq_areas();
+    let ignored = areas.map(|(start, end)| Span { start, end }).collect();
     for image in &checkpoint.spaces {
         let space = space(spaces, image.pid)?;
         differences.extend(memory::verify(

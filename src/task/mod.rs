@@ -1,125 +1,123 @@
-#![allow(missing_docs)]
-use crate::freeze::Stopped;
-use crate::kernel::ptrace;
-use crate::outcome::{Difference, Refusal};
-use crate::record::{Context, Kind};
+//! Per-thread and per-process state other than memory and descriptors: registers, signals, timers, limits, credentials.
+//!
+//! In the order of use:
+//!
+//! | function | when | what |
+//! |---|---|---|
+//! | [`prepare`] | after every stop, before any batch | makes it safe to run something else on a thread: restartable sequences are aborted, calls that only the stop has ended start again |
+//! | [`capture`] | checkpoint | live state to records |
+//! | [`Recorded::read`] | rollback | a view of the records, in place |
+//! | [`check`] | rollback, before anything is touched | observes the live state, and refuses what can't be undone |
+//! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
+//! | [`loosen`] | rollback, before memory and descriptors | what would be in the way of those: limits, rseq areas |
+//! | [`restore`] | rollback, after memory and descriptors | puts back what differs |
+//! | [`verify`] | after a rollback | compares live and recorded state by other means |
+//!
+//! State that only the thread itself can be asked for is read by one batch per thread ([`probe`]); a batch that changes
+//! something is run only where something differs, so that a thread that did nothing special since the checkpoint costs
+//! one batch and a few ptrace requests.
+//!
+//! # What is not exact
+//!
+//! - A relative sleep (`nanosleep`, `poll`, a futex wait with a time limit) that was interrupted by the checkpoint
+//!   starts again with its whole time after a rollback: how long it had slept is known to the kernel alone. An
+//!   `epoll_wait` with a time limit does so at every stop, where the kernel would have ended it with `EINTR`.
+//! - A POSIX timer signal that was pending at the checkpoint is queued again as a plain signal, with the overrun count
+//!   that it had when it was queued.
+//! - Processor time (`times(2)`, `ITIMER_PROF`'s clock) goes on; timers on such clocks get back their remaining time.
+
+mod born;
+mod capture;
+mod check;
+mod interrupted;
+mod layout;
+mod pending;
+mod posix_timers;
+mod prepare;
+pub mod probe;
+mod recorded;
+mod restore;
+mod verify;
+
+pub use born::kill_born;
+pub use capture::capture;
+pub use check::{Observed, check};
+pub use layout::{
+    Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
+};
+pub use posix_timers::PosixTimer;
+pub use prepare::prepare;
+pub use recorded::{Recorded, RecordedProcess, RecordedThread};
+pub use restore::{loosen, restore};
+pub use verify::verify;
+
+use nix::errno::Errno;
 use nix::unistd::Pid;
+
+use crate::freeze;
+use crate::outcome::Refusal;
+use crate::record;
+
+/// What can go wrong with the state of processes and threads.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// It cannot be done, and nothing was touched.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// Stopping, or running a batch, failed.
     #[error(transparent)]
-    Freeze(#[from] crate::freeze::Error),
+    Freeze(freeze::Error),
+    /// The context does not take or does not hold a record.
     #[error(transparent)]
-    Record(#[from] crate::record::Error),
+    Record(#[from] record::Error),
+    /// A call made in the target failed.
+    #[error("{what} in thread {tid}: {errno}")]
+    Call {
+        /// The thread that made it.
+        tid: Pid,
+        /// The call.
+        what: &'static str,
+        /// Its error.
+        errno: Errno,
+    },
+    /// A request of ours to the kernel failed.
+    #[error("{what} of {tid}: {error}")]
+    System {
+        /// The request.
+        what: &'static str,
+        /// The process or thread.
+        tid: Pid,
+        /// Its error.
+        error: std::io::Error,
+    },
 }
-type R<T> = Result<T, Error>;
-pub fn prepare(_: &mut Stopped) -> R<()> {
-    Ok(())
-}
-#[derive(serde::Serialize, serde::Deserialize, Clone)]
-struct T {
-    pid: i32,
-    tid: i32,
-    regs: Vec<u64>,
-    mask: u64,
-    x: Vec<u8>,
-}
-pub struct Recorded {
-    t: Vec<T>,
-}
-impl Recorded {
-    pub fn read(c: &Context) -> R<Self> {
-        let mut t = vec![];
-        for r in c.records_of(Kind::Thread) {
-            t.push(r.json::<T>()?);
-        }
-        Ok(Self { t })
-    }
-    pub fn rseq_areas(&self) -> crate::memory::Ranges {
-        let mut v = vec![];
-        for t in &self.t {
-            if let Ok(r) = ptrace::rseq(Pid::from_raw(t.tid)) {
-                v.push(crate::memory::Span {
-                    start: r.address,
-                    end: r.address + 32,
-                });
-            }
-        }
-        v.into_iter().collect()
-    }
-}
-pub fn capture(s: &mut Stopped, c: &mut Context) -> R<()> {
-    for p in s.processes_mut() {
-        let pid = p.pid.as_raw();
-        for t in &mut p.threads {
-            let mask = t.signal_mask()?;
-            let r = *t.registers()?;
-            let mut x = vec![0; 8192];
-            let n = ptrace::xstate(t.tid, &mut x).unwrap();
-            x.truncate(n);
-            let regs = vec![
-                r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx,
-                r.rdx, r.rsi, r.rdi, r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base,
-                r.gs_base, r.ds, r.es, r.fs, r.gs,
-            ];
-            let id = c.new_object();
-            c.put_json(
-                Kind::Thread,
-                id,
-                &T {
-                    pid,
-                    tid: t.tid.as_raw(),
-                    regs,
-                    mask,
-                    x,
-                },
-            )?;
+
+impl From<freeze::Error> for Error {
+    fn from(error: freeze::Error) -> Self {
+        match error {
+            freeze::Error::Refused(refusal) => Self::Refused(refusal),
+            error => Self::Freeze(error),
         }
     }
-    Ok(())
 }
-pub fn check(_: &mut Stopped, _: &Recorded) -> R<()> {
-    Ok(())
+
+/// Result of this room.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Names the request of ours that failed, and whom it was about.
+trait About<T> {
+    fn about(self, tid: Pid, what: &'static str) -> Result<T>;
 }
-pub fn kill_born(_: &mut Stopped, _: &Recorded) -> R<usize> {
-    Ok(0)
-}
-pub fn restore(s: &mut Stopped, rec: &Recorded) -> R<()> {
-    for p in s.processes_mut() {
-        for t in &mut p.threads {
-            if let Some(k) = rec.t.iter().find(|k| k.tid == t.tid.as_raw()) {
-                ptrace::set_xstate(t.tid, &k.x).unwrap();
-                let g = &k.regs;
-                let mut r = *t.registers()?;
-                r.r15 = g[0];
-                r.r14 = g[1];
-                r.r13 = g[2];
-                r.r12 = g[3];
-                r.rbp = g[4];
-                r.rbx = g[5];
-                r.r11 = g[6];
-                r.r10 = g[7];
-                r.r9 = g[8];
-                r.r8 = g[9];
-                r.rax = g[10];
-                r.rcx = g[11];
-                r.rdx = g[12];
-                r.rsi = g[13];
-                r.rdi = g[14];
-                r.orig_rax = g[15];
-                r.rip = g[16];
-                r.eflags = g[18];
-                r.rsp = g[19];
-                r.fs_base = g[21];
-                r.gs_base = g[22];
-                t.set_registers(&r);
-                t.set_signal_mask(k.mask);
-            }
-        }
+
+impl<T, E: Into<std::io::Error>> About<T> for std::result::Result<T, E> {
+    fn about(self, tid: Pid, what: &'static str) -> Result<T> {
+        self.map_err(|error| Error::System {
+            what,
+            tid,
+            error: error.into(),
+        })
     }
-    Ok(())
 }
-pub fn verify(_: &mut Stopped, _: &Recorded) -> R<Vec<Difference>> {
-    Ok(vec![])
-}
+
+#[cfg(test)]
+mod tests;

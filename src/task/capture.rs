@@ -1,0 +1,217 @@
+//! Live state to records.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::OnceLock;
+
+use nix::sys::stat::fstat;
+use nix::sys::statfs::fstatfs;
+use nix::unistd::Pid;
+use zerocopy::IntoBytes;
+
+use crate::freeze::{Stopped, refuse};
+use crate::kernel::ptrace::{self, Queue};
+use crate::kernel::{pidfd, procfs, registers};
+use crate::record::{Context, Kind, ObjectId, ObjectKey};
+
+use super::layout::{Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState};
+use super::{About, Result, interrupted, pending, posix_timers, probe};
+
+/// Room for the extended state of any processor so far: AMX has 11 KiB.
+pub(super) const XSTATE_ROOM: usize = 16 << 10;
+
+/// Records every process and thread of a stopped tree. Every process but zombies needs a window, and [`prepare`] must
+/// have been called.
+///
+/// The records of a process and its threads are found through [`Recorded::read`].
+///
+/// [`prepare`]: super::prepare
+/// [`Recorded::read`]: super::Recorded::read
+pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<()> {
+    let pids: Vec<Pid> = stopped.processes().map(|process| process.pid).collect();
+    for pid in pids {
+        let identity = identify(stopped, pid)?;
+        let key = ObjectKey::new(Kind::Process, identity.pid as u64, identity.start_time);
+        let id = context.intern(key).id();
+        if identity.zombie != 0 {
+            let record = ProcessRecord {
+                identity,
+                state: ProcessState::nothing(),
+            };
+            context.put(Kind::Process, id, &record, b"")?;
+        } else {
+            capture_process(stopped, context, identity, id)?;
+        }
+    }
+    Ok(())
+}
+
+/// What names a process of the stopped tree.
+fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
+    let process = stopped
+        .process(pid)
+        .ok_or(crate::freeze::Error::Gone(pid))?;
+    let stat = procfs::Stat::read(pid).about(pid, "stat")?;
+    let pidfd_inode = if process.is_zombie() {
+        0
+    } else {
+        pidfd_inode(stopped, pid)?
+    };
+    Ok(Identity {
+        pid: pid.as_raw(),
+        parent: stat.parent().as_raw(),
+        group: stat.field(5) as i32,
+        session: stat.field(6) as i32,
+        start_time: stat.start_time(),
+        pidfd_inode,
+        zombie: u64::from(process.is_zombie()),
+    })
+}
+
+/// The inode of the pidfd that is held of a process; 0 if pidfds have none of their own (before Linux 6.9).
+pub(super) fn pidfd_inode(stopped: &Stopped<'_>, pid: Pid) -> Result<u64> {
+    static OWN_INODES: OnceLock<bool> = OnceLock::new();
+    const PID_FS_MAGIC: i64 = 0x5049_4446;
+    let pidfd = &stopped.member(pid)?.pidfd;
+    let own = *OWN_INODES.get_or_init(|| {
+        fstatfs(pidfd).is_ok_and(|filesystem| filesystem.filesystem_type().0 == PID_FS_MAGIC)
+    });
+    if !own {
+        return Ok(0);
+    }
+    Ok(fstat(pidfd.as_raw_fd()).about(pid, "pidfd")?.st_ino)
+}
+
+fn capture_process(
+    stopped: &mut Stopped<'_>,
+    context: &mut Context,
+    identity: Identity,
+    id: ObjectId,
+) -> Result<()> {
+    let pid = Pid::from_raw(identity.pid);
+    // Before any batch: it tells of the thread as the program left it.
+    let rights = rights(pid)?;
+    let (observed, leader) = probe::process(stopped, pid)?;
+    let timers = posix_timers::list_with_times(stopped, pid)?;
+
+    let record = ProcessRecord {
+        identity,
+        state: observed.state,
+    };
+    let directory = observed.directory.unwrap_or_default();
+    context.put(Kind::Process, id, &record, &directory)?;
+    context.put_list(Kind::SignalHandlers, id, &observed.actions)?;
+    context.put(Kind::Timers, id, &observed.timers, timers.as_bytes())?;
+    context.append(Kind::Credentials, id, &[rights.as_bytes()])?;
+    let shared = ptrace::pending_signals(pid, Queue::Shared).about(pid, "pending signals")?;
+    put_pending(context, id, pid, &shared)?;
+
+    let tids: Vec<Pid> = match stopped.process(pid) {
+        Some(process) => process.threads.iter().map(|thread| thread.tid).collect(),
+        None => Vec::new(),
+    };
+    for tid in tids {
+        let state = if tid == pid {
+            leader
+        } else {
+            probe::thread(stopped, pid, tid)?
+        };
+        capture_thread(stopped, context, (pid, tid), id, state)?;
+    }
+    Ok(())
+}
+
+fn capture_thread(
+    stopped: &mut Stopped<'_>,
+    context: &mut Context,
+    (pid, tid): (Pid, Pid),
+    process_id: ObjectId,
+    state: ThreadState,
+) -> Result<()> {
+    let gone = crate::freeze::Error::Gone(tid);
+    let thread = stopped
+        .process_mut(pid)
+        .and_then(|process| process.threads.iter_mut().find(|thread| thread.tid == tid))
+        .ok_or(gone)?;
+    let rseq = ptrace::rseq(tid).about(tid, "rseq configuration")?;
+    let registers = interrupted::to_record(thread.registers()?);
+    let record = ThreadRecord {
+        process: context.refer(process_id)?,
+        tid: tid.as_raw() as u64,
+        registers: registers::to_words(&registers),
+        signal_mask: thread.signal_mask()?,
+        rseq_address: rseq.address,
+        rseq_size: rseq.size,
+        rseq_signature: rseq.signature,
+        state,
+    };
+    let mut xstate = [0; XSTATE_ROOM];
+    let len = ptrace::xstate(tid, &mut xstate).about(tid, "extended state")?;
+    if len == XSTATE_ROOM {
+        return Err(refuse(
+            pid,
+            format!("thread {tid}: its extended state"),
+            "it is larger than that of any processor known to this version",
+        )
+        .into());
+    }
+    let id = context.new_object();
+    context.put(Kind::Thread, id, &record, &xstate[..len])?;
+    let private = ptrace::pending_signals(tid, Queue::Private).about(tid, "pending signals")?;
+    put_pending(context, id, pid, &private)
+}
+
+/// Most queues are empty, and have no record.
+fn put_pending(
+    context: &mut Context,
+    id: ObjectId,
+    pid: Pid,
+    signals: &[ptrace::SignalInfo],
+) -> Result<()> {
+    if signals.len() > pending::MOST {
+        return Err(refuse(
+            pid,
+            format!("{} signals that wait", signals.len()),
+            format!("not more than {} can be kept", pending::MOST),
+        )
+        .into());
+    }
+    if !signals.is_empty() {
+        context.put_list(Kind::PendingSignals, id, signals)?;
+    }
+    Ok(())
+}
+
+/// The lines of `/proc/PID/status` that tell what a process may do.
+pub(super) fn rights(pid: Pid) -> Result<String> {
+    const KEYS: [&str; 11] = [
+        "Uid",
+        "Gid",
+        "Groups",
+        "CapInh",
+        "CapPrm",
+        "CapEff",
+        "CapBnd",
+        "CapAmb",
+        "NoNewPrivs",
+        "Seccomp",
+        "Seccomp_filters",
+    ];
+    let status = fs::read_to_string(procfs::path(pid, "status")).about(pid, "status")?;
+    let of_interest = |line: &&str| {
+        line.split_once(':')
+            .is_some_and(|(key, _)| KEYS.contains(&key))
+    };
+    Ok(status
+        .lines()
+        .filter(of_interest)
+        .flat_map(|line| [line.trim_end(), "\n"])
+        .collect())
+}
+
+/// Whether a process that is held by a pidfd has not been reaped.
+pub(super) fn is_alive(stopped: &Stopped<'_>, pid: Pid) -> bool {
+    stopped
+        .member(pid)
+        .is_ok_and(|member| pidfd::send_signal(member.pidfd.as_fd(), 0).is_ok())
+}

@@ -1,0 +1,167 @@
+//! The payloads of this room's records. All of them are read in place.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::kernel::registers::WORDS;
+use crate::kernel::scheduling::{Attributes, Processors};
+
+/// Number of signals.
+pub(super) const SIGNALS: usize = 64;
+/// Number of resource limits (`RLIM_NLIMITS`).
+pub(super) const LIMITS: usize = 16;
+/// Number of interval timers: real, virtual, profiling.
+pub(super) const INTERVAL_TIMERS: usize = 3;
+
+/// What names a process for as long as the machine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct Identity {
+    /// PID in our namespace.
+    pub pid: i32,
+    /// PID of the parent in our namespace.
+    pub parent: i32,
+    /// Process group in our namespace.
+    pub group: i32,
+    /// Session in our namespace.
+    pub session: i32,
+    /// When it started, in clock ticks since boot.
+    pub start_time: u64,
+    /// Inode of its pidfd, which no other process ever has (Linux 6.9); 0 for a zombie.
+    pub pidfd_inode: u64,
+    /// 1 if it had ended and waited to be reaped.
+    pub zombie: u64,
+}
+
+/// The payload of a process record; the path of the working directory follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct ProcessRecord {
+    /// Which process it is.
+    pub identity: Identity,
+    /// Its state; all zero for a zombie.
+    pub state: ProcessState,
+}
+
+/// Process-wide state, as the process itself is asked for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct ProcessState {
+    /// Soft and hard resource limits by number (getrlimit(2)).
+    pub limits: [[u64; 2]; LIMITS],
+    /// Device and inode of the working directory.
+    pub directory: [u64; 2],
+    /// Device and inode of the root directory.
+    pub root: [u64; 2],
+    /// File mode creation mask.
+    pub umask: u64,
+    /// `PR_GET_DUMPABLE`.
+    pub dumpable: u64,
+    /// `PR_GET_CHILD_SUBREAPER`.
+    pub subreaper: u64,
+    /// personality(2).
+    pub personality: u64,
+}
+
+impl ProcessState {
+    /// That of a zombie.
+    pub(super) fn nothing() -> Self {
+        zerocopy::FromZeros::new_zeroed()
+    }
+}
+
+/// What a process does on a signal: `struct kernel_sigaction`.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+#[repr(C)]
+pub struct Action {
+    /// Address of the handler, `SIG_DFL` (0) or `SIG_IGN` (1).
+    pub handler: u64,
+    /// `SA_*`.
+    pub flags: u64,
+    /// Address of the code that a handler returns to.
+    pub restorer: u64,
+    /// Signals blocked while the handler runs.
+    pub mask: u64,
+}
+
+/// Seconds and microseconds (interval timers) or nanoseconds (POSIX timers).
+pub(super) type Time = [i64; 2];
+/// Interval and time left, as `struct itimerval` and `struct itimerspec`.
+pub(super) type TimerValue = [Time; 2];
+
+/// The fixed part of a timers record; a list of [`PosixTimer`](super::PosixTimer) follows.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+#[repr(C)]
+pub struct TimersRecord {
+    /// The interval timers: interval and time left in seconds and microseconds.
+    pub interval: [TimerValue; INTERVAL_TIMERS],
+}
+
+/// The fixed part of a thread record; the extended state in XSAVE layout follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct ThreadRecord {
+    /// Object id of the process.
+    pub process: u64,
+    /// TID in our namespace.
+    pub tid: u64,
+    /// The general registers to run on with.
+    pub registers: [u64; WORDS],
+    /// Blocked signals, bit `n - 1` for signal `n`.
+    pub signal_mask: u64,
+    /// Address of the rseq area; 0 if none is registered.
+    pub rseq_address: u64,
+    /// Its size in bytes.
+    pub rseq_size: u32,
+    /// The signature before abort handlers.
+    pub rseq_signature: u32,
+    /// What the thread itself was asked for.
+    pub state: ThreadState,
+}
+
+/// State of one thread, as the thread itself is asked for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct ThreadState {
+    /// Alternate signal stack: address, flags, size (sigaltstack(2)).
+    pub alternate_stack: [u64; 3],
+    /// Head and length of the robust futex list (get_robust_list(2)).
+    pub robust_list: [u64; 2],
+    /// Where the kernel writes 0 when the thread ends (set_tid_address(2)).
+    pub tid_address: u64,
+    /// Command name.
+    pub comm: [u8; 16],
+    /// `PR_GET_TIMERSLACK`, nanoseconds.
+    pub timer_slack: u64,
+    /// `PR_GET_PDEATHSIG`.
+    pub parent_death_signal: u64,
+    /// Policy, nice value, priority.
+    pub scheduling: Attributes,
+    /// Processors it may run on.
+    pub processors: Processors,
+    /// TID in its own namespace.
+    pub namespace_tid: u64,
+    /// What can't be undone.
+    pub rights: Rights,
+}
+
+/// Credentials of a thread that only go one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct Rights {
+    /// Real, effective and saved user id.
+    pub users: [u32; 3],
+    /// Real, effective and saved group id.
+    pub groups: [u32; 3],
+    /// Effective, permitted and inheritable capabilities, low words then high words (capget(2)).
+    pub capabilities: [u32; 6],
+    /// `PR_GET_NO_NEW_PRIVS`.
+    pub no_new_privileges: u64,
+    /// `PR_GET_SECUREBITS`.
+    pub secure_bits: u64,
+    /// `PR_GET_SECCOMP`.
+    pub seccomp: u64,
+}

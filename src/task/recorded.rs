@@ -1,0 +1,198 @@
+//! A typed view of what a context holds of processes and threads.
+
+use std::collections::{BTreeMap, HashMap};
+
+use nix::unistd::Pid;
+
+use crate::kernel::ptrace::{Registers, SignalInfo};
+use crate::kernel::registers;
+use crate::record::{Context, Error, Kind, ObjectId, Record};
+
+use super::Result;
+use super::layout::{Action, ProcessRecord, SIGNALS, ThreadRecord, TimersRecord};
+use super::posix_timers::PosixTimer;
+
+/// All that a context holds of processes and threads, in place.
+#[derive(Debug, Clone)]
+pub struct Recorded<'c> {
+    processes: BTreeMap<Pid, RecordedProcess<'c>>,
+}
+
+/// A recorded process.
+#[derive(Debug, Clone)]
+pub struct RecordedProcess<'c> {
+    /// Identity and process-wide state.
+    pub record: &'c ProcessRecord,
+    /// Path of its working directory; empty if that was deleted or out of reach.
+    pub directory: &'c [u8],
+    /// Its threads by TID; none: it was a zombie.
+    pub threads: BTreeMap<Pid, RecordedThread<'c>>,
+    /// What it does on signals 1 to 64; empty for a zombie.
+    pub actions: &'c [Action],
+    /// Its interval timers.
+    pub timers: TimersRecord,
+    /// Its POSIX timers.
+    pub posix_timers: &'c [PosixTimer],
+    /// Signals that waited for any of its threads.
+    pub pending: &'c [SignalInfo],
+    /// What it may do, as lines of `/proc/PID/status`.
+    pub rights: &'c str,
+}
+
+/// A recorded thread.
+#[derive(Debug, Clone, Copy)]
+pub struct RecordedThread<'c> {
+    /// Registers and other state.
+    pub record: &'c ThreadRecord,
+    /// Its extended state, XSAVE layout.
+    pub xstate: &'c [u8],
+    /// Signals that waited for this thread.
+    pub pending: &'c [SignalInfo],
+}
+
+impl RecordedProcess<'_> {
+    /// Its PID in our namespace.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.record.identity.pid)
+    }
+
+    /// Whether it had ended and waited to be reaped.
+    pub fn is_zombie(&self) -> bool {
+        self.record.identity.zombie != 0
+    }
+
+    /// The leader's id as the process itself knows it; 0 for a zombie.
+    pub(super) fn namespace_pid(&self) -> u64 {
+        self.threads
+            .get(&self.pid())
+            .map_or(0, |leader| leader.record.state.namespace_tid)
+    }
+}
+
+impl RecordedThread<'_> {
+    /// Its TID in our namespace.
+    pub fn tid(&self) -> Pid {
+        Pid::from_raw(self.record.tid as i32)
+    }
+
+    /// The registers to run on with.
+    pub fn registers(&self) -> Registers {
+        registers::from_words(&self.record.registers)
+    }
+}
+
+impl<'c> Recorded<'c> {
+    /// Finds the records of a context that is kept or was loaded.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Payload`] if a record is missing or not what its kind promises.
+    pub fn read(context: &'c Context) -> Result<Self> {
+        let mut of_process: HashMap<u64, Vec<RecordedThread<'c>>> = HashMap::new();
+        for record in context.records_of(Kind::Thread) {
+            let (thread, xstate) = record.fixed::<ThreadRecord>()?;
+            of_process
+                .entry(thread.process)
+                .or_default()
+                .push(RecordedThread {
+                    record: thread,
+                    xstate,
+                    pending: pending(context, record.id())?,
+                });
+        }
+        let mut processes = BTreeMap::new();
+        for record in context.records_of(Kind::Process) {
+            let threads = of_process.remove(&record.id().raw()).unwrap_or_default();
+            let process = process(context, record, threads)?;
+            processes.insert(process.pid(), process);
+        }
+        Ok(Self { processes })
+    }
+
+    /// The processes by PID, zombies too.
+    pub fn processes(&self) -> impl Iterator<Item = &RecordedProcess<'c>> {
+        self.processes.values()
+    }
+
+    /// One process.
+    pub fn process(&self, pid: Pid) -> Option<&RecordedProcess<'c>> {
+        self.processes.get(&pid)
+    }
+
+    /// The rseq areas of all threads, first address and end: the kernel writes to them whenever their thread runs, be it
+    /// only a batch.
+    pub fn rseq_areas(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.processes
+            .values()
+            .flat_map(|process| process.threads.values())
+            .map(|thread| thread.record)
+            .filter(|record| record.rseq_address != 0)
+            .map(|record| {
+                let end = record.rseq_address + u64::from(record.rseq_size);
+                (record.rseq_address, end)
+            })
+    }
+
+    /// Number of threads.
+    pub fn thread_count(&self) -> usize {
+        self.processes
+            .values()
+            .map(|process| process.threads.len())
+            .sum()
+    }
+}
+
+fn pending(context: &Context, id: ObjectId) -> Result<&[SignalInfo]> {
+    match context.find(Kind::PendingSignals, id) {
+        Some(record) => Ok(record.list()?),
+        None => Ok(&[]),
+    }
+}
+
+fn process<'c>(
+    context: &'c Context,
+    record: Record<'c>,
+    threads: Vec<RecordedThread<'c>>,
+) -> Result<RecordedProcess<'c>> {
+    let id = record.id();
+    let (fixed, directory) = record.fixed::<ProcessRecord>()?;
+    let mut process = RecordedProcess {
+        record: fixed,
+        directory,
+        threads: threads
+            .into_iter()
+            .map(|thread| (thread.tid(), thread))
+            .collect(),
+        actions: &[],
+        timers: TimersRecord::default(),
+        posix_timers: &[],
+        pending: pending(context, id)?,
+        rights: "",
+    };
+    if process.is_zombie() {
+        return Ok(process);
+    }
+    let bad = |kind, problem: &str| Error::Payload {
+        kind,
+        id,
+        problem: problem.into(),
+    };
+    let find = |kind| {
+        context
+            .find(kind, id)
+            .ok_or_else(|| bad(kind, "it is missing"))
+    };
+    if !process.threads.contains_key(&process.pid()) {
+        return Err(bad(Kind::Thread, "the main thread is missing").into());
+    }
+    process.actions = find(Kind::SignalHandlers)?.list()?;
+    if process.actions.len() != SIGNALS {
+        return Err(bad(Kind::SignalHandlers, "not one for each signal").into());
+    }
+    let (timers, posix_timers) = find(Kind::Timers)?.fixed_list::<TimersRecord, PosixTimer>()?;
+    process.timers = *timers;
+    process.posix_timers = posix_timers;
+    process.rights = std::str::from_utf8(find(Kind::Credentials)?.payload())
+        .map_err(|_| bad(Kind::Credentials, "not UTF-8"))?;
+    Ok(process)
+}
