@@ -526,6 +526,30 @@ fn delete_force_ends_all_processes_also_without_a_pid_namespace() {
 }
 
 #[test]
+fn a_container_with_a_checkpoint_can_be_ended_like_any_other() {
+    let containers = Containers::new();
+    let session = &containers.session;
+    let bundle = containers.script("bundle", "sleep 1000 & sleep 1000; wait");
+    // The copies that a checkpoint keeps are in the container's PID namespace, which ends only without them.
+    for end in [&["delete", "--force"][..], &["kill"]] {
+        let id = &unique(&format!("kept-{}", end[0]));
+        let pid = containers.start(id, &bundle);
+        session.run(&["checkpoint", id]).expect(DONE, "checkpoint");
+        let ended = match end {
+            ["kill"] => session.run(&["kill", id, "KILL"]),
+            _ => session.run(&[end, &[id]].concat()),
+        };
+        ended.expect(DONE, end[0]);
+        wait::until("it is dead", || !numbers::is_alive(pid));
+        session
+            .run(&["delete", "--force", id])
+            .expect(DONE, "delete --force");
+        assert_eq!(cgroups(id), [] as [PathBuf; 0]);
+        wait::until("its keeper has ended", || session.keepers().is_empty());
+    }
+}
+
+#[test]
 fn a_terminal_is_made_in_the_foreground() {
     let containers = Containers::new();
     let script = "test -t 0 && test -t 1 && test -t 2 && read line && echo got $line && exit 4";

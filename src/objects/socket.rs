@@ -44,6 +44,8 @@ pub struct State {
     pub role: Role,
     /// What waits to be read; of TCP only once both ends are known to be in the tree.
     pub queue: Vec<Message>,
+    /// Its peer is in the tree, of a unix connection.
+    pub inner: bool,
     /// Who its peer was when they were connected (`SO_PEERCRED`), of unix sockets.
     pub credentials: Option<Credentials>,
 }
@@ -199,6 +201,7 @@ fn capture_common(live: &Live<'_>, fd: BorrowedFd<'_>, sort: Sort) -> Result<Sta
         file: None,
         role: Role::Plain { ended: 0 },
         queue: Vec::new(),
+        inner: false,
         credentials: None,
     })
 }
@@ -249,7 +252,11 @@ impl State {
                 ..self.clone()
             });
         }
-        let options = Options::read(fd, self.sort).map_err(live.failed("getsockopt"))?;
+        let options = match self.role {
+            Role::Tcp(_) => self.options.read_again(fd, self.sort),
+            _ => Options::read(fd, self.sort),
+        };
+        let options = options.map_err(live.failed("getsockopt"))?;
         let state = Self {
             options,
             queue: Vec::new(),

@@ -12,7 +12,7 @@ use crate::objects::live::{Holder, Live};
 use crate::objects::model::{Common, Place};
 use crate::objects::socket_apply::apply;
 use crate::objects::socket_inside::Keeper;
-use crate::objects::socket_plan::{inner_tcp, plan};
+use crate::objects::socket_plan::{inner_tcp, mark_inner, plan};
 use crate::objects::tcp_queue::complete;
 
 /// Recorded sockets of this process, by number.
@@ -61,6 +61,7 @@ impl Recorded {
         };
         let ends = inner_tcp(&borrow(&recorded.states));
         let mut states = std::mem::take(&mut recorded.states);
+        mark_inner(states.values_mut());
         complete(&mut states, &ends, &BTreeMap::new(), |id| {
             recorded.duplicate(id)
         })

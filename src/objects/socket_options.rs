@@ -37,6 +37,23 @@ const IPV6: i32 = libc::IPPROTO_IPV6;
 const TCP: i32 = libc::IPPROTO_TCP;
 const UDP: i32 = libc::IPPROTO_UDP;
 
+/// Options that count only until a TCP connection is established: of one they are recorded, and not looked at again.
+const OF_SETUP: &[(i32, i32)] = &[
+    (SOCKET, libc::SO_REUSEADDR),
+    (SOCKET, libc::SO_REUSEPORT),
+    (SOCKET, libc::SO_BROADCAST),
+    (SOCKET, libc::SO_DONTROUTE),
+    (SOCKET, libc::SO_BINDTODEVICE),
+    (SOCKET, libc::SO_BUSY_POLL),
+    (IP, libc::IP_FREEBIND),
+    (IP, libc::IP_TRANSPARENT),
+    (IP, libc::IP_BIND_ADDRESS_NO_PORT),
+    (IPV6, libc::IPV6_V6ONLY),
+    (TCP, libc::TCP_SYNCNT),
+    (TCP, libc::TCP_DEFER_ACCEPT),
+    (TCP, libc::TCP_FASTOPEN),
+];
+
 /// Every option that is recorded. The numbers without a name in libc are those of `asm-generic/socket.h`,
 /// `linux/in.h`, `linux/in6.h`, `linux/tcp.h` and `linux/udp.h`.
 const KNOWN: &[Known] = &[
@@ -200,8 +217,29 @@ impl Sort {
 impl Options {
     /// Reads all options of a socket.
     pub(super) fn read(fd: BorrowedFd<'_>, sort: Sort) -> nix::Result<Self> {
+        Self::read_some(fd, sort, None)
+    }
+
+    /// Reads the options of a TCP connection that can matter still; the others as in `self`.
+    pub(super) fn read_again(&self, fd: BorrowedFd<'_>, sort: Sort) -> nix::Result<Self> {
+        Self::read_some(fd, sort, Some(self))
+    }
+
+    fn read_some(fd: BorrowedFd<'_>, sort: Sort, known: Option<&Self>) -> nix::Result<Self> {
         let mut values = Vec::with_capacity(256);
         for &Known(level, name, most, ..) in sort.options() {
+            if let Some(known) = known
+                && OF_SETUP.contains(&(level, name))
+            {
+                // The values are in the same order, and so far of the same lengths.
+                let rest = known.values.get(values.len()..).unwrap_or_default();
+                let length = match rest.first() {
+                    Some(&MISSING) | None => 0,
+                    Some(&length) => usize::from(length),
+                };
+                values.extend(rest.iter().take(1 + length));
+                continue;
+            }
             let mut value = [0; LONGEST];
             match option(fd, level, name, &mut value[..most]) {
                 Ok(length) => {
@@ -215,12 +253,13 @@ impl Options {
                 Err(error) => return Err(error),
             }
         }
-        let buffers = [
-            int_option(fd, SOCKET, libc::SO_SNDBUF)?,
-            int_option(fd, SOCKET, libc::SO_RCVBUF)?,
-        ];
         // Before Linux 5.14 there is no way to know: then sizes are taken as tuned by the kernel.
         let locks = int_option(fd, SOCKET, SO_BUF_LOCK).unwrap_or(0);
+        let size = |index: usize, name: i32| match known {
+            Some(known) if locks == 0 && known.locks == 0 => Ok(known.buffers[index]),
+            _ => int_option(fd, SOCKET, name),
+        };
+        let buffers = [size(0, libc::SO_SNDBUF)?, size(1, libc::SO_RCVBUF)?];
         Ok(Self {
             values,
             buffers,

@@ -122,6 +122,16 @@ pub(super) fn inner_tcp(recorded: &BTreeMap<ObjectId, &State>) -> BTreeMap<Objec
         .collect()
 }
 
+/// Marks the unix connections that have both ends in the tree, and are open in both directions.
+pub(super) fn mark_inner<'a>(states: impl Iterator<Item = &'a mut State>) {
+    let mut states: Vec<_> = states.collect();
+    let inodes: BTreeSet<u64> = states.iter().map(|state| state.inode).collect();
+    for state in &mut states {
+        state.inner = state.sort.kind != libc::SOCK_DGRAM
+            && matches!(state.role, Role::Unix { peer, ended: 0 } if inodes.contains(&peer));
+    }
+}
+
 struct Planner<'a> {
     recorded: &'a BTreeMap<ObjectId, &'a State>,
     now: &'a BTreeMap<ObjectId, &'a State>,
