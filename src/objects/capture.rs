@@ -125,7 +125,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
     let by_place: Vec<_> = ids
         .iter()
         .zip(&lives)
-        .map(|(id, live)| (*id, live.common, live.place()))
+        .map(|(id, live)| (Some(*id), live.common, live.place()))
         .collect();
     recorded.locks = find_locks(&by_place, &recorded.tables, &holders)?.0;
     records::write(context, recorded)?;
@@ -158,7 +158,7 @@ fn complete_sockets(
 }
 
 pub(super) fn find_locks(
-    descriptions: &[(ObjectId, super::model::Common, Place)],
+    descriptions: &[(Option<ObjectId>, super::model::Common, Place)],
     tables: &[Table<ObjectId>],
     holders: &BTreeMap<i32, Holder>,
 ) -> Result<(Vec<locks::Lock>, Vec<locks::Lock>), Error> {

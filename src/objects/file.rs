@@ -197,7 +197,13 @@ pub fn reopen(path: &str, common: &Common) -> Result<OwnedFd, Error> {
     if common.flags & libc::O_PATH != 0 {
         return open_flags(path, libc::O_PATH).map_err(own);
     }
-    let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_NOFOLLOW | libc::O_ASYNC;
+    // Only a name makes them mean something; O_TMPFILE has O_DIRECTORY in it.
+    let not = libc::O_CREAT
+        | libc::O_EXCL
+        | libc::O_TRUNC
+        | libc::O_NOFOLLOW
+        | libc::O_ASYNC
+        | libc::O_TMPFILE;
     open_flags(
         path,
         (common.flags & !not) | libc::O_NOCTTY | libc::O_NONBLOCK,

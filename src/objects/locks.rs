@@ -119,10 +119,10 @@ fn parse(line: &str) -> Option<Line<'_>> {
     })
 }
 
-/// The locks on the files of a tree: its own and those of others on the same files. `descriptions` are those it has,
-/// with the recorded (or to be recorded) id of each; `pids` the processes, each with those it shares its table with.
+/// The locks on the files of a tree: its own and those of others on the same files. `descriptions` are those it has, with
+/// the recorded (or to be recorded) id of each; locks of those without go when they are closed and count as neither.
 pub fn find(
-    descriptions: &[(ObjectId, Common, Place)],
+    descriptions: &[(Option<ObjectId>, Common, Place)],
     holders: &BTreeSet<i32>,
     slots: &[(Place, ObjectId)],
 ) -> Result<(Vec<Lock>, Vec<Lock>), Error> {
@@ -148,9 +148,10 @@ pub fn find(
         inodes.insert(key(common), inode);
         let info = Fdinfo::read(place.pid, place.fd)?;
         for line in info.lines("lock").filter_map(parse) {
-            let owner = match line.sort {
-                "FLOCK" => Owner::Flock(*id),
-                "OFDLCK" => Owner::Description(*id),
+            let owner = match (line.sort, id) {
+                ("FLOCK", Some(id)) => Owner::Flock(*id),
+                ("OFDLCK", Some(id)) => Owner::Description(*id),
+                ("FLOCK" | "OFDLCK", None) => Owner::Foreign,
                 _ => continue,
             };
             own.insert(Lock {
@@ -178,16 +179,10 @@ pub fn find(
                 let place = slots.iter().find(|(place, id)| {
                     place.pid == line.pid
                         && descriptions.iter().any(|(other, common, _)| {
-                            other == id && (common.dev, common.ino) == inode
+                            *other == Some(*id) && (common.dev, common.ino) == inode
                         })
                 });
-                let Some((place, _)) = place else {
-                    return Err(Error::Text {
-                        path: path.into(),
-                        problem: format!("lock of pid {} on a file it has not open", line.pid),
-                    });
-                };
-                own.insert(lock(Owner::Process(*place)));
+                own.extend(place.map(|(place, _)| lock(Owner::Process(*place))));
             }
             "POSIX" => {
                 foreign.insert(lock(Owner::Foreign));
@@ -204,6 +199,7 @@ pub fn find(
             }
         }
     }
+    own.retain(|lock| lock.owner != Owner::Foreign);
     Ok((own.into_iter().collect(), foreign.into_iter().collect()))
 }
 

@@ -323,7 +323,7 @@ fn observe_locks(
     let known: Vec<_> = observed
         .descriptions
         .iter()
-        .filter_map(|live| Some((live.is?, live.common, live.place)))
+        .map(|live| (live.is, live.common, live.place))
         .collect();
     let tables: Vec<Table<ObjectId>> = observed
         .tables

@@ -13,7 +13,7 @@ use super::capture::{Capture, check_threads, find_locks, holders};
 use super::fdinfo::Fdinfo;
 use super::file::Form;
 use super::live::{Glance, Holder, Live};
-use super::model::{Common, Description, ObjectId, Place, Recorded, Slot, Table};
+use super::model::{Common, Description, ObjectId, Place, Recorded, SETTABLE_FLAGS, Slot, Table};
 use super::pipe;
 use super::state::State;
 use super::{Error, epoll, eventfd, file, inotify, signalfd, socket_diag, timerfd};
@@ -54,6 +54,11 @@ pub fn verify(stopped: &Stopped<'_>, capture: &Capture) -> Result<Vec<Difference
     socket_diag::close();
     Ok(oracle.differences)
 }
+
+/// The flags that matter after open(2). The others (`O_NOFOLLOW`, `O_TMPFILE` …) are shown as well, but another description
+/// of the same file can't be given them again.
+const LASTING_FLAGS: i32 =
+    libc::O_ACCMODE | libc::O_PATH | libc::O_SYNC | libc::O_DSYNC | SETTABLE_FLAGS;
 
 struct Oracle<'a> {
     recorded: &'a Recorded,
@@ -223,10 +228,10 @@ impl Oracle<'_> {
             })?),
         };
         let mut differences = Vec::new();
-        let flags = info.octal("flags")? as i32 & !libc::O_CLOEXEC;
-        let recorded_flags = then.common.flags & !libc::O_CLOEXEC;
-        if flags != recorded_flags {
-            differences.push(format!("flags {flags:o} instead of {recorded_flags:o}"));
+        let flags = info.octal("flags")? as i32;
+        let (now, recorded) = (flags & LASTING_FLAGS, then.common.flags & LASTING_FLAGS);
+        if now != recorded {
+            differences.push(format!("flags {now:o} instead of {recorded:o}"));
         }
         let offset: i64 = info.number("pos")?;
         if then.common.offset >= 0 && offset != then.common.offset {
@@ -305,7 +310,8 @@ impl Oracle<'_> {
             .iter()
             .filter_map(|(id, then)| {
                 let place = self.recorded.places(*id).next()?;
-                self.is_open(place).then_some((*id, then.common, place))
+                self.is_open(place)
+                    .then_some((Some(*id), then.common, place))
             })
             .collect();
         let (now, _) = find_locks(&known, &self.recorded.tables, self.holders)?;
