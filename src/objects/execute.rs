@@ -112,7 +112,6 @@ pub fn execute(
     for pipe in &plan.pipes {
         refill(recorded, &reach, pipe)?;
     }
-    work.listen(recorded, plan)?;
     socket_apply::apply(&plan.sockets.changes, &reach, work.effects)?;
     for (id, change) in &plan.changes {
         apply(*id, change, &reach)?;
@@ -180,30 +179,6 @@ impl Work<'_, '_> {
         }
         for (pid, batch) in batches {
             self.run(pid, &batch)?;
-        }
-        Ok(())
-    }
-
-    /// Has new unix listeners listen once more, this time by their process: who listens is what clients are told.
-    fn listen(&mut self, recorded: &Recorded, plan: &Plan) -> Result<(), Error> {
-        for id in plan.sockets.make.keys() {
-            let State::Socket(state) = &recorded.descriptions[id].state else {
-                continue;
-            };
-            let (Some(backlog), Some(who)) = (state.unix_backlog(), state.credentials) else {
-                continue;
-            };
-            let mut places = recorded.places(*id);
-            let first = places.next();
-            let place = first.filter(|place| place.pid == who.pid);
-            let place = place.or_else(|| places.find(|place| place.pid == who.pid));
-            let Some(place) = place.or(first) else {
-                continue;
-            };
-            let mut batch = Batch::new();
-            let step = batch.call(libc::SYS_listen, &[place.fd.into(), backlog.into()]);
-            batch.must_succeed(step);
-            self.run(place.pid, &batch)?;
         }
         Ok(())
     }

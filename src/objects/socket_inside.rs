@@ -2,13 +2,14 @@
 //! `SO_PEERCRED` tells its peer (unix(7)).
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
-use super::Error;
 use super::live::Holder;
+use super::transfer::{self, Passage};
+use super::{Error, survey};
 use crate::freeze::{Batch, Stopped};
 use crate::kernel::socket::{self, Address};
 
@@ -28,6 +29,12 @@ pub trait Maker {
     /// # Errors
     /// As connect(2).
     fn connected(&mut self, pid: i32, kind: i32, to: &Address) -> Result<OwnedFd, Error>;
+
+    /// Lets a bound socket of ours listen.
+    ///
+    /// # Errors
+    /// As listen(2).
+    fn listen(&mut self, pid: i32, socket: BorrowedFd<'_>, backlog: u32) -> Result<(), Error>;
 }
 
 /// The processes of a stopped tree.
@@ -126,6 +133,36 @@ impl Maker for Inside<'_, '_> {
             errno: Errno::EBADF,
         })
     }
+
+    fn listen(&mut self, pid: i32, socket: BorrowedFd<'_>, backlog: u32) -> Result<(), Error> {
+        let run = |inside: &mut Self, batch: &Batch| {
+            let outputs = inside.stopped.run(Pid::from_raw(pid), batch)?;
+            match outputs.first_failure() {
+                None => Ok(outputs),
+                Some((step, errno)) => Err(transfer::failed(pid, step, errno)),
+            }
+        };
+        let mut batch = Batch::new();
+        let passage = Passage::open(&mut batch);
+        let outputs = run(self, &batch)?;
+        let holder = self.holders.get(&pid).ok_or(Error::Own {
+            call: "finding a process",
+            errno: Errno::ESRCH,
+        })?;
+        let landing = passage.send(&outputs, holder, &[socket])?;
+        // It arrives at the lowest free number and is moved to the next.
+        let open = survey::numbers(pid)?;
+        let number = (0..)
+            .filter(|fd| open.binary_search(fd).is_err())
+            .nth(1)
+            .unwrap_or(-1);
+        let mut batch = Batch::new();
+        landing.receive(&mut batch, number);
+        batch.call(libc::SYS_listen, &[number.into(), backlog.into()]);
+        batch.call(libc::SYS_close, &[number.into()]);
+        landing.close(&mut batch);
+        run(self, &batch).map(drop)
+    }
 }
 
 /// The keeper itself, where nobody asks for credentials.
@@ -137,9 +174,16 @@ impl Maker for Keeper {
         false
     }
 
-    fn pair(&mut self, _pid: i32, kind: i32) -> Result<(OwnedFd, OwnedFd), Error> {
-        socket::pair(kind).map_err(|errno| Error::Own {
-            call: "socketpair",
+    fn pair(&mut self, pid: i32, kind: i32) -> Result<(OwnedFd, OwnedFd), Error> {
+        let failed = |call| move |errno| Error::Own { call, errno };
+        socket::as_seen_by(pid, || socket::pair(kind))
+            .map_err(failed("entering the process's namespaces"))?
+            .map_err(failed("socketpair"))
+    }
+
+    fn listen(&mut self, _pid: i32, socket: BorrowedFd<'_>, backlog: u32) -> Result<(), Error> {
+        socket::listen(socket, backlog as i32).map_err(|errno| Error::Own {
+            call: "listen",
             errno,
         })
     }

@@ -20,8 +20,8 @@ use super::unix::{BoundFile, file_at, path_for_us};
 use super::{tcp, tcp_join};
 use crate::kernel::sock_diag::{SockDiag, state};
 use crate::kernel::socket::{
-    Address, accept, as_seen_by, bind, connect, create, listen, local_address, pair, peer_address,
-    poll, send, set_option,
+    Address, accept, as_seen_by, bind, connect, create, listen, local_address, peer_address, poll,
+    send, set_option,
 };
 
 /// How long a reset may take over the loopback interface.
@@ -105,7 +105,11 @@ pub fn make(
         })?;
         match *recipe {
             Recipe::Alone => {
-                made.insert(id, alone(record, home, recorded, reach)?);
+                let socket = alone(record, home, recorded, reach)?;
+                if let Some(backlog) = record.unix_backlog() {
+                    maker.listen(who_made(record, home, maker), socket.as_fd(), backlog)?;
+                }
+                made.insert(id, socket);
             }
             Recipe::Pair(other) => {
                 let (one, two) = match record.role {
@@ -136,12 +140,12 @@ pub fn make(
                 made.insert(server, server_end);
             }
             Recipe::PeerGone => {
-                let (one, two) = pair(record.sort.kind).map_err(own("socketpair"))?;
+                let (one, two) = maker.pair(who_made(record, home, maker), record.sort.kind)?;
                 fill(two.as_fd(), &record.queue, &Address::default()).map_err(own("sendmsg"))?;
                 made.insert(id, one);
             }
             Recipe::Reset => {
-                made.insert(id, reset(record)?);
+                made.insert(id, reset(record, home, maker)?);
                 effects.reset_connections += 1;
             }
         }
@@ -197,7 +201,10 @@ fn bind_and_listen(socket: BorrowedFd<'_>, record: &State) -> Result<(), Error> 
         bind(socket, &record.local).map_err(own("bind"))?;
     }
     match record.role {
-        Role::Listening { backlog, .. } => listen(socket, backlog as i32).map_err(own("listen")),
+        // A unix socket listens once its process does it.
+        Role::Listening { backlog, .. } if record.sort.family != libc::AF_UNIX => {
+            listen(socket, backlog as i32).map_err(own("listen"))
+        }
         _ => Ok(()),
     }
 }
@@ -319,9 +326,9 @@ pub fn condemn(sockets: &[OwnedFd]) -> Result<usize, Error> {
 }
 
 /// A connection that is reset: the next read says `ECONNRESET`.
-fn reset(record: &State) -> Result<OwnedFd, Error> {
+fn reset(record: &State, home: i32, maker: &mut dyn Maker) -> Result<OwnedFd, Error> {
     if record.sort.family == libc::AF_UNIX {
-        let (one, two) = pair(record.sort.kind).map_err(own("socketpair"))?;
+        let (one, two) = maker.pair(home, record.sort.kind)?;
         // A unix socket that is closed with something unread resets its peer (unix(7)).
         send(one.as_fd(), b"x", &Address::default(), None, &[]).map_err(own("sendmsg"))?;
         drop(two);
