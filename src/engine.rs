@@ -275,6 +275,18 @@ impl Engine {
         Ok(())
     }
 
+    /// Collects the deaths of shadows. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
+    /// going on: a tree with a PID namespace of its own that is killed does not end before.
+    pub fn collect_deaths(&self) {
+        let images = self
+            .checkpoints
+            .iter()
+            .flat_map(|checkpoint| &checkpoint.spaces);
+        for image in images {
+            image.shadow.is_alive();
+        }
+    }
+
     /// Whether the root of the tree lives.
     pub fn is_alive(&self) -> bool {
         self.tree.is_alive()

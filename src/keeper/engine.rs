@@ -53,6 +53,10 @@ impl Operations for Engine {
     fn is_alive(&self) -> bool {
         Engine::is_alive(self)
     }
+
+    fn collect_deaths(&mut self) {
+        Engine::collect_deaths(self);
+    }
 }
 
 fn info(info: engine::CheckpointInfo) -> CheckpointInfo {

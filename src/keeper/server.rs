@@ -21,7 +21,7 @@ use crate::keeper::protocol::{
     CheckpointInfo, Failure, Hello, Request, Response, VERSION, append, receive, send,
 };
 use crate::keeper::{Error, Identity, StateDirectory};
-use crate::kernel::pidfd;
+use crate::kernel::{disposition, pidfd};
 use crate::outcome::Report;
 
 /// How long a client may take to read an answer when the keeper ends.
@@ -53,6 +53,8 @@ pub trait Operations {
     fn held(&self) -> usize;
     /// Whether the tree still lives.
     fn is_alive(&self) -> bool;
+    /// A child or tracee has died: collects its death, without which its PID namespace does not end.
+    fn collect_deaths(&mut self);
 }
 
 enum Job {
@@ -66,6 +68,8 @@ enum Job {
     RootDied,
     /// `SIGTERM`: the keeper shall end.
     Terminate,
+    /// `SIGCHLD`: a shadow has died, perhaps because the tree is being ended.
+    ChildDied,
 }
 
 /// What the threads know of one another.
@@ -103,7 +107,7 @@ pub(super) fn serve<O: Operations>(
     attach: impl FnOnce() -> Result<O, Failure> + Send + 'static,
 ) -> Result<(), Error> {
     let signals =
-        block_sigterm().map_err(Error::io("cannot take signals for", directory.log_path()))?;
+        hold_signals().map_err(Error::io("cannot take signals for", directory.log_path()))?;
     let (jobs, queue) = channel();
     let shared = Arc::new(Shared {
         gate: Mutex::new(Gate {
@@ -206,11 +210,16 @@ fn watch(root: Identity) -> Result<OwnedFd, Failure> {
     }
 }
 
-fn block_sigterm() -> io::Result<SignalFd> {
+fn hold_signals() -> io::Result<SignalFd> {
+    disposition::tell_deaths_only()?;
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
+    set.add(Signal::SIGCHLD);
     set.thread_block()?;
-    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?)
+    Ok(SignalFd::with_flags(
+        &set,
+        SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
+    )?)
 }
 
 /// Takes connections until the tracer's end of `end` is closed.
@@ -221,7 +230,7 @@ fn listen(
     signals: &SignalFd,
     end: &UnixStream,
 ) -> io::Result<()> {
-    let mut watched = vec![end.as_fd(), listener.as_fd(), root.as_fd(), signals.as_fd()];
+    let mut watched = vec![end.as_fd(), listener.as_fd(), signals.as_fd(), root.as_fd()];
     loop {
         let mut polled: Vec<PollFd> = watched
             .iter()
@@ -241,13 +250,18 @@ fn listen(
                 Err(error) => tracing::warn!("cannot take a connection: {error}"),
             }
         }
-        // Each of these is told once: they stay readable.
+        if fired[2] {
+            while let Some(info) = signals.read_signal()? {
+                shared.tell(if info.ssi_signo == Signal::SIGCHLD as u32 {
+                    Job::ChildDied
+                } else {
+                    Job::Terminate
+                });
+            }
+        }
+        // Told once: it stays readable.
         if fired.get(3) == Some(&true) {
             watched.truncate(3);
-            shared.tell(Job::Terminate);
-        }
-        if fired.get(2) == Some(&true) {
-            watched.truncate(2);
             shared.tell(Job::RootDied);
         }
     }
@@ -448,6 +462,10 @@ fn carry_out<O: Operations>(
             (Some((reply, response)), end)
         }
         Job::Idle => (None, End::WithoutCheckpoints),
+        Job::ChildDied => {
+            operations.collect_deaths();
+            (None, End::Never)
+        }
         Job::RootDied => {
             tracing::info!("{} has ended", directory.label());
             (None, End::Now)

@@ -122,6 +122,8 @@ impl Operations for Fake {
     fn is_alive(&self) -> bool {
         self.alive
     }
+
+    fn collect_deaths(&mut self) {}
 }
 
 /// A process to keep, killed at the end.

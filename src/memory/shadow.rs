@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -21,6 +22,8 @@ pub struct Shadow {
     memory: File,
     /// `/proc/PID/pagemap` of it.
     pub pagemap: File,
+    /// Its death was seen and collected: from then on the PID may be another process's.
+    is_dead: AtomicBool,
 }
 
 impl Shadow {
@@ -55,12 +58,19 @@ impl Shadow {
             pid,
             memory: open("mem")?,
             pagemap: open("pagemap")?,
+            is_dead: AtomicBool::new(false),
         })
     }
 
-    /// Whether it is still there. Something in the container may have killed it.
+    /// Whether it is still there. Something in the container may have killed it, or the container was ended: its PID
+    /// namespace is not gone before the tracer has collected the deaths of all its tracees in there.
     pub fn is_alive(&self) -> bool {
-        !matches!(ptrace::poll(self.pid), Ok(Some(Event::Exited(_))) | Err(_))
+        if self.is_dead.load(Ordering::Relaxed) {
+            return false;
+        }
+        let has_died = matches!(ptrace::poll(self.pid), Ok(Some(Event::Exited(_))) | Err(_));
+        self.is_dead.store(has_died, Ordering::Relaxed);
+        !has_died
     }
 
     /// Reads ranges of the address space as they were, one after the other, into `buffer`.
@@ -87,8 +97,12 @@ impl Shadow {
 
     /// Kills it and collects its exit. Its parent still has to reap it.
     pub fn kill(&self) {
+        if !self.is_alive() {
+            return;
+        }
         let _ = nix::sys::signal::kill(self.pid, nix::sys::signal::SIGKILL);
         while !matches!(ptrace::wait(self.pid), Ok(Event::Exited(_)) | Err(_)) {}
+        self.is_dead.store(true, Ordering::Relaxed);
     }
 }
 
