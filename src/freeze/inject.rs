@@ -94,8 +94,8 @@ impl Stopped<'_> {
 
     /// Makes sure that a process has a window with a page store of at least `store` bytes.
     ///
-    /// A window that the program has unmapped is replaced. The first use in an address space costs two single steps
-    /// of injected calls and a batch.
+    /// A window that the program has unmapped is replaced. The first use in an address space costs two
+    /// injected calls and a batch.
     pub fn open_window(&mut self, pid: Pid, store: usize) -> Result<()> {
         if self.member(pid)?.window.is_some() {
             return Ok(());
@@ -244,11 +244,12 @@ impl Stopped<'_> {
             return Ok(());
         };
         target.hide();
-        // The runner can't unmap itself and come back, so this goes by single step.
+        // The runner can't unmap itself and come back.
         let place = target.bootstrap;
         let result = place.call(thread, &member.memory, libc::SYS_munmap, |_| {
             [target.address, target.window.len() as u64, 0, 0, 0, 0]
         })?;
+        Bootstrap::leave_call(thread)?;
         place.erase(&member.memory)?;
         result.map(drop).map_err(|errno| Error::Call {
             pid,
@@ -276,6 +277,7 @@ fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<
         mask,
         flags,
         home,
+        done: 0,
     };
     target
         .window
@@ -287,7 +289,7 @@ fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<
     target.window.write(DATA_OFFSET, &data);
 
     thread.state.mask_differs = true;
-    ptrace::set_signal_mask(tid, u64::MAX).context(|| format!("block signals of {tid}"))?;
+    ptrace::set_signal_mask(tid, runner::BLOCKED).context(|| format!("block signals of {tid}"))?;
     let mut start = registers;
     start.rip = target.address;
     start.rsp = target.address_of(STEPS_OFFSET);
@@ -297,7 +299,15 @@ fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<
     ptrace::set_registers(tid, &start).context(|| format!("set registers of {tid}"))?;
     ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
     let born = await_trap(thread)?;
-
+    let mut control = control;
+    target.window.read(CODE_SIZE, control.as_mut_bytes());
+    if control.done == 0 {
+        // Somebody has sent it this very signal.
+        return Err(Error::Unexpected {
+            tid,
+            event: "a SIGTRAP of its own".into(),
+        });
+    }
     let mut results = vec![Step::default(); steps.len()];
     target.window.read(STEPS_OFFSET, results.as_mut_bytes());
     target.window.read(DATA_OFFSET, &mut data);
@@ -398,7 +408,7 @@ impl Bootstrap {
         Ok(Self { address })
     }
 
-    /// Makes one system call by single step. `arguments` is given the address of the window's name.
+    /// Makes one system call between two stops. `arguments` is given the address of the window's name.
     fn call(
         &self,
         thread: &mut Thread,
@@ -434,23 +444,9 @@ impl Bootstrap {
         ptrace::set_signal_mask(tid, u64::MAX).context(|| format!("block signals of {tid}"))?;
         thread.state.registers_differ = true;
         ptrace::set_registers(tid, &call).context(|| format!("set registers of {tid}"))?;
-        ptrace::step(tid).context(|| format!("step {tid}"))?;
-        loop {
-            match wait(tid)? {
-                Event::Signal(libc::SIGTRAP) => break,
-                Event::Interrupted => ptrace::step(tid).context(|| format!("step {tid}"))?,
-                Event::Signal(libc::SIGSTOP) => {
-                    thread.state.owed = Some(libc::SIGSTOP);
-                    ptrace::step(tid).context(|| format!("step {tid}"))?;
-                }
-                Event::Exited(_) => return Err(Error::Gone(tid)),
-                event => {
-                    return Err(Error::Unexpected {
-                        tid,
-                        event: format!("{event:?}"),
-                    });
-                }
-            }
+        // It stops at the beginning of the call and at its end.
+        for _ in 0..2 {
+            self.await_call(thread)?;
         }
         let result = ptrace::registers(tid)
             .context(|| format!("registers of {tid}"))?
@@ -461,6 +457,41 @@ impl Bootstrap {
         } else {
             Ok(result)
         })
+    }
+
+    /// Runs the thread to the beginning or end of a call.
+    fn await_call(&self, thread: &mut Thread) -> Result<()> {
+        let tid = thread.tid;
+        loop {
+            ptrace::run_to_call(tid).context(|| format!("run {tid} to a call"))?;
+            match wait(tid)? {
+                Event::Signal(libc::SIGTRAP) => return Ok(()),
+                Event::Interrupted => {}
+                Event::Signal(libc::SIGSTOP) => thread.state.owed = Some(libc::SIGSTOP),
+                Event::Exited(_) => return Err(Error::Gone(tid)),
+                event => {
+                    return Err(Error::Unexpected {
+                        tid,
+                        event: format!("{event:?}"),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Takes a thread from the end of a call to where it looks whether the call that the program was in is to be
+    /// restarted, which it does for other stops only.
+    fn leave_call(thread: &Thread) -> Result<()> {
+        let tid = thread.tid;
+        ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
+        loop {
+            ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+            match wait(tid)? {
+                Event::Interrupted => return Ok(()),
+                Event::Exited(_) => return Err(Error::Gone(tid)),
+                _ => {}
+            }
+        }
     }
 
     fn erase(&self, memory: &std::fs::File) -> Result<()> {

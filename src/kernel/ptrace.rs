@@ -82,9 +82,10 @@ pub fn resume(tid: Pid, signal: i32) -> Result<()> {
     request(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
 }
 
-/// Lets a stopped task execute one instruction.
-pub fn step(tid: Pid) -> Result<()> {
-    request(libc::PTRACE_SINGLESTEP, tid, 0, 0).map(drop)
+/// Lets a stopped task run to the next beginning or end of a system call, which are both reported as `SIGTRAP` (not a
+/// signal: the task's action for it does not matter).
+pub fn run_to_call(tid: Pid) -> Result<()> {
+    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
 }
 
 /// Detaches from a stopped task, which runs on, delivering `signal` if it is not 0.

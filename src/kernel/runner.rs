@@ -2,7 +2,7 @@
 //!
 //! The window, a shared mapping of which keeper and target both have a view, begins with [`CODE_SIZE`] bytes of
 //! code, then a [`Control`] block, then steps and data. The runner executes system calls and memory copies, stops
-//! with `int3` for its tracer, and when it is resumed, or finds its tracer dead instead, puts back the thread's
+//! with a signal to itself for its tracer, and when it is resumed, or finds its tracer dead instead, puts back the thread's
 //! signal mask, flags and registers and jumps to where the thread was. It uses general registers only, so the
 //! extended state of the thread stays as it is, and no stack but the window's.
 #![allow(unsafe_code)]
@@ -71,7 +71,15 @@ global_asm!(
     "9:  mov eax, [rip + snapback_runner_start + {liveness}]",
     "    test eax, {owner_died}",
     "    jnz 7f",
-    "    int3",
+    // Not `int3`: the kernel forces the signal of a trap, and for that sets its action to the default if the signal is
+    // blocked or ignored. A signal that is sent reaches the tracer first and leaves the action alone.
+    "    mov eax, {sys_gettid}",
+    "    syscall",
+    "    mov edi, eax",
+    "    mov esi, {sigtrap}",
+    "    mov eax, {sys_tkill}",
+    "    mov dword ptr [rip + snapback_runner_start + {control} + {done}], 1",
+    "    syscall",
     "7:  mov eax, {sys_rt_sigprocmask}",
     "    mov edi, 2",
     "    lea rsi, [rip + snapback_runner_start + {control} + {mask}]",
@@ -110,6 +118,10 @@ global_asm!(
     required = const REQUIRED,
     step_size = const size_of::<Step>(),
     owner_died = const OWNER_DIED,
+    done = const std::mem::offset_of!(Control, done),
+    sigtrap = const libc::SIGTRAP,
+    sys_gettid = const libc::SYS_gettid,
+    sys_tkill = const libc::SYS_tkill,
     sys_rt_sigprocmask = const libc::SYS_rt_sigprocmask,
 );
 
@@ -177,7 +189,12 @@ pub struct Control {
     pub flags: u64,
     /// The registers to go home with, `rip` last.
     pub home: [u64; 17],
+    /// Set by the runner to 1 before it stops.
+    pub done: u64,
 }
+
+/// The signals that are blocked while the runner runs: all but the one by which it stops.
+pub const BLOCKED: u64 = !(1 << (libc::SIGTRAP - 1));
 
 /// The registers a thread goes home with if its tracer dies: those of `regs`, with the restart of an interrupted
 /// system call done here, since the kernel only does it on the way out of that call.

@@ -190,6 +190,26 @@ fn dispositions_come_back() {
 }
 
 #[test]
+fn running_code_in_a_process_leaves_its_actions_alone() {
+    let question = r#"open my $f, "/proc/self/status"; local $/; <$f> =~ /(SigBlk.*?)Cap/s ? $1 =~ s/\s+/ /gr : 0"#;
+    for action in ["'IGNORE'", "sub {}", "'DEFAULT'"] {
+        let mut subject = Subject::start();
+        subject.ask(&format!(
+            "$SIG{{TRAP}} = {action}; $SIG{{ILL}} = {action}; 1"
+        ));
+        let before = subject.ask(question);
+        let context = subject.checkpoint();
+        assert_eq!(subject.ask(question), before);
+        subject.roll_back(&context);
+        let pid = subject.pid();
+        let mut stopped = subject.stop();
+        stopped.close_window(pid).expect("close the window");
+        stopped.resume().expect("resume");
+        assert_eq!(subject.ask(question), before);
+    }
+}
+
+#[test]
 fn soft_limits_come_back() {
     // getrlimit and setrlimit by number: there is no wrapper in core Perl.
     let question = "my $r = pack 'QQ', 0, 0; syscall(97, 7, $r); (unpack 'QQ', $r)[0]";
