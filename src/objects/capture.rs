@@ -28,16 +28,21 @@ pub struct Capture {
     pub pins: BTreeMap<ObjectId, OwnedFd>,
 }
 
-/// The living processes of a stopped tree.
-pub(super) fn holders(stopped: &Stopped<'_>) -> BTreeMap<i32, Holder> {
+/// The living processes of a stopped tree, with the names they are known by.
+pub(super) fn holders(
+    stopped: &Stopped<'_>,
+    names: &BTreeMap<i32, String>,
+) -> BTreeMap<i32, Holder> {
     stopped
         .processes()
         .filter(|process| !process.is_zombie())
         .map(|process| {
-            (
-                process.pid.as_raw(),
-                Holder::new(process.pid.as_raw(), &process.comm()),
-            )
+            let pid = process.pid.as_raw();
+            let holder = match names.get(&pid) {
+                Some(name) => Holder::new(pid, name),
+                None => Holder::new(pid, &process.comm()),
+            };
+            (pid, holder)
         })
         .collect()
 }
@@ -45,12 +50,17 @@ pub(super) fn holders(stopped: &Stopped<'_>) -> BTreeMap<i32, Holder> {
 /// Records all descriptors of a stopped tree, or refuses by name what can't be recorded. Changes nothing in the tree.
 pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Capture, Error> {
     check_threads(stopped)?;
-    let holders = holders(stopped);
+    let holders = holders(stopped, &BTreeMap::new());
     let tables = sharing(&holders)?;
-    let found = survey(stopped, &tables, |_, _| Expected {
-        id: None,
-        ask: Ask::No,
-    })?;
+    let found = survey(
+        stopped,
+        &tables,
+        |_| Vec::new(),
+        |_, _| Expected {
+            id: None,
+            ask: Ask::No,
+        },
+    )?;
     let lives = lives(&holders, &found)?;
     let mut states = Vec::with_capacity(lives.len());
     for live in &lives {

@@ -84,7 +84,7 @@ pub fn execute(
     if plan.is_empty() {
         return Ok(effects);
     }
-    let holders = holders(stopped);
+    let holders = holders(stopped, &capture.recorded.names);
     let mut work = Work {
         stopped,
         holders: &holders,
@@ -100,14 +100,9 @@ pub fn execute(
     drop(made);
 
     let recorded = &capture.recorded;
-    let places = recorded
-        .descriptions
-        .keys()
-        .filter_map(|id| Some((*id, recorded.places(*id).next()?)))
-        .collect();
     let reach = Reach {
         holders: &holders,
-        places,
+        places: recorded.first_places(),
     };
     for pipe in &plan.pipes {
         refill(recorded, &reach, pipe)?;

@@ -172,6 +172,21 @@ impl Recorded {
         })
     }
 
+    /// The first place of every description.
+    pub fn first_places(&self) -> BTreeMap<ObjectId, Place> {
+        let mut places = BTreeMap::new();
+        for table in &self.tables {
+            for slot in &table.slots {
+                let place = Place {
+                    pid: table.pid(),
+                    fd: slot.fd,
+                };
+                places.entry(slot.description).or_insert(place);
+            }
+        }
+        places
+    }
+
     /// The sockets.
     pub fn sockets(&self) -> BTreeMap<ObjectId, &socket::State> {
         let sockets =

@@ -1,6 +1,6 @@
 //! What is there now of all that was recorded. The hot path of a rollback.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nix::unistd::Pid;
 
@@ -25,14 +25,20 @@ use crate::outcome::Refusal;
 /// Looks at the descriptors of a stopped tree whose recorded processes are all there. Changes nothing.
 pub fn observe(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Observed, Error> {
     let recorded = &capture.recorded;
-    let holders = holders(stopped);
+    let holders = holders(stopped, &recorded.names);
     check_sharing(recorded, &holders)?;
     let tables: Vec<Vec<i32>> = recorded
         .tables
         .iter()
         .map(|table| table.holders.clone())
         .collect();
-    let found = survey(stopped, &tables, |table, fd| expected(recorded, table, fd))?;
+    let guess = |table: usize| {
+        let slots = &recorded.tables[table].slots;
+        slots.iter().map(|slot| slot.fd).collect()
+    };
+    let found = survey(stopped, &tables, guess, |table, fd| {
+        expected(recorded, table, fd)
+    })?;
     let lives = lives(&holders, &found)?;
 
     let mut failed = Ok(());
@@ -189,6 +195,11 @@ fn observe_pipes(
             ends.entry(live.common.inode()).or_default().push(live);
         }
     }
+    let recorded_ends = recorded.descriptions.values();
+    let readable: BTreeSet<Inode> = recorded_ends
+        .filter(|end| matches!(end.state, State::Pipe(_)) && end.common.can_read())
+        .map(|end| end.common.inode())
+        .collect();
     let mut pipes = BTreeMap::new();
     for (inode, ends) in ends {
         let Some(Pipe {
@@ -203,10 +214,7 @@ fn observe_pipes(
             None => pipe::capacity(ends[0].duplicate()?)?,
         };
         let is_empty = ends.iter().any(|live| live.glance.unread == Some(0));
-        let is_reader = |end: &Description| end.common.inode() == inode && end.common.can_read();
-        let content = if (is_empty && then.bytes.is_empty())
-            || !recorded.descriptions.values().any(is_reader)
-        {
+        let content = if (is_empty && then.bytes.is_empty()) || !readable.contains(&inode) {
             pipe::Content::default()
         } else if let Some(live) = ends.iter().find(|live| live.common.can_read()) {
             pipe::content(live.duplicate()?)?

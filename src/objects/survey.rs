@@ -6,6 +6,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use super::Error;
@@ -229,16 +230,46 @@ pub fn numbers(pid: i32) -> Result<Vec<i32>, Error> {
     Ok(numbers)
 }
 
-/// Looks at all numbers of one table.
+/// How many numbers of a process are open: the size of `/proc/PID/fd` (Linux 6.2). `None` if the kernel does not tell.
+fn open_count(pid: i32) -> Option<usize> {
+    let count = std::fs::metadata(format!("/proc/{pid}/fd")).ok()?.len();
+    usize::try_from(count).ok().filter(|count| *count > 0)
+}
+
+/// What was found of one table, and its `RLIMIT_NOFILE`.
+type Look = (Vec<Sighting>, u64);
+
+/// Looks at all numbers of one table. If as many are open as are expected, those are looked at first, and unless one of
+/// them turns out to be closed there is no need to list them.
 fn look(
     stopped: &mut Stopped<'_>,
     pid: i32,
+    guess: &[i32],
     expected: impl Fn(i32) -> Expected,
-) -> Result<(Vec<Sighting>, u64), Error> {
-    let mut sightings = Vec::new();
+) -> Result<Look, Error> {
+    if open_count(pid) == Some(guess.len())
+        && let Some(found) = look_at(stopped, pid, guess, &expected)?
+    {
+        return Ok(found);
+    }
+    look_at(stopped, pid, &numbers(pid)?, &expected)?.ok_or_else(|| Error::Descriptor {
+        what: "an open number".into(),
+        pid,
+        call: "F_GETFD",
+        errno: Errno::EBADF,
+    })
+}
+
+/// Looks at some numbers of a table; `None` if one of them is closed.
+fn look_at(
+    stopped: &mut Stopped<'_>,
+    pid: i32,
+    numbers: &[i32],
+    expected: impl Fn(i32) -> Expected,
+) -> Result<Option<Look>, Error> {
+    let mut sightings = Vec::with_capacity(numbers.len());
     let mut limit = None;
-    let open = numbers(pid)?;
-    let mut rest = open.iter().copied().peekable();
+    let mut rest = numbers.iter().copied().peekable();
     while limit.is_none() || rest.peek().is_some() {
         let mut batch = Batch::new();
         let limit_room = batch.output(16);
@@ -255,10 +286,13 @@ fn look(
         let outputs = stopped.run(Pid::from_raw(pid), &batch)?;
         limit = Some(word(outputs.bytes(&limit_room)));
         for asked in &asked {
+            if outputs.result(asked.flags) == Err(Errno::EBADF) {
+                return Ok(None);
+            }
             sightings.push(asked.read(pid, &outputs)?);
         }
     }
-    Ok((sightings, limit.unwrap_or(u64::MAX)))
+    Ok(Some((sightings, limit.unwrap_or(u64::MAX))))
 }
 
 /// The file tables of these processes: which of them share one.
@@ -289,16 +323,19 @@ pub fn sharing(holders: &BTreeMap<i32, Holder>) -> Result<Vec<Vec<i32>>, Error> 
     Ok(tables)
 }
 
-/// Looks at the given tables, each named by the processes that share it.
+/// Looks at the given tables, each named by the processes that share it; `guess` are the numbers that are likely to be
+/// open.
 pub fn survey(
     stopped: &mut Stopped<'_>,
     tables: &[Vec<i32>],
+    guess: impl Fn(usize) -> Vec<i32>,
     expected: impl Fn(usize, i32) -> Expected,
 ) -> Result<Survey, Error> {
     let mut all = Vec::new();
     let mut survey = Survey::default();
     for (index, holders) in tables.iter().enumerate() {
-        let (sightings, limit) = look(stopped, holders[0], |fd| expected(index, fd))?;
+        let (sightings, limit) =
+            look(stopped, holders[0], &guess(index), |fd| expected(index, fd))?;
         survey.limits.push(limit);
         all.extend(sightings.into_iter().map(|sighting| (index, sighting)));
         survey.tables.push(Table {

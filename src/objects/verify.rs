@@ -38,10 +38,11 @@ impl std::fmt::Display for Difference {
 /// Compares all descriptors of a stopped tree with the records.
 pub fn verify(stopped: &Stopped<'_>, capture: &Capture) -> Result<Vec<Difference>, Error> {
     check_threads(stopped)?;
-    let holders = holders(stopped);
+    let holders = holders(stopped, &capture.recorded.names);
     let mut oracle = Oracle {
         recorded: &capture.recorded,
         holders: &holders,
+        places: capture.recorded.first_places(),
         differences: Vec::new(),
     };
     for table in &capture.recorded.tables {
@@ -63,6 +64,8 @@ const LASTING_FLAGS: i32 =
 struct Oracle<'a> {
     recorded: &'a Recorded,
     holders: &'a BTreeMap<i32, Holder>,
+    /// The first place of every description.
+    places: BTreeMap<ObjectId, Place>,
     differences: Vec<Difference>,
 }
 
@@ -150,7 +153,7 @@ impl Oracle<'_> {
 
     /// That a number has its description and not that of a neighbour.
     fn description_at(&mut self, slot: &Slot<ObjectId>, place: Place) -> Result<(), Error> {
-        let first = self.recorded.places(slot.description).next();
+        let first = self.places.get(&slot.description).copied();
         if let Some(first) = first
             && first != place
             && self.is_open(first)
@@ -173,12 +176,8 @@ impl Oracle<'_> {
     fn descriptions(&mut self) -> Result<(), Error> {
         let mut by_inode: BTreeMap<(u64, u64), Vec<Place>> = BTreeMap::new();
         for (id, description) in &self.recorded.descriptions {
-            let Some(place) = self
-                .recorded
-                .places(*id)
-                .next()
-                .filter(|place| self.is_open(*place))
-            else {
+            let place = self.places.get(id).copied();
+            let Some(place) = place.filter(|place| self.is_open(*place)) else {
                 continue;
             };
             by_inode
@@ -271,7 +270,7 @@ impl Oracle<'_> {
                     matches!(end.state, State::Pipe(_)) && end.common.inode() == *inode
                 })
                 .filter_map(|(id, end)| {
-                    let place = self.recorded.places(*id).next()?;
+                    let place = *self.places.get(id)?;
                     self.is_open(place)
                         .then_some((place, end.common.can_read()))
                 })
@@ -309,7 +308,7 @@ impl Oracle<'_> {
             .descriptions
             .iter()
             .filter_map(|(id, then)| {
-                let place = self.recorded.places(*id).next()?;
+                let place = *self.places.get(id)?;
                 self.is_open(place)
                     .then_some((Some(*id), then.common, place))
             })
