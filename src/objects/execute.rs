@@ -5,15 +5,15 @@
 //! they refer to is as recorded. Duplicates of ours are gone when this returns.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use super::capture::{Capture, holders};
-use super::file;
 use super::live::Holder;
-use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Source};
+use super::make::{adopt, in_proc, make_pipe_end, open_file};
+use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded};
 use super::plan::{PipePlan, Plan, Settle, homes};
 use super::socket_inside::Inside;
 use super::state::{Change, State};
@@ -21,8 +21,6 @@ use super::table::TablePlan;
 use super::transfer::{self, Passage};
 use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make};
 use crate::freeze::{Batch, Stopped};
-use crate::kernel::pidfd;
-use crate::kernel::socket::{SO_COOKIE, u64_option};
 
 /// What carrying out a plan did that users are told of.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -421,124 +419,6 @@ fn set_owner(batch: &mut Batch, fd: i32, owner: Owner) {
         let step = batch.call(libc::SYS_fcntl, &[fd.into(), command.into(), argument]);
         batch.must_succeed(step);
     }
-}
-
-fn in_proc(place: &Place) -> String {
-    format!("/proc/{}/fd/{}", place.pid, place.fd)
-}
-
-fn open_file(
-    capture: &Capture,
-    id: ObjectId,
-    description: &Description,
-    state: &file::State,
-    source: &Source,
-) -> Result<OwnedFd, Error> {
-    let common = &description.common;
-    let gone = || own("open")(Errno::ENOENT);
-    let through =
-        |fd: BorrowedFd<'_>| file::reopen(&format!("/proc/self/fd/{}", fd.as_raw_fd()), common);
-    match (source, state.form) {
-        (Source::New, file::Form::Process(pid)) => {
-            pidfd::open(Pid::from_raw(pid)).map_err(own("pidfd_open"))
-        }
-        (Source::Pin, _) => through(capture.pins.get(&id).ok_or_else(gone)?.as_fd()),
-        (Source::Path(pid), _) => {
-            let at = file::locate(*pid, &state.path, common).ok_or_else(gone)?;
-            if common.flags & libc::O_PATH != 0 {
-                Ok(at)
-            } else {
-                through(at.as_fd())
-            }
-        }
-        (Source::Inode(place), _) => file::reopen(&in_proc(place), common),
-        (Source::New | Source::Nowhere(_), _) => Err(gone()),
-    }
-}
-
-/// Makes an end of a pipe: of one that is still open somewhere, or of a new one, made with the first of its ends.
-fn make_pipe_end(
-    capture: &Capture,
-    description: &Description,
-    source: &Source,
-    made: &mut BTreeMap<Inode, (OwnedFd, OwnedFd)>,
-) -> Result<OwnedFd, Error> {
-    let common = &description.common;
-    let access = common.flags & libc::O_ACCMODE;
-    let State::Pipe(state) = &description.state else {
-        return Err(own("open")(Errno::EINVAL));
-    };
-    match source {
-        Source::Inode(place) => pipe::open(&in_proc(place), access),
-        Source::Path(pid) => {
-            let path = state.fifo.as_deref().unwrap_or_default();
-            let at = file::locate(*pid, path, common).ok_or_else(|| own("open")(Errno::ENOENT))?;
-            pipe::open(&format!("/proc/self/fd/{}", at.as_raw_fd()), access)
-        }
-        Source::New | Source::Pin | Source::Nowhere(_) => {
-            let inode = common.inode();
-            if !made.contains_key(&inode) {
-                let recorded = capture.recorded.pipes.get(&inode);
-                let recorded = recorded.ok_or_else(|| own("pipe2")(Errno::ENOENT))?;
-                made.insert(inode, pipe::make(recorded)?);
-            }
-            let any = made[&inode].0.as_raw_fd();
-            pipe::open(&format!("/proc/self/fd/{any}"), access)
-        }
-    }
-}
-
-/// Learns the identity of what was made anew.
-fn adopt(
-    recorded: &mut Recorded,
-    made: &BTreeMap<ObjectId, OwnedFd>,
-    plan: &Plan,
-) -> Result<(), Error> {
-    let mut moved: BTreeMap<Inode, Inode> = BTreeMap::new();
-    let mut sockets = BTreeMap::new();
-    for (id, _) in &plan.make {
-        let (Some(fd), Some(description)) = (made.get(id), recorded.descriptions.get_mut(id))
-        else {
-            continue;
-        };
-        let at = nix::sys::stat::fstat(fd.as_raw_fd()).map_err(own("fstat"))?;
-        let (then, now) = (description.common.inode(), (at.st_dev, at.st_ino));
-        if then == now {
-            continue;
-        }
-        (description.common.dev, description.common.ino) = now;
-        if let State::Socket(_) = &description.state {
-            let cookie = u64_option(fd.as_fd(), libc::SOL_SOCKET, SO_COOKIE);
-            sockets.insert(*id, (cookie.map_err(own("SO_COOKIE"))?, now.1));
-        }
-        moved.insert(then, now);
-        for watcher in recorded.descriptions.values_mut() {
-            let State::Epoll(state) = &mut watcher.state else {
-                continue;
-            };
-            for entry in state
-                .entries
-                .iter_mut()
-                .filter(|entry| entry.watches == Some(*id))
-            {
-                entry.inode = (epoll::kernel_device(now.0), now.1);
-            }
-        }
-    }
-    let mut states = BTreeMap::new();
-    for (id, description) in &mut recorded.descriptions {
-        if let State::Socket(state) = &mut description.state {
-            states.insert(*id, state);
-        }
-    }
-    plan.sockets.adopt(&mut states, &sockets);
-    for (then, now) in moved {
-        if let Some(mut pipe) = recorded.pipes.remove(&then) {
-            pipe.inode = now;
-            recorded.pipes.insert(now, pipe);
-        }
-    }
-    Ok(())
 }
 
 /// Puts back the content of a pipe that is still there.

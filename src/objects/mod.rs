@@ -34,6 +34,7 @@ pub mod file;
 pub mod inotify;
 pub mod live;
 pub mod locks;
+mod make;
 pub mod matching;
 pub mod model;
 pub mod observe;

@@ -236,12 +236,12 @@ impl Oracle<'_> {
         if then.common.offset >= 0 && offset != then.common.offset {
             differences.push(format!("offset {offset} instead of {}", then.common.offset));
         }
-        if let Some(at) = at {
-            if (at.dev(), at.ino()) != then.common.inode() {
-                let link = std::fs::read_link(&path).unwrap_or_default();
-                differences.push(format!("is {}", link.display()));
-                return Ok(differences);
-            }
+        if let Some(at) = at
+            && (at.dev(), at.ino()) != then.common.inode()
+        {
+            let link = std::fs::read_link(&path).unwrap_or_default();
+            differences.push(format!("is {}", link.display()));
+            return Ok(differences);
         }
         let common = Common {
             flags,
