@@ -35,6 +35,11 @@ impl Space {
     ) -> Result<()> {
         let pid = self.pid;
         let mut batch = Batch::new();
+        // The break goes down only while the heap is mapped, and up only where nothing else is: so once before, and
+        // once after.
+        if let Some(brk) = plan.brk {
+            batch.call(libc::SYS_brk, &[brk.into()]);
+        }
         for change in &plan.layout {
             if let LayoutChange::Unmap(span) = change {
                 batch.call(libc::SYS_munmap, &[span.start.into(), span.len().into()]);
