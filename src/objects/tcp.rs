@@ -24,12 +24,15 @@ pub struct Connection {
     pub unread: u32,
     /// Bytes not acknowledged by the peer.
     pub unsent: u32,
+    /// Of those, bytes that have not been sent at all.
+    pub not_sent: u32,
 }
 
 impl Connection {
-    /// Whether both directions are open and nothing is under way.
+    /// Whether both directions are open and nothing waits at this end. Bytes that were sent have left and are the
+    /// peer's; that it has not acknowledged them yet tells nothing, for it may put that off by 40 ms and more.
     pub(super) fn is_idle(&self) -> bool {
-        self.state == state::ESTABLISHED && self.unread == 0 && self.unsent == 0
+        self.state == state::ESTABLISHED && self.unread == 0 && self.not_sent == 0
     }
 
     /// Which directions are shut down, as `RCV_SHUTDOWN` (1) and `SEND_SHUTDOWN` (2): the peer's end shows by itself.
@@ -128,6 +131,7 @@ fn connection(fd: BorrowedFd<'_>) -> nix::Result<Connection> {
                 written: found.bytes_acked.wrapping_add(u64::from(unsent)),
                 unread,
                 unsent,
+                not_sent: found.not_sent,
             });
         }
     }
