@@ -8,6 +8,7 @@ use super::Error;
 use super::capture::{Capture, find_locks, holders, lives, owner};
 use super::file::{self, Form};
 use super::live::{Holder, Live};
+use super::locks;
 use super::matching::matching;
 use super::model::{
     Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source, Table,
@@ -73,7 +74,9 @@ pub fn observe(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Observed,
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;
     observe_gone(capture, &mut observed)?;
-    (observed.locks, observed.foreign_locks) = observe_locks(&observed, &holders)?;
+    if !recorded.locks.is_empty() || locks::any_held(&observed)? {
+        (observed.locks, observed.foreign_locks) = observe_locks(&observed, &holders)?;
+    }
     Ok(observed)
 }
 
