@@ -375,3 +375,7 @@ fn plan_pipes(recorded: &Recorded, observed: &Observed, plan: &mut Plan) {
         });
     }
 }
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;
