@@ -62,7 +62,7 @@ impl Output {
 
     /// The 64-bit value that will be at byte `offset` (a multiple of 8).
     pub fn stored(&self, offset: usize) -> Arg {
-        assert!(offset + 8 <= self.0.len() && offset % 8 == 0);
+        assert!(offset + 8 <= self.0.len() && offset.is_multiple_of(8));
         Arg::Stored(self.0.start + offset)
     }
 }

@@ -192,7 +192,7 @@ pub fn pending_signals(tid: Pid, queue: Queue) -> Result<Vec<SignalInfo>> {
             count: BATCH as i32,
         };
         let got = request(
-            libc::PTRACE_PEEKSIGINFO as u32,
+            libc::PTRACE_PEEKSIGINFO,
             tid,
             &raw const arguments as usize,
             buffer.as_mut_ptr() as usize,

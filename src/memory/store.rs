@@ -8,7 +8,7 @@ use super::ranges::{Ranges, Span};
 
 /// Hashes page numbers: one multiplication mixes them enough.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct PageHasher(u64);
+pub(super) struct PageHasher(u64);
 
 impl Hasher for PageHasher {
     fn finish(&self) -> u64 {
@@ -25,11 +25,11 @@ impl Hasher for PageHasher {
 }
 
 /// Which pages of an address space, as of one checkpoint, are in the store, and in which slot.
-pub type Slots = HashMap<u64, u32, BuildHasherDefault<PageHasher>>;
+pub(super) type Slots = HashMap<u64, u32, BuildHasherDefault<PageHasher>>;
 
 /// Gives out the slots of a store, a page each.
 #[derive(Debug)]
-pub struct Store {
+pub(super) struct Store {
     capacity: u32,
     unused: u32,
     free: Vec<u32>,
@@ -37,7 +37,7 @@ pub struct Store {
 
 impl Store {
     /// An empty store of `bytes` bytes.
-    pub fn new(bytes: usize) -> Self {
+    pub(super) fn new(bytes: usize) -> Self {
         Self {
             capacity: (bytes as u64 / PAGE) as u32,
             unused: 0,
@@ -46,7 +46,7 @@ impl Store {
     }
 
     /// A slot, or `None` if the store is full. Consecutive calls on a fresh store give consecutive slots.
-    pub fn take(&mut self) -> Option<u32> {
+    pub(super) fn take(&mut self) -> Option<u32> {
         if self.unused < self.capacity {
             self.unused += 1;
             return Some(self.unused - 1);
@@ -55,19 +55,19 @@ impl Store {
     }
 
     /// Gives a slot back.
-    pub fn give_back(&mut self, slot: u32) {
+    pub(super) fn give_back(&mut self, slot: u32) {
         self.free.push(slot);
     }
 
     /// Bytes of slots in use.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         (u64::from(self.unused) - self.free.len() as u64) * PAGE
     }
 }
 
 /// A run of pages whose slots are consecutive too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
+pub(super) struct Run {
     /// The pages.
     pub span: Span,
     /// The slot of the first.
@@ -75,7 +75,7 @@ pub struct Run {
 }
 
 /// Cuts pages that all have slots into runs. Pages that have none are returned as the second value.
-pub fn runs(pages: &Ranges, slots: &Slots) -> (Vec<Run>, Ranges) {
+pub(super) fn runs(pages: &Ranges, slots: &Slots) -> (Vec<Run>, Ranges) {
     let mut runs: Vec<Run> = Vec::new();
     let mut missing = Ranges::new();
     for span in pages.spans() {

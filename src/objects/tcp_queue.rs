@@ -27,7 +27,7 @@ const TCP_REPAIR_OFF_NO_WP: i32 = -1;
 ///
 /// # Errors
 /// If the kernel refuses to tell.
-pub fn complete(
+pub(super) fn complete(
     states: &mut BTreeMap<ObjectId, State>,
     ends: &BTreeMap<ObjectId, ObjectId>,
     recorded: &BTreeMap<ObjectId, &State>,
