@@ -11,7 +11,7 @@ use super::socket;
 use super::state::State;
 use crate::outcome::Refusal;
 
-/// What stands in the way of something, for a [`Refusal`](crate::outcome::Refusal) whose holder is added later: the object
+/// What stands in the way of something, for a [`Refusal`] whose holder is added later: the object
 /// and the remedy.
 pub type Complaint = (String, String);
 

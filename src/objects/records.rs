@@ -217,7 +217,7 @@ fn bad(record: &Record<'_>, problem: &str) -> Error {
     .into()
 }
 
-/// Reads back what [`write`] wrote; the names of the processes are others' records.
+/// Reads back what [`write()`] wrote; the names of the processes are others' records.
 pub fn read(context: &Context) -> Result<Recorded, Error> {
     let mut recorded = Recorded::default();
     for record in context.records_of(Kind::Pipe) {
