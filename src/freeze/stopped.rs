@@ -118,6 +118,8 @@ pub struct Process {
     pub pid: Pid,
     /// Its parent's PID in our namespace.
     pub parent: Pid,
+    /// The signal by which job control had stopped it already.
+    pub job_control_stop: Option<i32>,
     /// Its threads, the leader first. Empty: it is a zombie.
     pub threads: Vec<Thread>,
 }
@@ -296,6 +298,7 @@ impl<'t> Stopped<'t> {
         self.processes.entry(pid).or_insert_with(|| Process {
             pid,
             parent,
+            job_control_stop: None,
             threads: Vec::new(),
         })
     }
@@ -336,14 +339,18 @@ impl<'t> Stopped<'t> {
         loop {
             match ptrace::poll(tid) {
                 Ok(Some(Event::Interrupted)) => {
-                    let threads = self
-                        .processes
-                        .get_mut(&pid)
-                        .into_iter()
-                        .flat_map(|process| &mut process.threads);
-                    threads
-                        .filter(|thread| thread.tid == tid)
-                        .for_each(|thread| thread.state.stopped = true);
+                    let Some(process) = self.processes.get_mut(&pid) else {
+                        return Ok(());
+                    };
+                    if tid == pid {
+                        let signal = ptrace::stop_signal(tid)
+                            .context(|| format!("the stop signal of {tid}"))?;
+                        process.job_control_stop = (signal != libc::SIGTRAP).then_some(signal);
+                    }
+                    let mut threads = process.threads.iter_mut();
+                    if let Some(thread) = threads.find(|thread| thread.tid == tid) {
+                        thread.state.stopped = true;
+                    }
                     return Ok(());
                 }
                 Ok(Some(Event::Exited(_))) | Err(_) => {

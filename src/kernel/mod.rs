@@ -8,6 +8,7 @@ pub mod keyring;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;
+pub mod namespaces;
 pub mod pagemap;
 pub mod pidfd;
 pub mod probe;

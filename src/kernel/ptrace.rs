@@ -204,6 +204,15 @@ pub fn pending_signals(tid: Pid, queue: Queue) -> Result<Vec<SignalInfo>> {
     }
 }
 
+/// The signal of the stop a task is in: after [`Event::Interrupted`] `SIGTRAP`, or that of job control which has stopped
+/// its process.
+pub fn stop_signal(tid: Pid) -> Result<i32> {
+    let mut info: SignalInfo = [0; SIGINFO_SIZE];
+    request(libc::PTRACE_GETSIGINFO, tid, 0, info.as_mut_ptr() as usize)?;
+    let [a, b, c, d, ..] = info;
+    Ok(i32::from_ne_bytes([a, b, c, d]))
+}
+
 /// Where a thread registered its restartable-sequences area (rseq(2), `struct ptrace_rseq_configuration`).
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use zerocopy::IntoBytes;
 
 use crate::freeze::{Stopped, refuse};
+use crate::kernel::namespaces::{self, Inodes};
 use crate::kernel::ptrace::{self, Queue};
 use crate::kernel::{pidfd, procfs, registers};
 use crate::record::{Context, Kind, ObjectId, ObjectKey};
@@ -64,7 +65,8 @@ fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
         session: stat.field(6) as i32,
         start_time: stat.start_time(),
         pidfd_inode,
-        zombie: u64::from(process.is_zombie()),
+        zombie: u32::from(process.is_zombie()),
+        job_control_stop: process.job_control_stop.unwrap_or(0),
     })
 }
 
@@ -110,13 +112,19 @@ fn capture_process(
         Some(process) => process.threads.iter().map(|thread| thread.tid).collect(),
         None => Vec::new(),
     };
+    let count = tids.len();
     for tid in tids {
         let state = if tid == pid {
             leader
         } else {
             probe::thread(stopped, pid, tid)?
         };
-        capture_thread(stopped, context, (pid, tid), id, state)?;
+        let namespaces = if looks_at_namespaces(pid, tid, count) {
+            namespaces_of(stopped, pid, tid)?
+        } else {
+            Inodes::default()
+        };
+        capture_thread(stopped, context, (pid, tid), id, state, namespaces)?;
     }
     Ok(())
 }
@@ -127,6 +135,7 @@ fn capture_thread(
     (pid, tid): (Pid, Pid),
     process_id: ObjectId,
     state: ThreadState,
+    namespaces: Inodes,
 ) -> Result<()> {
     let gone = crate::freeze::Error::Gone(tid);
     let thread = stopped
@@ -143,6 +152,7 @@ fn capture_thread(
         rseq_address: rseq.address,
         rseq_size: rseq.size,
         rseq_signature: rseq.signature,
+        namespaces,
         state,
     };
     let mut xstate = [0; XSTATE_ROOM];
@@ -159,6 +169,27 @@ fn capture_thread(
     context.put(Kind::Thread, id, &record, &xstate[..len])?;
     let private = ptrace::pending_signals(tid, Queue::Private).about(tid, "pending signals")?;
     put_pending(context, id, pid, &private)
+}
+
+/// Whether the namespaces of a thread are looked at, of a process that has `count`: of the main thread always, of others
+/// if they are few.
+fn looks_at_namespaces(pid: Pid, tid: Pid, count: usize) -> bool {
+    const FEW: usize = 16;
+    tid == pid || count <= FEW
+}
+
+/// The namespaces a thread lives in.
+pub(super) fn namespaces_of(stopped: &Stopped<'_>, pid: Pid, tid: Pid) -> Result<Inodes> {
+    let inodes = if tid == pid {
+        namespaces::of(stopped.member(pid)?.pidfd.as_fd(), pid)
+    } else {
+        match pidfd::open_thread(tid) {
+            Ok(pidfd) => namespaces::of(pidfd.as_fd(), tid),
+            // Before Linux 6.9. What comes next does without, if it gets any pidfd.
+            Err(_) => namespaces::of(stopped.member(pid)?.maps.as_fd(), tid),
+        }
+    };
+    inodes.about(tid, "namespaces")
 }
 
 /// Most queues are empty, and have no record.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use nix::unistd::{Pid, getpgid, getsid};
 
 use crate::freeze::{Arg, Batch, Stopped};
+use crate::kernel::namespaces::{Inodes, KINDS};
 use crate::kernel::procfs;
 use crate::outcome::Refusal;
 
@@ -139,6 +140,19 @@ fn check_family(
     if group.as_raw() != identity.group {
         return changed("its process group", identity.group, group.as_raw());
     }
+    let stop = stopped.process(pid).and_then(|live| live.job_control_stop);
+    if stop.unwrap_or(0) != identity.job_control_stop {
+        let words = |signal| match signal {
+            0 => "was running".to_owned(),
+            signal => format!("was stopped by signal {signal}"),
+        };
+        let remedy = format!(
+            "it {} at the checkpoint and {} now; stop it or let it go on (kill -STOP, kill -CONT), then try again",
+            words(identity.job_control_stop),
+            words(stop.unwrap_or(0)).replace("was", "is"),
+        );
+        return Err(refuse(process, "job control", remedy).into());
+    }
     let session = getsid(Some(pid)).about(pid, "session")?;
     if session.as_raw() != identity.session {
         return changed("its session", identity.session, session.as_raw());
@@ -178,6 +192,11 @@ fn observe(
             probe::thread(stopped, pid, *tid)?
         };
         check_thread_rights(process, *tid, &thread.record.state.rights, &state.rights)?;
+        let was = &thread.record.namespaces;
+        if *was != Inodes::default() {
+            let is = capture::namespaces_of(stopped, pid, *tid)?;
+            check_namespaces(process, *tid, was, &is)?;
+        }
         observed.threads.insert(*tid, state);
     }
     Ok(())
@@ -194,6 +213,24 @@ fn check_thread_rights(
     }
     let remedy = format!("they were {was:?} at the checkpoint and are {is:?} now; {TAKE_ANOTHER}");
     Err(refuse(process, format!("thread {tid}: its credentials"), remedy).into())
+}
+
+fn check_namespaces(
+    process: &RecordedProcess<'_>,
+    tid: Pid,
+    was: &Inodes,
+    is: &Inodes,
+) -> Result<()> {
+    let Some(((name, _), _)) = KINDS
+        .iter()
+        .zip(was.iter().zip(is))
+        .find(|(_, (was, is))| was != is)
+    else {
+        return Ok(());
+    };
+    let object = format!("thread {tid}: its {name} namespace");
+    let remedy = format!("it has left the one it was in at the checkpoint; {TAKE_ANOTHER}");
+    Err(refuse(process, object, remedy).into())
 }
 
 fn check_state(process: &RecordedProcess<'_>, live: &ProcessProbe) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::kernel::namespaces::Inodes;
 use crate::kernel::registers::WORDS;
 use crate::kernel::scheduling::{Attributes, Processors};
 
@@ -29,7 +30,9 @@ pub struct Identity {
     /// Inode of its pidfd, which no other process ever has (Linux 6.9); 0 for a zombie.
     pub pidfd_inode: u64,
     /// 1 if it had ended and waited to be reaped.
-    pub zombie: u64,
+    pub zombie: u32,
+    /// The signal by which job control had stopped it; 0 if it had not.
+    pub job_control_stop: i32,
 }
 
 /// The payload of a process record; the path of the working directory follows.
@@ -60,6 +63,8 @@ pub struct ProcessState {
     pub subreaper: u64,
     /// personality(2).
     pub personality: u64,
+    /// `PR_GET_THP_DISABLE`.
+    pub huge_pages_disabled: u64,
 }
 
 impl ProcessState {
@@ -118,6 +123,8 @@ pub struct ThreadRecord {
     pub rseq_size: u32,
     /// The signature before abort handlers.
     pub rseq_signature: u32,
+    /// The namespaces it lives in; all 0 if nobody looked.
+    pub namespaces: Inodes,
     /// What the thread itself was asked for.
     pub state: ThreadState,
 }
@@ -142,6 +149,8 @@ pub struct ThreadState {
     pub scheduling: Attributes,
     /// Processors it may run on.
     pub processors: Processors,
+    /// `PR_GET_KEEPCAPS`.
+    pub keep_capabilities: u64,
     /// TID in its own namespace.
     pub namespace_tid: u64,
     /// What can't be undone.
@@ -160,7 +169,7 @@ pub struct Rights {
     pub capabilities: [u32; 6],
     /// `PR_GET_NO_NEW_PRIVS`.
     pub no_new_privileges: u64,
-    /// `PR_GET_SECUREBITS`.
+    /// `PR_GET_SECUREBITS`, without that of `PR_GET_KEEPCAPS`.
     pub secure_bits: u64,
     /// `PR_GET_SECCOMP`.
     pub seccomp: u64,

@@ -62,6 +62,7 @@ struct ProcessSteps {
     stat_of_directory: StepId,
     umask: StepId,
     dumpable: StepId,
+    huge_pages: StepId,
     personality: StepId,
     needed: Vec<Named>,
 }
@@ -105,6 +106,7 @@ impl ProcessSteps {
         let step = prctl(batch, libc::PR_GET_CHILD_SUBREAPER, subreaper);
         needed.push((step, "prctl PR_GET_CHILD_SUBREAPER"));
         let dumpable = prctl(batch, libc::PR_GET_DUMPABLE, 0.into());
+        let huge_pages = prctl(batch, PR_GET_THP_DISABLE, 0.into());
         let personality = batch.call(libc::SYS_personality, &[0xffff_ffffu32.into()]);
         // It can't be read without being set.
         let umask = batch.call(libc::SYS_umask, &[0.into()]);
@@ -131,6 +133,7 @@ impl ProcessSteps {
             stat_of_directory,
             umask,
             dumpable,
+            huge_pages,
             personality,
             needed,
         }
@@ -147,6 +150,8 @@ impl ProcessSteps {
         state.umask = number(self.umask, "umask")?;
         state.dumpable = number(self.dumpable, "prctl PR_GET_DUMPABLE")?;
         state.personality = number(self.personality, "personality")?;
+        // EINVAL: a kernel without transparent huge pages.
+        state.huge_pages_disabled = done.result(self.huge_pages).unwrap_or(0);
         // Not even a deleted directory makes this fail, but one on a filesystem that has gone does.
         if done.result(self.stat_of_directory).is_ok() {
             state.directory = device_and_inode(done.bytes(&self.stats[0]));
@@ -296,12 +301,16 @@ impl ThreadSteps {
         state.rights.capabilities = fill(done.bytes(&self.capabilities));
         state.rights.no_new_privileges =
             number(self.no_new_privileges, "prctl PR_GET_NO_NEW_PRIVS")?;
-        state.rights.secure_bits = number(self.secure_bits, "prctl PR_GET_SECUREBITS")?;
+        let bits = number(self.secure_bits, "prctl PR_GET_SECUREBITS")?;
+        state.rights.secure_bits = bits & !SECBIT_KEEP_CAPS;
+        state.keep_capabilities = u64::from(bits & SECBIT_KEEP_CAPS != 0);
         state.rights.seccomp = number(self.seccomp, "prctl PR_GET_SECCOMP")?;
         Ok(state)
     }
 }
 
+const SECBIT_KEEP_CAPS: u64 = 1 << 4;
+const PR_GET_THP_DISABLE: i32 = 42;
 /// Linux 3.5, with `CONFIG_CHECKPOINT_RESTORE`.
 const PR_GET_TID_ADDRESS: i32 = 40;
 

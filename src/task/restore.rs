@@ -173,6 +173,19 @@ fn restore_process(
         let what = "prctl PR_SET_CHILD_SUBREAPER";
         steps.prctl(what, libc::PR_SET_CHILD_SUBREAPER, value);
     }
+    if was.huge_pages_disabled != live.state.huge_pages_disabled {
+        // What is read is the first argument and, since Linux 6.18, the flags in the second.
+        let disabled = was.huge_pages_disabled;
+        let [on, flags] = [disabled & 1, disabled & !1].map(Arg::from);
+        let arguments = [
+            libc::PR_SET_THP_DISABLE.into(),
+            on,
+            flags,
+            0.into(),
+            0.into(),
+        ];
+        steps.call("prctl PR_SET_THP_DISABLE", libc::SYS_prctl, &arguments);
+    }
     if was.personality != live.state.personality {
         let value = was.personality.into();
         steps.call("personality", libc::SYS_personality, &[value]);
@@ -294,6 +307,10 @@ fn restore_thread(
     if was.parent_death_signal != live.parent_death_signal {
         let signal = was.parent_death_signal.into();
         steps.prctl("prctl PR_SET_PDEATHSIG", libc::PR_SET_PDEATHSIG, signal);
+    }
+    if was.keep_capabilities != live.keep_capabilities {
+        let keep = was.keep_capabilities.into();
+        steps.prctl("prctl PR_SET_KEEPCAPS", libc::PR_SET_KEEPCAPS, keep);
     }
     let rseq = ptrace::rseq(tid).about(tid, "rseq configuration")?;
     let record = thread.record;

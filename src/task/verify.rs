@@ -307,6 +307,8 @@ fn verify_by_batch(
         );
         same("robust list", &was.robust_list, &live.robust_list);
         same("tid address", &[was.tid_address], &[live.tid_address]);
+        let (was_kept, is_kept) = (was.keep_capabilities, live.keep_capabilities);
+        same("capabilities kept", &[was_kept], &[is_kept]);
         same("timer slack", &[was.timer_slack], &[live.timer_slack]);
         let (was_signal, is_signal) = (was.parent_death_signal, live.parent_death_signal);
         same("parent death signal", &[was_signal], &[is_signal]);
@@ -334,6 +336,8 @@ fn verify_process_state(
     report.same("root directory", &was.root, &live.state.root);
     report.same("dumpable", &was.dumpable, &live.state.dumpable);
     report.same("child subreaper", &was.subreaper, &live.state.subreaper);
+    let (was_disabled, is_disabled) = (was.huge_pages_disabled, live.state.huge_pages_disabled);
+    report.same("huge pages disabled", &was_disabled, &is_disabled);
     report.same("personality", &was.personality, &live.state.personality);
     let timers = process.timers.interval.iter().zip(&live.timers.interval);
     for (timer, (was, is)) in timers.enumerate() {
