@@ -78,5 +78,6 @@ honesty_tests! {
     shared_file_map,
     stopped_child,
     sysv_memory,
+    vfork_waits,
     zombie_child,
 }
