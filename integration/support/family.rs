@@ -60,12 +60,15 @@ impl Family {
                 // It may be gone already; what counts is that the next look finds nobody.
                 let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             }
-            members.is_empty()
+            // A zombie that somebody still traces can't be reaped.
+            members.is_empty() && !matches!(self.child.try_wait(), Ok(None))
         });
-        let _ = self.child.wait();
-        if !gone && !std::thread::panicking() {
-            panic!("{:?} did not die", self.members());
-        }
+        assert!(
+            gone || std::thread::panicking(),
+            "{} did not die: {:?}",
+            self.pid(),
+            self.members()
+        );
     }
 }
 
