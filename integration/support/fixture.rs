@@ -202,6 +202,7 @@ pub(crate) fn rollback_run(program: &str) {
     let mut session = Session::new();
     let mut fixture = Fixture::start(program);
     session.checkpoint(fixture.pid());
+    fixture.verify("after the checkpoint");
     fixture.mutate();
     session.rollback(fixture.pid());
     fixture.verify("after the first rollback");
