@@ -19,13 +19,12 @@ fn keeper_is_gone(session: &Session, point: &str) {
 /// Nobody traces a living thread of the family, and no shadow is left in it.
 #[track_caller]
 fn assert_untraced(fixture: &Fixture, members: usize, point: &str) {
-    for pid in fixture.family.members() {
-        let tracer = numbers::status_number(pid, "TracerPid");
-        assert!(
-            matches!(tracer, None | Some(0)),
-            "{point}: {pid} is traced by {tracer:?}"
-        );
-    }
+    // The keeper's memory goes before its hold on others.
+    let traced = || {
+        let mut members = fixture.family.members().into_iter();
+        members.any(|pid| numbers::status_number(pid, "TracerPid").unwrap_or(0) != 0)
+    };
+    wait::until(&format!("{point}: nobody is traced"), || !traced());
     wait::until(
         &format!(
             "{point}: no shadow is left among {:?}",
@@ -82,6 +81,9 @@ fn rollback_run(program: &str) {
         let answer = session.try_rollback(fixture.pid());
         assert_ne!(answer.status, DONE, "{point} was not reached: {answer:#?}");
         keeper_is_gone(&session, point);
+        wait::until(&format!("{point}: its tracer has let go of it"), || {
+            numbers::status_number(fixture.pid(), "TracerPid").unwrap_or(0) == 0
+        });
         if !numbers::is_alive(fixture.pid()) {
             wait::until(
                 &format!("{point}: the whole tree is dead, as its root is"),

@@ -7,7 +7,6 @@ crate::support::fixture_tests! {
     blocked_sleeps,
     blocked_waits,
     children_born,
-    clone_vm,
     comm,
     cwd,
     fs_gs,

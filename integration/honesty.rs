@@ -65,6 +65,7 @@ macro_rules! honesty_tests {
 }
 
 honesty_tests! {
+    clone_vm,
     credentials,
     effective_ids,
     hard_limits,
