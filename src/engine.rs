@@ -5,9 +5,9 @@
 //!
 //! # fn main() -> Result<(), snapback::engine::Error> {
 //! let mut engine = Engine::attach(Target::of_pid(4711))?;
-//! engine.checkpoint("clean")?;
+//! let mut clean = engine.checkpoint("clean")?;
 //! // … the program does what it likes …
-//! let report = engine.rollback("clean", RollbackOptions::default())?;
+//! let report = clean.rollback(RollbackOptions::default())?;
 //! println!("back in {} us", report.stop_us);
 //! # Ok(())
 //! # }
@@ -19,7 +19,7 @@ use std::time::SystemTime;
 
 use nix::unistd::Pid;
 
-use crate::checkpoint::{self, Checkpoint, Spaces};
+use crate::checkpoint::{self, Checkpoint as Held, Spaces};
 use crate::freeze::{self, Tree};
 use crate::outcome::{Outcome, Refusal, Report};
 use crate::phases::Phases;
@@ -115,7 +115,7 @@ pub struct Engine {
     target: Target,
     tree: Tree,
     spaces: Spaces,
-    checkpoints: Vec<Checkpoint>,
+    checkpoints: Vec<Held>,
     bound_to_thread: PhantomData<*const ()>,
 }
 
@@ -141,7 +141,30 @@ impl Engine {
     /// # Errors
     ///
     /// Refused, naming the object in the way, or failed; the tree runs as before and other checkpoints are kept.
-    pub fn checkpoint(&mut self, name: &str) -> Result<Report, Error> {
+    pub fn checkpoint(&mut self, name: &str) -> Result<Checkpoint<'_>, Error> {
+        self.take(name)?;
+        self.held(name)
+    }
+
+    /// One of the checkpoints it holds.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name.
+    pub fn held(&mut self, name: &str) -> Result<Checkpoint<'_>, Error> {
+        self.find(name)?;
+        Ok(Checkpoint {
+            engine: self,
+            name: name.to_owned(),
+        })
+    }
+
+    /// As [`Engine::checkpoint`]; returns what it did and took.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::checkpoint`].
+    pub fn take(&mut self, name: &str) -> Result<Report, Error> {
         let mut phases = Phases::start();
         let checkpoint = checkpoint::take(
             &mut self.tree,
@@ -238,7 +261,7 @@ impl Engine {
 
     /// The checkpoints, oldest first.
     pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
-        let info = |checkpoint: &Checkpoint| CheckpointInfo {
+        let info = |checkpoint: &Held| CheckpointInfo {
             name: checkpoint.name.clone(),
             taken_at: checkpoint.taken_at,
             processes: checkpoint.processes,
@@ -320,6 +343,38 @@ impl Engine {
     }
 }
 
+/// A checkpoint that an engine holds. Dropped, it is still held: see [`Checkpoint::release`].
+#[derive(Debug)]
+pub struct Checkpoint<'e> {
+    engine: &'e mut Engine,
+    name: String,
+}
+
+impl Checkpoint<'_> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Rolls the tree back to it; see [`Engine::rollback`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::rollback`].
+    pub fn rollback(&mut self, options: RollbackOptions) -> Result<Report, Error> {
+        self.engine.rollback(&self.name, options)
+    }
+
+    /// Frees it; the tree runs on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::release`].
+    pub fn release(self) -> Result<(), Error> {
+        self.engine.release(Some(&self.name))
+    }
+}
+
 impl Drop for Engine {
     fn drop(&mut self) {
         if let Err(error) = self.release(None) {
@@ -331,6 +386,6 @@ impl Drop for Engine {
 #[cfg(test)]
 mod tests;
 
-fn header_bytes(checkpoint: &Checkpoint) -> u64 {
+fn header_bytes(checkpoint: &Held) -> u64 {
     checkpoint.context.stats().bytes
 }

@@ -138,7 +138,7 @@ pub(crate) fn checkpoint(program: &Program) -> (Engine, Report) {
         label: "bench".to_owned(),
     };
     let mut engine = Engine::attach(root).expect("attaching to the target");
-    let report = engine.checkpoint(NAME).expect("checkpoint");
+    let report = engine.take(NAME).expect("checkpoint");
     (engine, report)
 }
 

@@ -31,7 +31,7 @@ impl From<engine::Error> for Failure {
 
 impl Operations for Engine {
     fn checkpoint(&mut self, name: &str) -> Result<Report, Failure> {
-        Ok(Engine::checkpoint(self, name)?)
+        Ok(self.take(name)?)
     }
 
     fn rollback(&mut self, name: &str, verify: bool) -> Result<Report, Failure> {
