@@ -137,7 +137,7 @@ impl Stopped<'_> {
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         let address = place.call(thread, &member.memory, libc::SYS_mmap, |_| {
             [
-                0,
+                place.quiet,
                 len as u64,
                 prot as u64,
                 libc::MAP_SHARED as u64,
@@ -259,6 +259,20 @@ impl Stopped<'_> {
     }
 }
 
+/// The middle of the greatest gap between mappings. The kernel puts a program's next mappings right below the others,
+/// and programs rely on what they find there.
+fn quiet_place(vmas: &[maps::Vma]) -> u64 {
+    const ALIGNMENT: u64 = 2 << 20;
+    let gaps = vmas
+        .windows(2)
+        .filter(|pair| pair[1].end < 1 << 47)
+        .map(|pair| (pair[0].end, pair[1].start));
+    let (start, end) = gaps
+        .max_by_key(|(start, end)| end - start)
+        .unwrap_or((0, 0));
+    (start + (end - start) / 2) & !(ALIGNMENT - 1)
+}
+
 const MFD_EXEC: u32 = 0x10;
 const WINDOW_NAME: &CStr = c"snapback";
 
@@ -368,6 +382,8 @@ fn wait(tid: Pid) -> Result<Event> {
 #[derive(Debug, Clone, Copy)]
 struct Bootstrap {
     address: u64,
+    /// Where a window is least in the way.
+    quiet: u64,
 }
 
 /// A system call with up to three arguments, for [`Stopped::run_in_copy`].
@@ -405,7 +421,10 @@ impl Bootstrap {
                 "it has no free room at its end; this kernel is not supported",
             ));
         }
-        Ok(Self { address })
+        Ok(Self {
+            address,
+            quiet: quiet_place(&vmas),
+        })
     }
 
     /// Makes one system call between two stops. `arguments` is given the address of the window's name.

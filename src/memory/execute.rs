@@ -12,6 +12,7 @@ use crate::kernel::maps::{self, Vma};
 use crate::kernel::pagemap::{self, Scan};
 use crate::kernel::{procfs, smaps};
 
+use super::advice::Advised;
 use super::image::SpaceImage;
 use super::layout::LayoutChange;
 use super::plan::Plan;
@@ -73,6 +74,16 @@ impl Space {
                 );
             }
         }
+        self.run_all(stopped, &mut batch, "mprotect", |_| true)?;
+        for advised in image.advice()? {
+            if !batch.has_room(Advised::STEPS, 0) {
+                stopped.run(pid, &std::mem::take(&mut batch))?;
+            }
+            advised.apply(&mut batch);
+        }
+        if !batch.is_empty() {
+            stopped.run(pid, &std::mem::take(&mut batch))?;
+        }
         for span in plan.drop.spans() {
             self.make_room(stopped, &mut batch)?;
             batch.call(
@@ -84,7 +95,7 @@ impl Space {
                 ],
             );
         }
-        self.run_all(stopped, &mut batch, "mprotect or madvise", |_| true)?;
+        self.run_all(stopped, &mut batch, "madvise", |_| true)?;
         self.register(
             plan.register
                 .iter()
@@ -346,11 +357,7 @@ fn map(
         } else {
             libc::MAP_PRIVATE
         };
-    for (name, bit) in [
-        ("gd", libc::MAP_GROWSDOWN),
-        ("nr", libc::MAP_NORESERVE),
-        ("lo", libc::MAP_LOCKED),
-    ] {
+    for (name, bit) in [("gd", libc::MAP_GROWSDOWN), ("nr", libc::MAP_NORESERVE)] {
         if has(name) {
             mmap_flags |= bit;
         }
@@ -375,27 +382,6 @@ fn map(
         ],
     );
     batch.must_succeed(mapped);
-    let mut advise = |advice: i32| {
-        batch.call(
-            libc::SYS_madvise,
-            &[vma.start.into(), vma.len().into(), advice.into()],
-        );
-    };
-    if of_shadow.is_none() {
-        // It was in the checkpoint and is not in the shadow.
-        advise(libc::MADV_DONTFORK);
-    }
-    for (name, advice) in [
-        ("wf", libc::MADV_WIPEONFORK),
-        ("hg", libc::MADV_HUGEPAGE),
-        ("nh", libc::MADV_NOHUGEPAGE),
-        ("mg", libc::MADV_MERGEABLE),
-        ("dd", libc::MADV_DONTDUMP),
-    ] {
-        if has(name) {
-            advise(advice);
-        }
-    }
     if descriptor >= 0 {
         batch.call(libc::SYS_close, &[descriptor.into()]);
     }

@@ -1,10 +1,13 @@
 //! What a checkpoint holds of one address space.
 
+use std::cell::OnceCell;
+
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::record::{Context, Kind, ObjectId};
 
+use super::advice::{self, Advised};
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
@@ -44,6 +47,7 @@ pub struct SpaceImage {
     /// Pages that are in the store and not in the shadow.
     pub kept: Ranges,
     pub(super) slots: Slots,
+    pub(super) advice: OnceCell<Vec<Advised>>,
     /// Which of the process's address spaces it is of.
     pub(super) generation: u64,
 }
@@ -64,6 +68,7 @@ impl SpaceImage {
             stale: Ranges::new(),
             kept: Ranges::new(),
             slots: Slots::default(),
+            advice: OnceCell::new(),
             generation,
         }
     }
@@ -71,6 +76,16 @@ impl SpaceImage {
     /// Its header, read in place.
     pub fn header<'c>(&self, context: &'c Context) -> Result<&'c AddressSpaceHeader> {
         Ok(self.record(context, Kind::AddressSpace)?.fixed()?.0)
+    }
+
+    /// What madvise(2) and mlock(2) had set on its VMAs. Read from the shadow when first asked for, which takes time:
+    /// ask before the tree is stopped.
+    pub fn advice(&self) -> Result<&[Advised]> {
+        if self.advice.get().is_none() {
+            let read = advice::read(self.shadow.pid, &self.layout)?;
+            return Ok(self.advice.get_or_init(|| read));
+        }
+        Ok(self.advice.get().map_or(&[], Vec::as_slice))
     }
 
     /// The text of its VMA list, read in place.

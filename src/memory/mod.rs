@@ -4,6 +4,7 @@
 //! with the VMA list, the set of populated pages and write tracking armed on them. A rollback undoes the changes to
 //! the VMA list, copies back the pages that were written since, drops those that were not there, and arms again.
 
+mod advice;
 mod execute;
 mod image;
 mod layout;

@@ -69,9 +69,9 @@ impl Store {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Run {
     /// The pages.
-    pub span: Span,
+    pub(super) span: Span,
     /// The slot of the first.
-    pub slot: u32,
+    pub(super) slot: u32,
 }
 
 /// Cuts pages that all have slots into runs. Pages that have none are returned as the second value.

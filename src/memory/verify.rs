@@ -10,6 +10,7 @@ use crate::kernel::procfs;
 use crate::outcome::Difference;
 use crate::record::Context;
 
+use super::advice;
 use super::image::SpaceImage;
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
@@ -50,6 +51,27 @@ pub fn verify(
             });
             break;
         }
+    }
+
+    let (set, found) = (image.advice()?, advice::live(pid, &live)?);
+    if !advice::same(set, &found) {
+        let list = |list: &[advice::Advised]| {
+            let flagged = list.iter().filter(|advised| !advised.flags.is_empty());
+            let words = flagged.map(|advised| {
+                format!(
+                    "{:x}-{:x} {}",
+                    advised.span.start,
+                    advised.span.end,
+                    advised.flags.join(" ")
+                )
+            });
+            words.collect::<Vec<_>>().join(", ")
+        };
+        differences.push(Difference {
+            what: format!("pid {pid}: memory flags"),
+            expected: list(set),
+            found: list(&found),
+        });
     }
 
     // Where neither has an anonymous page both show zeroes or the same file.

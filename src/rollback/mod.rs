@@ -47,6 +47,9 @@ pub fn run(
     phases: &mut Phases,
 ) -> std::result::Result<Done, Failure> {
     let untouched = |error: Error| Failure::Untouched(error);
+    for image in &checkpoints[to].spaces {
+        image.advice().map_err(|error| untouched(error.into()))?;
+    }
     let mut stopped = tree
         .stop(OnTracerDeath::Die)
         .map_err(|error| untouched(error.into()))?;
