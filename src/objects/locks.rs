@@ -227,7 +227,8 @@ pub fn find(
                     !matches!(other.owner, Owner::Process(_))
                         && same == (inode, line.write, line.start, line.end)
                 });
-                if !is_own {
+                // One that a process born since took goes with that process.
+                if !is_own && !holders.contains(&line.pid) {
                     foreign.insert(lock(Owner::Foreign));
                 }
             }
