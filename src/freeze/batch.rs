@@ -72,7 +72,8 @@ struct Planned {
     op: u32,
     required: bool,
     number: u64,
-    arguments: Vec<Arg>,
+    /// Those not given are 0, as the runner loads all of them.
+    arguments: [Arg; 6],
 }
 
 /// Steps to be executed in order by one thread of a target.
@@ -139,11 +140,13 @@ impl Batch {
                 assert!(*step < self.steps.len(), "refers to a later step");
             }
         }
+        let mut all = [Arg::Value(0); 6];
+        all[..arguments.len()].copy_from_slice(arguments);
         self.steps.push(Planned {
             op,
             required: false,
             number,
-            arguments: arguments.to_vec(),
+            arguments: all,
         });
         StepId(self.steps.len() - 1)
     }

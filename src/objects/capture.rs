@@ -11,7 +11,7 @@ use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Slot, T
 use super::pipe::Pipe;
 use super::socket_plan::{inner_tcp, mark_inner};
 use super::state::State;
-use super::survey::{Ask, Expected, Sighting, Survey, compare, sharing, survey};
+use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
 use super::{Error, epoll, file, locks, pipe, records, socket, socket_diag};
 use crate::freeze::Stopped;
@@ -52,15 +52,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
     check_threads(stopped)?;
     let holders = holders(stopped, &BTreeMap::new());
     let tables = sharing(&holders)?;
-    let found = survey(
-        stopped,
-        &tables,
-        |_| Vec::new(),
-        |_, _| Expected {
-            id: None,
-            ask: Ask::No,
-        },
-    )?;
+    let found = survey(stopped, &tables, |_| Vec::new(), |_, _| Expected::NOTHING)?;
     let lives = lives(&holders, &found)?;
     let mut states = Vec::with_capacity(lives.len());
     for live in &lives {

@@ -72,10 +72,8 @@ pub struct Glance {
     pub cookie: Option<u64>,
     /// `F_GETPIPE_SZ`, bytes.
     pub capacity: Option<usize>,
-    /// `FIONREAD`: bytes that can be read (of a datagram socket, by the next read).
+    /// `FIONREAD`: bytes in a pipe.
     pub unread: Option<usize>,
-    /// `SIOCOUTQ`: bytes sent that the peer has not taken or acknowledged.
-    pub unsent: Option<usize>,
 }
 
 /// One live description, through one of its descriptors.

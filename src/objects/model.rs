@@ -236,7 +236,7 @@ pub struct LiveDescription {
     pub owner: Option<Owner>,
     /// The recorded description it is.
     pub is: Option<ObjectId>,
-    /// What its kind adds; `None` for one that was not recorded.
+    /// What its kind adds; `None` for one that was not recorded, or of a kind that adds nothing that could change.
     pub state: Option<State>,
 }
 

@@ -58,7 +58,7 @@ pub fn observe(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Observed,
     };
     for ((live, is), sighting) in lives.iter().zip(is).zip(&found.descriptions) {
         let state = match is {
-            Some(id) => Some(recorded.descriptions[&id].state.observe(live)?),
+            Some(id) => recorded.descriptions[&id].state.observe(live)?,
             None => None,
         };
         let owner = owner(live, sighting)?;
@@ -82,19 +82,19 @@ pub fn observe(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Observed,
 
 fn expected(recorded: &Recorded, table: usize, fd: i32) -> Expected {
     let Some(slot) = recorded.tables[table].at(fd) else {
-        return Expected {
-            id: None,
-            ask: Ask::No,
-        };
+        return Expected::NOTHING;
     };
-    let ask = match recorded.descriptions[&slot.description].state {
+    let description = &recorded.descriptions[&slot.description];
+    let ask = match &description.state {
+        State::File(_) => Ask::File,
         State::Pipe(_) => Ask::Pipe,
         State::Socket(_) => Ask::Socket,
-        _ => Ask::No,
+        _ => Ask::Nothing,
     };
     Expected {
-        id: Some(slot.description),
+        is: Some((slot.description, description.common)),
         ask,
+        owner: description.owner.is_some(),
     }
 }
 
@@ -194,7 +194,9 @@ fn observe_pipes(
 ) -> Result<BTreeMap<Inode, Pipe>, Error> {
     let mut ends: BTreeMap<Inode, Vec<&Live<'_>>> = BTreeMap::new();
     for (live, now) in lives.iter().zip(&observed.descriptions) {
-        if let Some(State::Pipe(_)) = now.state {
+        let is_end =
+            live.common.file_type() == libc::S_IFIFO && live.common.flags & libc::O_PATH == 0;
+        if is_end && now.is.is_some() {
             ends.entry(live.common.inode()).or_default().push(live);
         }
     }

@@ -129,13 +129,14 @@ impl State {
         }
     }
 
-    /// The state now of the description that was recorded as `self`, and is of the same kind.
-    pub fn observe(&self, live: &Live<'_>) -> Result<Self, Error> {
+    /// The state now of the description that was recorded as `self`, and is of the same kind; `None` if there is nothing
+    /// that could have changed.
+    pub fn observe(&self, live: &Live<'_>) -> Result<Option<Self>, Error> {
         match self {
             Self::File(recorded) if recorded.form == file::Form::Memfd => {
                 file::capture(live).map(Self::File)
             }
-            Self::File(_) | Self::Pipe(_) => Ok(self.clone()),
+            Self::File(_) | Self::Pipe(_) => return Ok(None),
             Self::Eventfd(_) => eventfd::capture(live).map(Self::Eventfd),
             Self::Epoll(_) => epoll::capture(live).map(Self::Epoll),
             Self::Timerfd(_) => timerfd::capture(live).map(Self::Timerfd),
@@ -143,6 +144,7 @@ impl State {
             Self::Inotify(recorded) => recorded.observe(live).map(Self::Inotify),
             Self::Socket(recorded) => recorded.observe(live).map(Self::Socket),
         }
+        .map(Some)
     }
 
     /// What must change to make `now` equal to `self`. Epoll instances are planned apart, since what they watch counts too,

@@ -12,27 +12,42 @@ use nix::unistd::Pid;
 use super::Error;
 use super::live::{Glance, Holder};
 use super::model::{Common, ObjectId, Place, Slot, Table};
-use crate::freeze::{Batch, Output, Outputs, StepId, Stopped};
+use crate::freeze::{Arg, Batch, Output, Outputs, StepId, Stopped};
 use crate::kernel::kcmp;
 
-/// What to ask of a number beyond what is asked of all.
+/// What to ask of a number beyond its flags and stat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ask {
-    /// Nothing.
-    No,
-    /// What a pipe tells.
+    /// All that any kind may have.
+    All,
+    /// Position.
+    File,
+    /// Capacity and content.
     Pipe,
-    /// What a socket tells.
+    /// Cookie.
     Socket,
+    /// Nothing.
+    Nothing,
 }
 
 /// What is known of a number before it is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expected {
-    /// The description that was recorded there.
-    pub id: Option<ObjectId>,
+    /// The description that was recorded there, and what all kinds have of it.
+    pub is: Option<(ObjectId, Common)>,
     /// What to ask.
     pub ask: Ask,
+    /// Whether to ask who gets `SIGIO`.
+    pub owner: bool,
+}
+
+impl Expected {
+    /// Nothing is known.
+    pub const NOTHING: Self = Self {
+        is: None,
+        ask: Ask::All,
+        owner: true,
+    };
 }
 
 /// One number as found.
@@ -76,47 +91,38 @@ struct Asked {
     expected: Expected,
     flags: StepId,
     status: StepId,
-    position: StepId,
     stat: StepId,
     stat_room: Output,
-    owner: StepId,
-    owner_room: Output,
+    position: Option<StepId>,
+    owner: Option<(StepId, Output)>,
     cookie: Option<(StepId, Output)>,
     unread: Option<(StepId, Output)>,
-    unsent: Option<(StepId, Output)>,
     capacity: Option<StepId>,
 }
 
 fn ask(batch: &mut Batch, fd: i32, expected: Expected) -> Asked {
-    let mut control =
-        |command: i32| batch.call(libc::SYS_fcntl, &[fd.into(), command.into(), 0.into()]);
-    let (flags, status) = (control(libc::F_GETFD), control(libc::F_GETFL));
-    let position = batch.call(
-        libc::SYS_lseek,
-        &[fd.into(), 0.into(), libc::SEEK_CUR.into()],
-    );
+    let fcntl = |batch: &mut Batch, command: i32, argument: Arg| {
+        batch.call(libc::SYS_fcntl, &[fd.into(), command.into(), argument])
+    };
+    let flags = fcntl(batch, libc::F_GETFD, 0.into());
+    let status = fcntl(batch, libc::F_GETFL, 0.into());
     let stat_room = batch.output(STAT_SIZE);
     let stat = batch.call(libc::SYS_fstat, &[fd.into(), stat_room.arg()]);
-    let owner_room = batch.output(8);
-    let owner = batch.call(
-        libc::SYS_fcntl,
-        &[fd.into(), F_GETOWN_EX.into(), owner_room.arg()],
-    );
-    let capacity = (expected.ask == Ask::Pipe).then(|| {
-        batch.call(
-            libc::SYS_fcntl,
-            &[fd.into(), libc::F_GETPIPE_SZ.into(), 0.into()],
-        )
+    let position = matches!(expected.ask, Ask::All | Ask::File).then(|| {
+        let arguments = [fd.into(), 0.into(), libc::SEEK_CUR.into()];
+        batch.call(libc::SYS_lseek, &arguments)
     });
-    let mut number = |request: libc::c_ulong| {
+    let owner = expected.owner.then(|| {
         let room = batch.output(8);
-        (
-            batch.call(libc::SYS_ioctl, &[fd.into(), request.into(), room.arg()]),
-            room,
-        )
-    };
-    let unread = (expected.ask != Ask::No).then(|| number(libc::FIONREAD));
-    let unsent = (expected.ask == Ask::Socket).then(|| number(libc::TIOCOUTQ));
+        (fcntl(batch, F_GETOWN_EX, room.arg()), room)
+    });
+    let is_pipe = expected.ask == Ask::Pipe;
+    let capacity = is_pipe.then(|| fcntl(batch, libc::F_GETPIPE_SZ, 0.into()));
+    let unread = is_pipe.then(|| {
+        let room = batch.output(8);
+        let arguments = [fd.into(), libc::FIONREAD.into(), room.arg()];
+        (batch.call(libc::SYS_ioctl, &arguments), room)
+    });
     let cookie = (expected.ask == Ask::Socket).then(|| {
         let room = batch.output(8);
         let len = batch.input(&8u32.to_ne_bytes());
@@ -134,14 +140,12 @@ fn ask(batch: &mut Batch, fd: i32, expected: Expected) -> Asked {
         expected,
         flags,
         status,
-        position,
         stat,
         stat_room,
+        position,
         owner,
-        owner_room,
         cookie,
         unread,
-        unsent,
         capacity,
     }
 }
@@ -178,21 +182,24 @@ impl Asked {
         must(self.stat, "fstat")?;
         let stat = outputs.bytes(&self.stat_room);
         let field = |offset: usize| word(&stat[offset..]);
-        let owner = match outputs.result(self.owner) {
-            Ok(_) => {
-                let bytes = outputs.bytes(&self.owner_room);
+        let owner = match &self.owner {
+            Some((step, room)) if outputs.result(*step).is_ok() => {
+                let bytes = outputs.bytes(room);
                 (int(bytes), int(&bytes[4..]))
             }
-            Err(_) => (0, 0),
+            _ => (0, 0),
+        };
+        let offset = match (self.position, self.expected.is) {
+            (Some(step), _) => outputs.result(step).map_or(-1, |position| position as i64),
+            (None, Some((_, then))) => then.offset,
+            (None, None) => -1,
         };
         Ok(Sighting {
             place: Place { pid, fd: self.fd },
             close_on_exec: must(self.flags, "F_GETFD")? & libc::FD_CLOEXEC as u64 != 0,
             common: Common {
                 flags: must(self.status, "F_GETFL")? as i32,
-                offset: outputs
-                    .result(self.position)
-                    .map_or(-1, |position| position as i64),
+                offset,
                 dev: field(std::mem::offset_of!(libc::stat, st_dev)),
                 ino: field(std::mem::offset_of!(libc::stat, st_ino)),
                 mode: int(&stat[std::mem::offset_of!(libc::stat, st_mode)..]) as u32,
@@ -202,13 +209,12 @@ impl Asked {
             glance: Glance {
                 cookie: optional(&self.cookie),
                 unread: count(&self.unread),
-                unsent: count(&self.unsent),
                 capacity: self
                     .capacity
                     .and_then(|step| outputs.result(step).ok())
                     .map(|bytes| bytes as usize),
             },
-            expected: self.expected.id,
+            expected: self.expected.is.map(|(id, _)| id),
         })
     }
 }
@@ -268,6 +274,7 @@ fn look_at(
     expected: impl Fn(i32) -> Expected,
 ) -> Result<Option<Look>, Error> {
     let mut sightings = Vec::with_capacity(numbers.len());
+    let mut strangers = Vec::new();
     let mut limit = None;
     let mut rest = numbers.iter().copied().peekable();
     while limit.is_none() || rest.peek().is_some() {
@@ -289,8 +296,33 @@ fn look_at(
             if outputs.result(asked.flags) == Err(Errno::EBADF) {
                 return Ok(None);
             }
-            sightings.push(asked.read(pid, &outputs)?);
+            let sighting = asked.read(pid, &outputs)?;
+            let is_expected = |(_, then): (_, Common)| {
+                then.file_type() == sighting.common.file_type()
+                    && then.flags & libc::O_PATH == sighting.common.flags & libc::O_PATH
+            };
+            if !asked.expected.is.is_none_or(is_expected) {
+                strangers.push(sightings.len());
+            }
+            sightings.push(sighting);
         }
+    }
+    // Something of another type is there than was recorded: other questions.
+    for index in strangers {
+        let fd = sightings[index].place.fd;
+        let mut batch = Batch::new();
+        let expected = expected(fd);
+        let asked = ask(
+            &mut batch,
+            fd,
+            Expected {
+                ask: Ask::All,
+                owner: true,
+                ..expected
+            },
+        );
+        let outputs = stopped.run(Pid::from_raw(pid), &batch)?;
+        sightings[index] = asked.read(pid, &outputs)?;
     }
     Ok(Some((sightings, limit.unwrap_or(u64::MAX))))
 }
