@@ -9,17 +9,19 @@
 //! share. A **table** is what `CLONE_FILES` shares: numbers, each with a close-on-exec bit and a description. Both are
 //! recorded once, however many hold them.
 //!
-//! Every kind has a file with its `State` and the same functions, which [`state::State`] dispatches to:
+//! Every kind has a file with its `State` and much the same functions, which [`state::State`] dispatches to:
 //!
 //! | function | when | what |
 //! |---|---|---|
-//! | `capture(&Live) -> Result<State, Refusal>` | checkpoint | the state to record |
-//! | `State::observe(&self, &Live) -> Result<State, Error>` | rollback, if the recorded object is still there | the state now, in the same shape |
-//! | `State::difference(&self, now: &State) -> Result<Option<Change>, Refusal>` | planning, pure | what must change to make `now` equal to `self` |
-//! | `State::replaceable(&self)` | planning, pure | can it be made again once it is gone? |
-//! | `make(...)` | execution | makes those that are gone, in the keeper; they are then passed into the tables |
+//! | `capture(&Live)` | checkpoint | the state to record, or a refusal |
+//! | `State::observe(&self, &Live)` | rollback, if the recorded object is still there | the state now, in the same shape |
+//! | `State::difference(&self, now)` | planning, pure | what must change to make `now` equal to `self`, or that another must be made |
+//! | `State::make(&self)` | execution | makes one that is gone, in the keeper; it is then passed into the tables |
 //! | `Change::apply(...)` | execution | makes the change on the live object |
-//! | `State::verify(&self, &Live) -> Result<Vec<String>, Error>` | after a rollback | what differs, in words |
+//! | `State::compare`, `verify` | after a rollback | what differs, in words |
+//!
+//! Sockets are planned and made all together, since both ends of a connection go back together. `docs/descriptors.md` says
+//! what goes back of which kind.
 //!
 //! No function here may block: what it duplicates from the tree it reads and writes with `O_NONBLOCK` semantics that
 //! do not touch the shared flags (`MSG_DONTWAIT`, `RWF_NOWAIT`, `SPLICE_F_NONBLOCK`). A duplicate lives no longer than
