@@ -21,6 +21,7 @@ crate::support::fixture_tests! {
     rlimit_soft,
     robust_list,
     rseq,
+    rseq_critical,
     scheduling,
     sigaction,
     sigmask,

@@ -93,6 +93,17 @@ fn capture_process(
     let pid = Pid::from_raw(identity.pid);
     // Before any batch: it tells of the thread as the program left it.
     let rights = rights(pid)?;
+    if rights
+        .lines()
+        .any(|line| line.starts_with(FEATURES) && line.contains("shstk"))
+    {
+        return Err(refuse(
+            pid,
+            "its shadow stack",
+            "shadow stacks can't be put back yet; start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
+        )
+        .into());
+    }
     let (observed, leader) = probe::process(stopped, pid)?;
     let timers = posix_timers::list_with_times(stopped, pid)?;
 
@@ -213,9 +224,12 @@ fn put_pending(
     Ok(())
 }
 
+/// The line of `/proc/PID/status` that names the processor features a thread has switched on (Linux 6.6).
+const FEATURES: &str = "x86_Thread_features";
+
 /// The lines of `/proc/PID/status` that tell what a process may do.
 pub(super) fn rights(pid: Pid) -> Result<String> {
-    const KEYS: [&str; 11] = [
+    const KEYS: [&str; 12] = [
         "Uid",
         "Gid",
         "Groups",
@@ -227,6 +241,7 @@ pub(super) fn rights(pid: Pid) -> Result<String> {
         "NoNewPrivs",
         "Seccomp",
         "Seccomp_filters",
+        FEATURES,
     ];
     let status = fs::read_to_string(procfs::path(pid, "status")).about(pid, "status")?;
     let of_interest = |line: &&str| {

@@ -192,6 +192,7 @@ fn observe(
             probe::thread(stopped, pid, *tid)?
         };
         check_thread_rights(process, *tid, &thread.record.state.rights, &state.rights)?;
+        check_scheduling(process, *tid, &thread.record.state, &state)?;
         let was = &thread.record.namespaces;
         if *was != Inodes::default() {
             let is = capture::namespaces_of(stopped, pid, *tid)?;
@@ -213,6 +214,29 @@ fn check_thread_rights(
     }
     let remedy = format!("they were {was:?} at the checkpoint and are {is:?} now; {TAKE_ANOTHER}");
     Err(refuse(process, format!("thread {tid}: its credentials"), remedy).into())
+}
+
+/// A nice value can be lowered, and a policy raised, with the privilege for it only.
+fn check_scheduling(
+    process: &RecordedProcess<'_>,
+    tid: Pid,
+    was: &ThreadState,
+    is: &ThreadState,
+) -> Result<()> {
+    const CAP_SYS_NICE: u64 = 1 << 23;
+    if was.scheduling == is.scheduling {
+        return Ok(());
+    }
+    let own = capture::rights(Pid::this())?;
+    let capabilities = procfs::status_line(&own, "CapEff")
+        .and_then(|set| u64::from_str_radix(set, 16).ok())
+        .unwrap_or(0);
+    if capabilities & CAP_SYS_NICE != 0 {
+        return Ok(());
+    }
+    let object = format!("thread {tid}: its scheduling");
+    let remedy = "it was changed since the checkpoint; run snapback with CAP_SYS_NICE, without which it can't be changed back";
+    Err(refuse(process, object, remedy.into()).into())
 }
 
 fn check_namespaces(

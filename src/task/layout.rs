@@ -145,6 +145,8 @@ pub struct ThreadState {
     pub timer_slack: u64,
     /// `PR_GET_PDEATHSIG`.
     pub parent_death_signal: u64,
+    /// ioprio_get(2).
+    pub io_priority: u64,
     /// Policy, nice value, priority.
     pub scheduling: Attributes,
     /// Processors it may run on.

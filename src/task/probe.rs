@@ -178,6 +178,7 @@ struct ThreadSteps {
     gettid: StepId,
     timer_slack: StepId,
     tid_address: StepId,
+    io_priority: StepId,
     no_new_privileges: StepId,
     secure_bits: StepId,
     seccomp: StepId,
@@ -264,6 +265,7 @@ impl ThreadSteps {
             libc::SYS_prctl,
             &[libc::PR_GET_NO_NEW_PRIVS.into(), none, none, none, none],
         );
+        let io_priority = batch.call(libc::SYS_ioprio_get, &[IOPRIO_WHO_PROCESS.into(), none]);
         let gettid = batch.call(libc::SYS_gettid, &[]);
         Self {
             state,
@@ -271,6 +273,7 @@ impl ThreadSteps {
             gettid,
             timer_slack,
             tid_address,
+            io_priority,
             no_new_privileges,
             secure_bits,
             seccomp,
@@ -289,6 +292,7 @@ impl ThreadSteps {
         state.alternate_stack[1] &= u64::from(u32::MAX);
         state.parent_death_signal &= u64::from(u32::MAX);
         state.namespace_tid = number(self.gettid, "gettid")?;
+        state.io_priority = number(self.io_priority, "ioprio_get")?;
         // Zero for the policies that have no slack.
         state.timer_slack = number(self.timer_slack, "prctl PR_GET_TIMERSLACK")?;
         // A kernel without CONFIG_CHECKPOINT_RESTORE does not tell; then it is taken to be unchanged.
@@ -309,6 +313,8 @@ impl ThreadSteps {
     }
 }
 
+/// Of ioprio_get(2): one thread, 0 for the one that asks.
+pub(super) const IOPRIO_WHO_PROCESS: i32 = 1;
 const SECBIT_KEEP_CAPS: u64 = 1 << 4;
 const PR_GET_THP_DISABLE: i32 = 42;
 /// Linux 3.5, with `CONFIG_CHECKPOINT_RESTORE`.

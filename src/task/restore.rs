@@ -14,7 +14,7 @@ use super::layout::{Action, INTERVAL_TIMERS, LIMITS, SIGNALS, ThreadRecord, Thre
 use super::pending::{self, For};
 use super::probe::ProcessProbe;
 use super::recorded::{Recorded, RecordedProcess, RecordedThread};
-use super::{About, Error, Result, posix_timers};
+use super::{About, Error, Result, posix_timers, probe};
 
 /// Undoes what would be in the way of memory and descriptors: resource limits set since, and rseq areas registered since,
 /// which must not be unmapped while the kernel writes to them.
@@ -27,7 +27,7 @@ pub fn loosen(
         let pid = process.pid();
         if let Some(live) = observed.processes.get(&pid) {
             let mut steps = Steps::new(pid);
-            restore_limits(&mut steps, process, live);
+            loosen_limits(&mut steps, process, live);
             steps.run(stopped, pid)?;
         }
         for (tid, thread) in &process.threads {
@@ -135,6 +135,18 @@ fn has_rseq(recorded: &ThreadRecord, live: &RseqConfiguration) -> bool {
         )
 }
 
+/// Soft limits that were lowered since; those that were raised stay so until all is back.
+fn loosen_limits(steps: &mut Steps, process: &RecordedProcess<'_>, live: &ProcessProbe) {
+    let limits = process.record.state.limits.iter().zip(&live.state.limits);
+    for (limit, ([was, _], [is, hard])) in limits.enumerate() {
+        if is < was {
+            let value = steps.batch.input([*was, *hard].as_bytes());
+            let arguments = [0.into(), limit.into(), value, 0.into()];
+            steps.call("prlimit64", libc::SYS_prlimit64, &arguments);
+        }
+    }
+}
+
 fn restore_limits(steps: &mut Steps, process: &RecordedProcess<'_>, live: &ProcessProbe) {
     let was = &process.record.state.limits;
     for limit in (0..LIMITS).filter(|&limit| was[limit] != live.state.limits[limit]) {
@@ -155,6 +167,7 @@ fn restore_process(
     let was = &process.record.state;
     let mut steps = Steps::new(pid);
     take_pending(stopped, process, &mut steps.batch)?;
+    restore_limits(&mut steps, process, live);
     restore_actions(&mut steps, process.actions, &live.actions);
     restore_timers(&mut steps, process, live)?;
     if was.umask != live.state.umask {
@@ -295,6 +308,14 @@ fn restore_thread(
     if was.tid_address != live.tid_address {
         let address = was.tid_address.into();
         steps.call("set_tid_address", libc::SYS_set_tid_address, &[address]);
+    }
+    if was.io_priority != live.io_priority {
+        let arguments = [
+            probe::IOPRIO_WHO_PROCESS.into(),
+            0.into(),
+            was.io_priority.into(),
+        ];
+        steps.call("ioprio_set", libc::SYS_ioprio_set, &arguments);
     }
     if was.comm != live.comm {
         let name = steps.batch.input(&was.comm);

@@ -309,6 +309,7 @@ fn verify_by_batch(
         same("tid address", &[was.tid_address], &[live.tid_address]);
         let (was_kept, is_kept) = (was.keep_capabilities, live.keep_capabilities);
         same("capabilities kept", &[was_kept], &[is_kept]);
+        same("I/O priority", &[was.io_priority], &[live.io_priority]);
         same("timer slack", &[was.timer_slack], &[live.timer_slack]);
         let (was_signal, is_signal) = (was.parent_death_signal, live.parent_death_signal);
         same("parent death signal", &[was_signal], &[is_signal]);
