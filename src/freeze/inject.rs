@@ -41,6 +41,8 @@ pub struct TargetWindow {
     pub window: Window,
     /// Where in this address space, and in copies of it, there is room for a few instructions.
     bootstrap: Bootstrap,
+    /// The thread whose way home the control block holds, while it is held in the runner.
+    occupant: Option<Pid>,
 }
 
 impl TargetWindow {
@@ -66,6 +68,7 @@ impl TargetWindow {
 
     /// Gives back the lock that shows the tracer is alive.
     pub(super) fn hide(&mut self) {
+        self.occupant = None;
         self.window.hide();
     }
 }
@@ -79,16 +82,23 @@ impl Stopped<'_> {
     /// Runs a batch in one thread.
     pub fn run_on(&mut self, pid: Pid, tid: Pid, batch: &Batch) -> Result<Outputs> {
         let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
-        let thread = process
-            .threads
-            .iter_mut()
-            .find(|thread| thread.tid == tid)
-            .ok_or(Error::Gone(tid))?;
         let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
         let target = member
             .window
             .as_mut()
             .ok_or_else(|| refuse(pid, "the window", "it is missing"))?;
+        if let Some(other) = target.occupant.replace(tid).filter(|other| *other != tid) {
+            // The control block is about to hold another way home: should we die, that thread must not take it.
+            let threads = process.threads.iter_mut();
+            threads
+                .filter(|thread| thread.tid == other)
+                .try_for_each(Thread::settle)?;
+        }
+        let thread = process
+            .threads
+            .iter_mut()
+            .find(|thread| thread.tid == tid)
+            .ok_or(Error::Gone(tid))?;
         run(thread, target, batch)
     }
 
@@ -160,6 +170,7 @@ impl Stopped<'_> {
             address,
             window,
             bootstrap: place,
+            occupant: Some(pid),
         };
         let mut batch = Batch::new();
         let close = batch.call(libc::SYS_close, &[remote_fd.into()]);

@@ -107,16 +107,22 @@ pub struct Advised {
 }
 
 /// Reads what was set on the private VMAs of a layout. What is not in the shadow was not to be forked.
-pub(super) fn read(shadow: Pid, layout: &Layout) -> Result<Vec<Advised>> {
+pub(super) fn read(shadow: Pid, layout: &Layout, locked: &[Span]) -> Result<Vec<Advised>> {
     let of_shadow = read_flags(shadow)?;
     let find = |vma: &Vma| {
         of_shadow
             .iter()
             .find(|flags| flags.start <= vma.start && vma.start < flags.end)
     };
-    Ok(join(layout, |vma| match find(vma) {
-        Some(flags) => flags_of(flags),
-        None => vec!["dc"],
+    let is_locked = |vma: &Vma| {
+        locked
+            .iter()
+            .any(|span| span.start <= vma.start && vma.start < span.end)
+    };
+    Ok(join(layout, |vma| {
+        let mut flags = find(vma).map_or_else(|| vec!["dc"], flags_of);
+        flags.extend(is_locked(vma).then_some(LOCKED));
+        flags
     }))
 }
 

@@ -11,6 +11,7 @@ use crate::freeze::{self, Batch, Stopped};
 use crate::kernel::maps::{self, Vma};
 use crate::kernel::pagemap::{self, Scan};
 use crate::kernel::{procfs, smaps};
+use crate::record::Context;
 
 use super::advice::Advised;
 use super::image::SpaceImage;
@@ -32,6 +33,7 @@ impl Space {
         &self,
         stopped: &mut Stopped,
         image: &SpaceImage,
+        context: &Context,
         plan: &Plan,
     ) -> Result<()> {
         let pid = self.pid;
@@ -75,7 +77,7 @@ impl Space {
             }
         }
         self.run_all(stopped, &mut batch, "mprotect", |_| true)?;
-        for advised in image.advice()? {
+        for advised in image.advice(context)? {
             if !batch.has_room(Advised::STEPS, 0) {
                 stopped.run(pid, &std::mem::take(&mut batch))?;
             }

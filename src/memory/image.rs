@@ -14,7 +14,7 @@ use super::shadow::Shadow;
 use super::store::Slots;
 use super::{Error, Result};
 
-/// Payload of an `AddressSpace` record. The records `VmaList` (the text of `/proc/PID/maps`) and `PopulatedRanges` (a
+/// Payload of an `AddressSpace` record; a list of the spans that mlock(2) kept in RAM follows. The records `VmaList` (the text of `/proc/PID/maps`) and `PopulatedRanges` (a
 /// list of [`Span`]) have the same object id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -80,12 +80,20 @@ impl SpaceImage {
 
     /// What madvise(2) and mlock(2) had set on its VMAs. Read from the shadow when first asked for, which takes time:
     /// ask before the tree is stopped.
-    pub fn advice(&self) -> Result<&[Advised]> {
+    pub fn advice(&self, context: &Context) -> Result<&[Advised]> {
         if self.advice.get().is_none() {
-            let read = advice::read(self.shadow.pid, &self.layout)?;
+            let read = advice::read(self.shadow.pid, &self.layout, self.locked(context)?)?;
             return Ok(self.advice.get_or_init(|| read));
         }
         Ok(self.advice.get().map_or(&[], Vec::as_slice))
+    }
+
+    /// The spans that were locked in RAM.
+    fn locked<'c>(&self, context: &'c Context) -> Result<&'c [Span]> {
+        Ok(self
+            .record(context, Kind::AddressSpace)?
+            .fixed_list::<AddressSpaceHeader, Span>()?
+            .1)
     }
 
     /// The text of its VMA list, read in place.

@@ -4,12 +4,13 @@ use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
+use zerocopy::IntoBytes;
 
 use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
 use crate::kernel::maps::Vma;
 use crate::kernel::pagemap::{self, Categories, Region, Scan};
 use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
-use crate::kernel::{pidfd, procfs, remote_memory};
+use crate::kernel::{pidfd, procfs, remote_memory, smaps};
 use crate::outcome::Refusal;
 use crate::record::{Context, Kind};
 
@@ -224,7 +225,12 @@ impl Space {
         };
         context.append(Kind::VmaList, id, &[&text])?;
         context.put_list(Kind::PopulatedRanges, id, populated.spans())?;
-        context.put(Kind::AddressSpace, id, &header, b"")?;
+        context.put(
+            Kind::AddressSpace,
+            id,
+            &header,
+            locked_spans(pid)?.as_bytes(),
+        )?;
         Ok((id, layout, populated.pages(), populated))
     }
 
@@ -365,6 +371,27 @@ pub(super) fn populated(
         }
     }
     found
+}
+
+/// Memory that mlock(2) keeps in RAM. A shadow does not know: fork does not inherit it. `smaps` is read only if there
+/// is some.
+fn locked_spans(pid: Pid) -> Result<Vec<Span>> {
+    let read = |name: &str| {
+        std::fs::read_to_string(procfs::path(pid, name))
+            .map_err(|error| system(pid, &format!("read /proc/{pid}/{name}"), error))
+    };
+    if procfs::status_line(&read("status")?, "VmLck").is_none_or(|size| size.starts_with("0 ")) {
+        return Ok(Vec::new());
+    }
+    let locked = smaps::parse(&read("smaps")?)
+        .into_iter()
+        .filter(|flags| flags.has("lo"));
+    Ok(locked
+        .map(|flags| Span {
+            start: flags.start,
+            end: flags.end,
+        })
+        .collect())
 }
 
 fn populated_with(layout: &Layout, regions: &[Region], category: Categories) -> Ranges {

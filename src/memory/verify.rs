@@ -53,7 +53,7 @@ pub fn verify(
         }
     }
 
-    let (set, found) = (image.advice()?, advice::live(pid, &live)?);
+    let (set, found) = (image.advice(context)?, advice::live(pid, &live)?);
     if !advice::same(set, &found) {
         let list = |list: &[advice::Advised]| {
             let flagged = list.iter().filter(|advised| !advised.flags.is_empty());

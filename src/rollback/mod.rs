@@ -48,7 +48,9 @@ pub fn run(
 ) -> std::result::Result<Done, Failure> {
     let untouched = |error: Error| Failure::Untouched(error);
     for image in &checkpoints[to].spaces {
-        image.advice().map_err(|error| untouched(error.into()))?;
+        image
+            .advice(&checkpoints[to].context)
+            .map_err(|error| untouched(error.into()))?;
     }
     let mut stopped = tree
         .stop(OnTracerDeath::Die)
@@ -149,7 +151,7 @@ fn execute(
     phases.end("kill");
     fault::point("rollback.killed");
     for (image, (pid, plan)) in checkpoint.spaces.iter().zip(&plan.memory) {
-        space(spaces, *pid)?.restore_layout(stopped, image, plan)?;
+        space(spaces, *pid)?.restore_layout(stopped, image, &checkpoint.context, plan)?;
     }
     phases.end("layout");
     fault::point("rollback.layout");
