@@ -13,7 +13,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, getpid, pause};
 use serde::Serialize;
 
-use super::pagemap::{self, Scan};
+use super::pagemap::{self, Backing, Scan};
 use super::sock_diag::SockDiag;
 use super::userfaultfd::{USER_MODE_ONLY, WriteTracker};
 use super::{kcmp, pidfd, procfs, ptrace, remote_memory};
@@ -317,8 +317,15 @@ fn pagemap_scan() -> Outcome {
     let pagemap = fs::File::open("/proc/self/pagemap").map_err(|error| error.to_string())?;
     let page = (&raw const pagemap as u64) & !4095;
     let mut found = Vec::new();
-    pagemap::scan(&pagemap, Scan::Populated, page, page + 4096, &mut found)
-        .map_err(|errno| errno.to_string())?;
+    pagemap::scan(
+        &pagemap,
+        Scan::Populated,
+        Backing::Nothing,
+        page,
+        page + 4096,
+        &mut found,
+    )
+    .map_err(|errno| errno.to_string())?;
     if found.is_empty() {
         Err("it does not see our own stack".to_owned())
     } else {

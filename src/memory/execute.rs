@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use crate::freeze::{self, Batch, Stopped};
 use crate::kernel::maps::{self, Vma};
-use crate::kernel::pagemap::{self, Scan};
+use crate::kernel::pagemap::Scan;
 use crate::kernel::{procfs, smaps};
 use crate::record::Context;
 
@@ -249,7 +249,7 @@ impl Space {
     }
 
     /// Arms the pages again, with what shares their page tables.
-    pub fn rearm(&self, stopped: &Stopped, pages: &Ranges) -> Result<()> {
+    pub fn rearm(&self, stopped: &Stopped, image: &SpaceImage, pages: &Ranges) -> Result<()> {
         let blocks: Ranges = pages
             .spans()
             .iter()
@@ -260,14 +260,11 @@ impl Space {
             .collect();
         let mut found = Vec::new();
         for block in blocks.spans() {
-            pagemap::scan(
-                &stopped.member(self.pid)?.pagemap,
-                Scan::Arm,
-                block.start,
-                block.end,
-                &mut found,
-            )
-            .map_err(|errno| system(self.pid, "arm its pages", errno))?;
+            let pagemap = &stopped.member(self.pid)?.pagemap;
+            image
+                .layout
+                .scan_within(pagemap, Scan::Arm, *block, &mut found)
+                .map_err(|errno| system(self.pid, "arm its pages", errno))?;
         }
         Ok(())
     }

@@ -1,7 +1,13 @@
 //! The VMA list of an address space, and how it differs from another.
 
-use crate::kernel::maps::{self, Vma};
+use std::os::fd::AsFd;
 
+use nix::errno::Errno;
+
+use crate::kernel::maps::{self, Vma};
+use crate::kernel::pagemap::{self, Backing, Region, Scan};
+
+use super::USER_END;
 use super::ranges::Span;
 
 /// The VMAs of an address space in order, without the window.
@@ -79,6 +85,48 @@ impl Layout {
         self.vmas
             .iter()
             .filter(|vma| !vma.shared && !vma.is_special())
+    }
+
+    /// Scans the private VMAs for anonymous pages, in as few calls as what is behind them allows.
+    pub fn scan(
+        &self,
+        pagemap: impl AsFd,
+        what: Scan,
+        found: &mut Vec<Region>,
+    ) -> Result<(), Errno> {
+        self.scan_within(
+            pagemap,
+            what,
+            Span {
+                start: 0,
+                end: USER_END,
+            },
+            found,
+        )
+    }
+
+    /// The same for a part of the address space.
+    pub fn scan_within(
+        &self,
+        pagemap: impl AsFd,
+        what: Scan,
+        span: Span,
+        found: &mut Vec<Region>,
+    ) -> Result<(), Errno> {
+        let backing = |vma: &Vma| match vma.is_anonymous() {
+            _ if vma.shared || vma.is_special() => None,
+            true => Some(Backing::Nothing),
+            false => Some(Backing::File),
+        };
+        let first = self.vmas.partition_point(|vma| vma.end <= span.start);
+        let last = self.vmas.partition_point(|vma| vma.start < span.end);
+        for run in self.vmas[first..last].chunk_by(|one, next| backing(one) == backing(next)) {
+            if let (Some(backing), [head, ..], [.., tail]) = (backing(&run[0]), run, run) {
+                let (start, end) = (head.start.max(span.start), tail.end.min(span.end));
+                pagemap::scan(&pagemap, what, backing, start, end, found)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,14 +1,14 @@
 //! What an address space is like now, as far as it can have changed.
 
 use crate::freeze::{Batch, Stopped};
-use crate::kernel::pagemap::{self, Region, Scan};
+use crate::kernel::pagemap::{Region, Scan};
 use crate::record::Context;
 
+use super::Result;
 use super::image::SpaceImage;
 use super::layout::Layout;
 use super::ranges::Span;
 use super::space::{read_maps, refuse, system, window_span};
-use super::{Result, USER_END};
 
 /// The live state of an address space.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -52,9 +52,14 @@ impl Observed {
             ));
         }
         let mut regions = Vec::new();
-        pagemap::scan(&member.pagemap, Scan::Populated, 0, USER_END, &mut regions)
-            .map_err(|errno| system(pid, "scan its pages", errno))?;
+        let scanned =
+            |result: nix::Result<()>| result.map_err(|errno| system(pid, "scan its pages", errno));
         if text == image.maps_text(context)? {
+            scanned(
+                image
+                    .layout
+                    .scan(&member.pagemap, Scan::Populated, &mut regions),
+            )?;
             return Ok(Self {
                 layout: None,
                 brk: None,
@@ -70,6 +75,8 @@ impl Observed {
                 "/proc/PID/maps does not read as documented",
             )
         })?;
+        let pagemap = &stopped.member(pid)?.pagemap;
+        scanned(layout.scan(pagemap, Scan::Populated, &mut regions))?;
         let mut batch = Batch::new();
         let brk = batch.call(libc::SYS_brk, &[0.into()]);
         let outputs = stopped.run(pid, &batch)?;

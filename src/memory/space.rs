@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
 use crate::kernel::maps::Vma;
-use crate::kernel::pagemap::{self, Categories, Region, Scan};
+use crate::kernel::pagemap::{Categories, Region, Scan};
 use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
 use crate::kernel::{pidfd, procfs, remote_memory, smaps};
 use crate::outcome::Refusal;
@@ -19,7 +19,7 @@ use super::layout::Layout;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
 use super::store::Store;
-use super::{PAGE, Result, USER_END};
+use super::{PAGE, Result};
 
 /// The least page store a window is given, in bytes. It is address space only until it is filled.
 const LEAST_STORE: u64 = 64 << 20;
@@ -207,7 +207,8 @@ impl Space {
         })?;
         self.register(layout.private())?;
         let mut regions = Vec::new();
-        pagemap::scan(&member.pagemap, Scan::Arm, 0, USER_END, &mut regions)
+        layout
+            .scan(&member.pagemap, Scan::Arm, &mut regions)
             .map_err(|errno| system(pid, "scan its pages", errno))?;
         let populated = populated(&layout, &regions, |_, _| true);
         let written = populated_with(&layout, &regions, Categories::WRITTEN);
@@ -243,14 +244,10 @@ impl Space {
     ) -> Result<u64> {
         let pid = self.pid;
         let mut regions = Vec::new();
-        pagemap::scan(
-            &image.shadow.pagemap,
-            Scan::Populated,
-            0,
-            USER_END,
-            &mut regions,
-        )
-        .map_err(|errno| system(pid, "scan its shadow", errno))?;
+        image
+            .layout
+            .scan(&image.shadow.pagemap, Scan::Populated, &mut regions)
+            .map_err(|errno| system(pid, "scan its shadow", errno))?;
         let there: Ranges = regions
             .iter()
             .map(|region| Span {

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::freeze::Stopped;
 use crate::kernel::maps::Vma;
-use crate::kernel::pagemap::{self, Scan};
+use crate::kernel::pagemap::{self, Backing, Scan};
 use crate::kernel::procfs;
 use crate::outcome::Difference;
 use crate::record::Context;
@@ -81,6 +81,7 @@ pub fn verify(
         pagemap::scan(
             open(of, "pagemap")?,
             Scan::Populated,
+            Backing::File,
             0,
             USER_END,
             &mut regions,

@@ -174,7 +174,7 @@ fn execute(
     phases.end("copy");
     fault::point("rollback.copied");
     for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
-        space(spaces, *pid)?.rearm(stopped, &plan.copy)?;
+        space(spaces, *pid)?.rearm(stopped, image, &plan.copy)?;
         image.stale = Ranges::new();
     }
     phases.end("rearm");
