@@ -247,28 +247,12 @@ impl<'t> Stopped<'t> {
             if held.is_some_and(|process| process.threads.iter().any(|thread| thread.tid == tid)) {
                 continue;
             }
-            match ptrace::seize(tid, options) {
-                Ok(()) => {
-                    ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
-                }
-                Err(Errno::ESRCH) => continue,
-                Err(_) => {
-                    let Ok(stat) = procfs::Stat::of_thread(pid, tid) else {
-                        continue;
-                    };
-                    if matches!(stat.state, 'Z' | 'X') {
-                        if tid == pid && procfs::tasks(pid).is_ok_and(|tids| tids.len() == 1) {
-                            self.note_process(pid, stat.parent());
-                            continue;
-                        }
-                        if tid != pid {
-                            continue;
-                        }
-                    }
-                    // A child of a task that we held when it was made is ours already.
-                    if !self.is_ours(pid, tid) {
-                        return Err(discover::why_not_seized(pid, tid).into());
-                    }
+            match self.seize(pid, tid, options)? {
+                Seized::Taken => {}
+                Seized::Gone => continue,
+                Seized::Zombie { parent } => {
+                    self.note_process(pid, parent);
+                    continue;
                 }
             }
             if !self.processes.contains_key(&pid) {
@@ -285,6 +269,41 @@ impl<'t> Stopped<'t> {
             fresh.push((pid, tid));
         }
         Ok(())
+    }
+
+    /// Seizes and interrupts one task. One that is just ending can't be seized and is not a zombie yet, so a failure
+    /// counts only if it lasts.
+    fn seize(&self, pid: Pid, tid: Pid, options: Options) -> Result<Seized> {
+        let deadline = Instant::now() + ATTEMPT;
+        loop {
+            match ptrace::seize(tid, options) {
+                Ok(()) => {
+                    ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
+                    return Ok(Seized::Taken);
+                }
+                Err(Errno::ESRCH) => return Ok(Seized::Gone),
+                // A child of a task that we held when it was made is ours already.
+                Err(_) if self.is_ours(pid, tid) => return Ok(Seized::Taken),
+                Err(_) => {}
+            }
+            let Ok(stat) = procfs::Stat::of_thread(pid, tid) else {
+                return Ok(Seized::Gone);
+            };
+            if matches!(stat.state, 'Z' | 'X') {
+                if tid != pid {
+                    return Ok(Seized::Gone);
+                }
+                if procfs::tasks(pid).is_ok_and(|tids| tids.len() == 1) {
+                    return Ok(Seized::Zombie {
+                        parent: stat.parent(),
+                    });
+                }
+            }
+            if Instant::now() > deadline {
+                return Err(discover::why_not_seized(pid, tid));
+            }
+            std::thread::yield_now();
+        }
     }
 
     fn is_ours(&self, pid: Pid, tid: Pid) -> bool {
@@ -526,6 +545,16 @@ impl Drop for Stopped<'_> {
         // Best effort: whoever cares about errors has called `resume`.
         let _ = self.release();
     }
+}
+
+/// What came of seizing a task.
+enum Seized {
+    /// It is ours and will stop.
+    Taken,
+    /// It has ended.
+    Gone,
+    /// It has ended and is all that is left of its process.
+    Zombie { parent: Pid },
 }
 
 /// Why an attempt at stopping did not succeed.
