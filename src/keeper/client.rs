@@ -18,7 +18,7 @@ use crate::keeper::{Error, StateDirectory};
 const HELLO_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How often a keeper may end between our connecting and its hearing us before we give up.
-const ATTEMPTS: usize = 10;
+const ATTEMPTS: usize = 100;
 
 /// A connection to a keeper.
 #[derive(Debug)]

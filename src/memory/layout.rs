@@ -173,9 +173,9 @@ mod tests {
         }
     }
 
-    /// One page for each address: what is there.
+    /// One page for each address that `layout` can reach: what is there.
     fn model(layout: &Layout) -> Vec<Option<(u8, u64, u64)>> {
-        (0..64)
+        (0..96)
             .map(|at| {
                 let vma = layout.at(at)?;
                 let offset = if vma.is_anonymous() {
