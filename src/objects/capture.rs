@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use super::live::{Holder, Live};
 use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Slot, Table};
 use super::pipe::Pipe;
-use super::socket_plan::{inner_tcp, mark_inner};
+use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
@@ -147,7 +147,7 @@ fn complete_sockets(
             sockets.insert(*id, state.clone());
         }
     }
-    mark_inner(sockets.values_mut());
+    mark_inner(&mut sockets);
     let ends = inner_tcp(&sockets.iter().map(|(id, state)| (*id, state)).collect());
     let at: BTreeMap<ObjectId, usize> = ids.iter().copied().zip(0..).collect();
     complete(&mut sockets, &ends, &BTreeMap::new(), |id| {

@@ -47,6 +47,7 @@ pub mod signalfd;
 pub mod socket;
 pub mod socket_apply;
 mod socket_diag;
+mod socket_ends;
 pub mod socket_inside;
 pub mod socket_make;
 pub mod socket_options;

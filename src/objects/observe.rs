@@ -15,7 +15,7 @@ use super::model::{
 };
 use super::pipe::{self, Pipe};
 use super::socket;
-use super::socket_plan::inner_tcp;
+use super::socket_ends::inner_tcp;
 use super::state::{self, State};
 use super::survey::{Ask, Expected, survey};
 use super::tcp_queue::complete;

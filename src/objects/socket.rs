@@ -44,7 +44,7 @@ pub struct State {
     pub role: Role,
     /// What waits to be read; of TCP only once both ends are known to be in the tree.
     pub queue: Vec<Message>,
-    /// Its peer is in the tree, of a unix connection.
+    /// Its peer is in the tree, of a connection.
     pub inner: bool,
     /// Who its peer was when they were connected (`SO_PEERCRED`), of unix sockets.
     pub credentials: Option<Credentials>,

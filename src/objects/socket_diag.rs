@@ -3,15 +3,18 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
+use std::rc::Rc;
 
 use nix::errno::Errno;
 
 use super::Error;
-use crate::kernel::sock_diag::SockDiag;
+use crate::kernel::sock_diag::{InetSocket, SockDiag};
 
 thread_local! {
     /// By inode of the namespace. A namespace lives while a client of it is open, so [`close`] ends that.
     static CLIENTS: RefCell<HashMap<u64, SockDiag>> = RefCell::new(HashMap::new());
+    /// By process, family and protocol.
+    static LISTS: RefCell<HashMap<(i32, i32, i32), Rc<Vec<InetSocket>>>> = RefCell::new(HashMap::new());
 }
 
 /// Asks the kernel about the sockets of a process's network namespace.
@@ -39,7 +42,22 @@ pub(super) fn ask<T>(
     })
 }
 
-/// Closes the clients. The end of every pass over sockets.
+/// All internet sockets of a kind in a process's network namespace, as they were when first asked for in this pass.
+///
+/// # Errors
+/// As [`ask`].
+pub(super) fn inet(pid: i32, family: i32, protocol: i32) -> Result<Rc<Vec<InetSocket>>, Error> {
+    let key = (pid, family, protocol);
+    if let Some(known) = LISTS.with_borrow(|lists| lists.get(&key).cloned()) {
+        return Ok(known);
+    }
+    let list = Rc::new(ask(pid, |diag| diag.inet(family, protocol))?);
+    LISTS.with_borrow_mut(|lists| lists.insert(key, list.clone()));
+    Ok(list)
+}
+
+/// Closes the clients and forgets what they told. The end of every pass over sockets.
 pub(super) fn close() {
     CLIENTS.with_borrow_mut(HashMap::clear);
+    LISTS.with_borrow_mut(HashMap::clear);
 }

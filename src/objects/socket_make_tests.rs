@@ -11,8 +11,9 @@ use crate::kernel::socket::{SO_COOKIE, option, shutdown, u64_option};
 use crate::objects::live::{Holder, Live};
 use crate::objects::model::{Common, Place};
 use crate::objects::socket_apply::apply;
+use crate::objects::socket_ends::{inner_tcp, mark_inner};
 use crate::objects::socket_inside::Keeper;
-use crate::objects::socket_plan::{inner_tcp, mark_inner, plan};
+use crate::objects::socket_plan::plan;
 use crate::objects::tcp_queue::complete;
 
 /// Recorded sockets of this process, by number.
@@ -61,7 +62,7 @@ impl Recorded {
         };
         let ends = inner_tcp(&borrow(&recorded.states));
         let mut states = std::mem::take(&mut recorded.states);
-        mark_inner(states.values_mut());
+        mark_inner(&mut states);
         complete(&mut states, &ends, &BTreeMap::new(), |id| {
             recorded.duplicate(id)
         })
@@ -144,6 +145,7 @@ impl Recorded {
             .map(|(&id, state)| (id, state))
             .collect();
         planned.adopt(&mut states, &identities);
+        crate::objects::socket_diag::close();
         if effects.reset_connections == 0 {
             for (&id, &fd) in &self.fds {
                 // Identity is new where the socket is; the rest must be the same.

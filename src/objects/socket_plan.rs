@@ -1,11 +1,11 @@
 //! What to do about sockets, decided over all of them: both ends of a connection go back together. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::SocketAddr;
 
 use super::model::ObjectId;
 use super::socket::{Role, State};
 use super::socket_apply::{Change, Step};
+use super::socket_ends::{Ends, canonical};
 use super::socket_queue;
 use crate::kernel::sock_diag::state;
 use crate::kernel::socket::{Address, Message};
@@ -64,72 +64,6 @@ pub fn plan(
     }
     planner.follow_replaced();
     Ok(planner.plan)
-}
-
-/// Who is connected to whom, among the recorded.
-struct Ends {
-    by_inode: HashMap<u64, ObjectId>,
-    by_addresses: HashMap<(u64, SocketAddr, SocketAddr), ObjectId>,
-}
-
-/// An address without the difference between IPv4 and IPv4 mapped into IPv6.
-fn canonical(address: &Address) -> Option<SocketAddr> {
-    address
-        .inet()
-        .map(|inet| SocketAddr::new(inet.ip().to_canonical(), inet.port()))
-}
-
-impl Ends {
-    fn new(recorded: &BTreeMap<ObjectId, &State>) -> Self {
-        let mut ends = Self {
-            by_inode: HashMap::new(),
-            by_addresses: HashMap::new(),
-        };
-        for (&id, state) in recorded {
-            ends.by_inode.insert(state.inode, id);
-            if let (Role::Tcp(_), Some(local), Some(peer)) =
-                (&state.role, canonical(&state.local), canonical(&state.peer))
-            {
-                ends.by_addresses.insert((state.namespace, local, peer), id);
-            }
-        }
-        ends
-    }
-
-    /// The other end, if it was recorded as well.
-    fn of(&self, state: &State) -> Option<ObjectId> {
-        match &state.role {
-            Role::Unix { peer, .. } => self.by_inode.get(peer).copied(),
-            Role::Tcp(_) => {
-                let (local, peer) = (canonical(&state.local)?, canonical(&state.peer)?);
-                self.by_addresses
-                    .get(&(state.namespace, peer, local))
-                    .copied()
-            }
-            _ => None,
-        }
-    }
-}
-
-/// The other end of each TCP connection that has both in the tree.
-pub(super) fn inner_tcp(recorded: &BTreeMap<ObjectId, &State>) -> BTreeMap<ObjectId, ObjectId> {
-    let ends = Ends::new(recorded);
-    let inner = recorded
-        .iter()
-        .filter(|(_, state)| matches!(state.role, Role::Tcp(_)));
-    inner
-        .filter_map(|(&id, state)| Some((id, ends.of(state)?)))
-        .collect()
-}
-
-/// Marks the unix connections that have both ends in the tree, and are open in both directions.
-pub(super) fn mark_inner<'a>(states: impl Iterator<Item = &'a mut State>) {
-    let mut states: Vec<_> = states.collect();
-    let inodes: BTreeSet<u64> = states.iter().map(|state| state.inode).collect();
-    for state in &mut states {
-        state.inner = state.sort.kind != libc::SOCK_DGRAM
-            && matches!(state.role, Role::Unix { peer, ended: 0 } if inodes.contains(&peer));
-    }
 }
 
 struct Planner<'a> {
