@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use crate::support::fixture::Fixture;
 use crate::support::numbers::{self, Holdings};
 use crate::support::session::{DONE, Session};
+use crate::support::wait;
 
 /// Rollbacks per test; `SNAPBACK_ROUNDS` overrides it.
 fn rounds() -> u32 {
@@ -15,16 +16,27 @@ fn rounds() -> u32 {
         .unwrap_or(1000)
 }
 
-/// What all processes of the program and the keepers hold.
+/// What all processes of the program and the keepers hold, once it does not change any more: a keeper is done with a
+/// connection only after its client has gone.
 fn survey(session: &Session, fixture: &Fixture) -> BTreeMap<i32, Holdings> {
-    let mut pids = fixture.family.members();
-    pids.extend(session.keepers());
-    pids.into_iter()
-        .filter_map(|pid| Some((pid, numbers::holdings(pid)?)))
-        .collect()
+    let look = || -> BTreeMap<i32, Holdings> {
+        let mut pids = fixture.family.members();
+        pids.extend(session.keepers());
+        pids.into_iter()
+            .filter_map(|pid| Some((pid, numbers::holdings(pid)?)))
+            .collect()
+    };
+    let (mut last, mut same) = (look(), 0);
+    wait::until("the numbers rest", || {
+        let now = look();
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+        same == 20
+    });
+    last
 }
 
-/// The same processes, the same descriptors, mappings and threads. Memory may grow by what an allocator keeps, not per
+/// The same processes, descriptors and threads. Memory and mappings may grow by what an allocator keeps, not per
 /// round.
 #[track_caller]
 fn assert_flat(before: &BTreeMap<i32, Holdings>, after: &BTreeMap<i32, Holdings>) {
@@ -32,11 +44,16 @@ fn assert_flat(before: &BTreeMap<i32, Holdings>, after: &BTreeMap<i32, Holdings>
     assert_eq!(pids(before), pids(after), "processes");
     for (pid, first) in before {
         let last = &after[pid];
-        let counts = |it: &Holdings| (it.descriptors, it.mappings, it.threads);
+        let counts = |it: &Holdings| (it.descriptors, it.threads);
         assert_eq!(
             counts(first),
             counts(last),
-            "descriptors, mappings, threads of {pid}"
+            "descriptors and threads of {pid}"
+        );
+        // An allocator may map a few pieces more; one per rollback would be many.
+        assert!(
+            last.mappings <= first.mappings + 16,
+            "mappings of {pid}: from {first:?} to {last:?}"
         );
         assert!(
             last.resident_kib <= first.resident_kib + first.resident_kib / 10 + 1024,
@@ -85,7 +102,7 @@ fn checkpoints(program: &str) {
         fixture.mutate();
         session.rollback(fixture.pid());
         session.release(fixture.pid()).expect(DONE, "release");
-        crate::support::wait::until("the keeper has ended", || session.keepers().is_empty());
+        wait::until("the keeper has ended", || session.keepers().is_empty());
         fixture.verify("after a release");
         let now = survey(&session, &fixture);
         match &before {
