@@ -84,6 +84,10 @@ fn rollback_run(program: &str) {
         wait::until(&format!("{point}: its tracer has let go of it"), || {
             numbers::status_number(fixture.pid(), "TracerPid").unwrap_or(0) == 0
         });
+        // Death may still be on its way.
+        wait::until(&format!("{point}: it is dead or goes on"), || {
+            !numbers::is_alive(fixture.pid()) || numbers::reads_commands(fixture.pid())
+        });
         if !numbers::is_alive(fixture.pid()) {
             wait::until(
                 &format!("{point}: the whole tree is dead, as its root is"),
@@ -91,7 +95,6 @@ fn rollback_run(program: &str) {
             );
             continue;
         }
-        fixture.settle();
         let found = fixture.ask(b'v');
         assert!(
             found == wrecked || found == "PASS",
