@@ -286,6 +286,8 @@ fn quiet_place(vmas: &[maps::Vma]) -> u64 {
 
 const MFD_EXEC: u32 = 0x10;
 const WINDOW_NAME: &CStr = c"snapback";
+/// What `/proc/PID/maps` calls a window.
+pub const WINDOW_MAPPING: &[u8] = b"/memfd:snapback (deleted)";
 
 fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<Outputs> {
     let tid = thread.tid;

@@ -12,7 +12,7 @@ mod stopped;
 mod tree;
 
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
-pub use inject::{PlainCall, STORE_OFFSET, TargetWindow};
+pub use inject::{PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING};
 pub use stopped::{Process, Stopped, Thread};
 pub use tree::{Member, OnTracerDeath, Tree};
 

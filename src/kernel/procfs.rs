@@ -99,6 +99,16 @@ impl Stat {
         Pid::from_raw(self.field(4) as i32)
     }
 
+    /// The session it is in.
+    pub fn session(&self) -> Pid {
+        Pid::from_raw(self.field(6) as i32)
+    }
+
+    /// The signal its parent gets when it ends.
+    pub fn exit_signal(&self) -> i32 {
+        self.field(38) as i32
+    }
+
     /// When it started, in clock ticks since boot: with the PID it names a process for ever.
     pub fn start_time(&self) -> u64 {
         self.field(22)

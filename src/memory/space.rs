@@ -76,12 +76,65 @@ impl Space {
             refuse(pid, "write tracking", format!("asynchronous write-protection failed: {errno}; Linux 6.7 has it, see `snapback check`"))
         })?;
         let generation = stopped.member(pid)?.generation;
-        Ok(Self {
+        let space = Self {
             pid,
             generation,
             tracker,
             store: Store::new(store),
-        })
+        };
+        space.clear_leftovers(stopped)?;
+        Ok(space)
+    }
+
+    /// Removes what a keeper that was killed has left in the process: its window and its zombie shadows.
+    ///
+    /// A keeper that lives has its tracking registered, so this refuses before it takes anything away from it.
+    fn clear_leftovers(&self, stopped: &mut Stopped) -> Result<()> {
+        let pid = self.pid;
+        let window = window_span(stopped, pid)?;
+        let text = read_maps(stopped.member(pid)?)?;
+        let layout = Layout::parse(&text, Some(window)).unwrap_or_default();
+        self.register(layout.private())?;
+        let mut batch = Batch::new();
+        for vma in layout
+            .vmas
+            .iter()
+            .filter(|vma| vma.shared && &*vma.name == freeze::WINDOW_MAPPING)
+        {
+            batch.call(libc::SYS_munmap, &[vma.start.into(), vma.len().into()]);
+        }
+        let is_shadow = |child: Pid| {
+            procfs::Stat::read(child).is_ok_and(|stat| {
+                stat.state == 'Z' && stat.exit_signal() == 0 && stat.session() == child
+            })
+        };
+        let leftovers: Vec<Pid> = stopped
+            .processes()
+            .filter(|process| {
+                process.is_zombie() && process.parent == pid && is_shadow(process.pid)
+            })
+            .map(|process| process.pid)
+            .collect();
+        for shadow in &leftovers {
+            let status =
+                std::fs::read_to_string(procfs::path(*shadow, "status")).unwrap_or_default();
+            let inside = procfs::namespace_pids(&status)
+                .last()
+                .copied()
+                .unwrap_or(shadow.as_raw());
+            let options = libc::__WALL | libc::WNOHANG;
+            batch.call(
+                libc::SYS_wait4,
+                &[inside.into(), 0.into(), options.into(), 0.into()],
+            );
+        }
+        if !batch.is_empty() {
+            stopped.run(pid, &batch)?;
+        }
+        leftovers
+            .into_iter()
+            .for_each(|shadow| stopped.remove(shadow));
+        Ok(())
     }
 
     /// Whether the process still has this address space, as far as it is known.
