@@ -13,7 +13,7 @@ use super::socket_options::{Options, Sort};
 use super::socket_queue::{self, Shape};
 use super::{Error, tcp, udp, unix};
 use crate::kernel::socket::{
-    Address, Credentials, Message, SO_COOKIE, SO_NETNS_COOKIE, int_option, local_address,
+    Address, Credentials, Message, SO_COOKIE, SO_NETNS_COOKIE, int_option, local_address, option,
     peer_address, u64_option,
 };
 use crate::record::Kind;
@@ -44,6 +44,8 @@ pub struct State {
     pub role: Role,
     /// What waits to be read; of TCP only once both ends are known to be in the tree.
     pub queue: Vec<Message>,
+    /// What it has that can't be recorded: it may be kept, but not made again.
+    pub irreplaceable: Option<String>,
     /// Its peer is in the tree, of a connection.
     pub inner: bool,
     /// Who its peer was when they were connected (`SO_PEERCRED`), of unix sockets.
@@ -201,9 +203,28 @@ fn capture_common(live: &Live<'_>, fd: BorrowedFd<'_>, sort: Sort) -> Result<Sta
         file: None,
         role: Role::Plain { ended: 0 },
         queue: Vec::new(),
+        irreplaceable: irreplaceable(fd),
         inner: false,
         credentials: None,
     })
+}
+
+/// A filter (socket(7), `SO_GET_FILTER`) or an upper-layer protocol (tcp(7), `TCP_ULP`: TLS in the kernel).
+fn irreplaceable(fd: BorrowedFd<'_>) -> Option<String> {
+    const SO_GET_FILTER: i32 = 26;
+    // Asked with no room it tells the number of instructions; of an eBPF program it tells nothing (EACCES).
+    match option(fd, libc::SOL_SOCKET, SO_GET_FILTER, &mut []) {
+        Ok(1..) | Err(Errno::EACCES) => return Some("it has a socket filter".into()),
+        _ => {}
+    }
+    let mut name = [0; 16];
+    match option(fd, libc::IPPROTO_TCP, libc::TCP_ULP, &mut name) {
+        Ok(length @ 1..) => {
+            let name = String::from_utf8_lossy(&name[..length.min(16)]).replace('\0', "");
+            Some(format!("it has the upper-layer protocol {name}"))
+        }
+        _ => None,
+    }
 }
 
 /// A netlink socket may stay if nothing waits in it.

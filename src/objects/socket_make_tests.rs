@@ -517,3 +517,27 @@ fn a_foreign_file_at_the_path_is_a_refusal() {
     std::fs::write(&path, "text").expect("write");
     assert!(check().is_err_and(|(_, why)| why.contains("no socket")));
 }
+
+#[test]
+fn a_filter_is_kept_but_not_made_again() {
+    let (one, two) = UnixStream::pair().expect("pair");
+    // One instruction that accepts everything: struct sock_fprog of struct sock_filter { BPF_RET, .., 0xffff }.
+    let program: [u64; 1] = [u64::from(libc::BPF_RET as u16) | 0xffff << 32];
+    let mut argument = 1u64.to_ne_bytes().to_vec();
+    argument.extend((program.as_ptr() as u64).to_ne_bytes());
+    set_option(
+        one.as_fd(),
+        libc::SOL_SOCKET,
+        libc::SO_ATTACH_FILTER,
+        &argument,
+    )
+    .expect("filter");
+    let fds = [raw(one), raw(two)];
+    let mut recorded = Recorded::capture(&fds);
+    assert_eq!(recorded.roll_back(&fds).0, Plan::default());
+    close(fds[1]);
+    let now = recorded.observe(&fds[..1]);
+    let obstacle = plan(&borrow(&recorded.states), &borrow(&now)).expect_err("refused");
+    assert!(obstacle.remedy.contains("filter"), "{}", obstacle.remedy);
+    close(fds[0]);
+}

@@ -130,6 +130,20 @@ impl<'a> Planner<'a> {
         if self.plan.replaced.contains(&id) {
             return Ok(());
         }
+        let mut ends = vec![id];
+        if let Recipe::Pair(other) | Recipe::Through(_, other) = recipe {
+            ends.push(other);
+        }
+        for end in ends {
+            if let Some(why) = &self.recorded[&end].irreplaceable
+                && recipe != Recipe::Reset
+            {
+                return Err(refuse(
+                    end,
+                    &format!("{why}, so that it can't be made again"),
+                ));
+            }
+        }
         self.renew(id, recipe);
         if let Recipe::Pair(other) | Recipe::Through(_, other) = recipe {
             self.renew(other, recipe);

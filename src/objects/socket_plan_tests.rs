@@ -24,6 +24,7 @@ fn state(index: usize, family: i32, kind: i32, protocol: i32, role: Role) -> Sta
         file: None,
         role,
         queue: Vec::new(),
+        irreplaceable: None,
         inner: false,
         credentials: None,
     }
