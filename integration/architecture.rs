@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// The rooms from the bottom up. Those in one row do not import one another.
 const ORDER: &[&[&str]] = &[
-    &["outcome", "fault"],
+    &["outcome", "fault", "phases"],
     &["record"],
     &["kernel"],
     &["freeze"],

@@ -51,7 +51,7 @@ impl Recorded {
             .map(|(&id, &fd)| {
                 (
                     id,
-                    super::super::socket::capture(&live(&holders[&pid], fd)).expect("capture"),
+                    crate::objects::socket::capture(&live(&holders[&pid], fd)).expect("capture"),
                 )
             })
             .collect();
