@@ -228,7 +228,9 @@ impl SharedImage {
             self.copy
                 .read_exact_at(&mut other[..len], span.start)
                 .map_err(self.failed("read the copy of"))?;
-            if let Some(at) = (0..len).find(|at| one[*at] != other[*at]) {
+            if one[..len] != other[..len]
+                && let Some(at) = (0..len).find(|at| one[*at] != other[*at])
+            {
                 return Ok(Some(Difference {
                     what: format!(
                         "shared memory {}: byte {:#x}",
