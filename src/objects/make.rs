@@ -11,7 +11,7 @@ use super::capture::Capture;
 use super::model::{Description, Inode, ObjectId, Place, Recorded, Source};
 use super::plan::Plan;
 use super::state::State;
-use super::{Error, epoll, file, pipe};
+use super::{Error, epoll, file, locks, pipe};
 use crate::kernel::pidfd;
 use crate::kernel::socket::{SO_COOKIE, u64_option};
 
@@ -137,6 +137,13 @@ pub(super) fn adopt(
         if let Some(mut pipe) = recorded.pipes.remove(&then) {
             pipe.inode = now;
             recorded.pipes.insert(now, pipe);
+        }
+    }
+    for lock in &mut recorded.locks {
+        if let locks::Owner::Flock(id) | locks::Owner::Description(id) = lock.owner
+            && let Some(description) = recorded.descriptions.get(&id)
+        {
+            lock.inode = description.common.inode();
         }
     }
     Ok(())

@@ -6,6 +6,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use super::live::Live;
@@ -136,6 +137,14 @@ fn sort_of(fd: BorrowedFd<'_>) -> nix::Result<Sort> {
     })
 }
 
+/// Whether an error waits to be reported (`SO_ERROR`), which only poll(2) tells without taking it.
+fn has_error(fd: BorrowedFd<'_>) -> nix::Result<bool> {
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    let events = fds[0].revents().unwrap_or(PollFlags::empty());
+    Ok(events.contains(PollFlags::POLLERR))
+}
+
 /// Records a socket.
 pub fn capture(live: &Live<'_>) -> Result<State, Error> {
     let duplicate = live.duplicate()?;
@@ -151,6 +160,13 @@ pub fn capture(live: &Live<'_>) -> Result<State, Error> {
                 .refuse(&unsupported(sort), "close it before the checkpoint")
                 .into());
         }
+    }
+    if has_error(fd).map_err(live.failed("poll"))? {
+        // Looking at the queue would take it.
+        let remedy = "take the checkpoint when the program has seen it";
+        return Err(live
+            .refuse("socket with an error that waits to be reported", remedy)
+            .into());
     }
     let state = capture_common(live, fd, sort)?;
     match (sort.family, sort.protocol) {
