@@ -119,10 +119,14 @@ fn parse(line: &str) -> Option<Line<'_>> {
     })
 }
 
+/// Whether its locks are looked at: those of regular files and directories. flock(2) takes any descriptor, but nobody locks
+/// pipes or sockets, and asking each of them would cost every rollback.
+fn can_be_locked(common: &Common) -> bool {
+    matches!(common.file_type(), libc::S_IFREG | libc::S_IFDIR) && common.flags & libc::O_PATH == 0
+}
+
 /// Whether any file of a tree may be locked by it: what its descriptors tell, which is far cheaper than `/proc/locks` (that
 /// waits for all processors, milliseconds).
-///
-/// Locks on what is no file (flock(2) on a pipe) are only seen if there were locks at the checkpoint.
 ///
 /// # Errors
 /// If a text of `/proc` can't be read.
@@ -133,8 +137,7 @@ pub fn any_held(observed: &Observed) -> Result<bool, Error> {
     for table in &observed.tables {
         for slot in &table.slots {
             let live = &observed.descriptions[slot.description];
-            let is_file = matches!(live.common.file_type(), libc::S_IFREG | libc::S_IFDIR);
-            if is_file && live.is.is_some() && live.common.flags & libc::O_PATH == 0 {
+            if can_be_locked(&live.common) && live.is.is_some() {
                 places.push(Place {
                     pid: table.pid(),
                     fd: slot.fd,
@@ -175,7 +178,7 @@ pub fn find(
     let key = |common: &Common| (super::epoll::kernel_device(common.dev), common.ino);
     let mut inodes: BTreeMap<(u64, u64), Inode> = BTreeMap::new();
     for (id, common, place) in descriptions {
-        if !locked.contains(&key(common)) || common.flags & libc::O_PATH != 0 {
+        if !locked.contains(&key(common)) || !can_be_locked(common) {
             continue;
         }
         let inode = (common.dev, common.ino);
