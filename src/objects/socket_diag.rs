@@ -10,11 +10,14 @@ use nix::errno::Errno;
 use super::Error;
 use crate::kernel::sock_diag::{InetSocket, SockDiag};
 
+/// Internet sockets by process, family and protocol.
+type Lists = HashMap<(i32, i32, i32), Rc<Vec<InetSocket>>>;
+
 thread_local! {
     /// By inode of the namespace. A namespace lives while a client of it is open, so [`close`] ends that.
     static CLIENTS: RefCell<HashMap<u64, SockDiag>> = RefCell::new(HashMap::new());
-    /// By process, family and protocol.
-    static LISTS: RefCell<HashMap<(i32, i32, i32), Rc<Vec<InetSocket>>>> = RefCell::new(HashMap::new());
+    /// What they told in this pass.
+    static LISTS: RefCell<Lists> = RefCell::new(Lists::new());
 }
 
 /// Asks the kernel about the sockets of a process's network namespace.
