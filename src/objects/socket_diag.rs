@@ -8,7 +8,7 @@ use std::rc::Rc;
 use nix::errno::Errno;
 
 use super::Error;
-use crate::kernel::sock_diag::{InetSocket, SockDiag};
+use crate::kernel::sock_diag::{InetSocket, SockDiag, UnixSocket};
 
 /// Internet sockets by process, family and protocol.
 type Lists = HashMap<(i32, i32, i32), Rc<Vec<InetSocket>>>;
@@ -43,6 +43,26 @@ pub(super) fn ask<T>(
         };
         ask(client).map_err(failed)
     })
+}
+
+/// What the kernel reports about a unix socket of a process; `None` if it knows of none with this inode.
+///
+/// A socket that was accepted lives in the network namespace of the one that connected: a client on the host makes the
+/// container's socket one of the host's namespace, which is ours.
+///
+/// # Errors
+/// As [`ask`].
+pub(super) fn unix(pid: i32, inode: u64) -> Result<Option<UnixSocket>, Error> {
+    for of in [pid, std::process::id() as i32] {
+        let found = ask(of, |diag| match diag.unix_socket(inode as u32) {
+            Err(Errno::ENOENT) => Ok(None),
+            other => other.map(Some),
+        })?;
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
 }
 
 /// All internet sockets of a kind in a process's network namespace, as they were when first asked for in this pass.

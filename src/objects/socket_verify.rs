@@ -2,8 +2,6 @@
 
 use std::os::fd::AsFd;
 
-use nix::errno::Errno;
-
 use super::Error;
 use super::live::Live;
 use super::socket::{Role, State};
@@ -34,12 +32,7 @@ pub(super) fn verify(record: &State, live: &Live<'_>) -> Result<Vec<String>, Err
     let outside = !record.inner;
     match record.sort.family {
         libc::AF_UNIX => {
-            let found = socket_diag::ask(live.holder.pid, |diag| {
-                match diag.unix_socket(live.common.ino as u32) {
-                    Err(Errno::ENOENT) => Ok(None),
-                    other => other.map(Some),
-                }
-            })?;
+            let found = socket_diag::unix(live.holder.pid, live.common.ino)?;
             let Some(found) = found.filter(|found| found.cookie == cookie) else {
                 return Ok(vec!["not in the kernel's list of unix sockets".into()]);
             };

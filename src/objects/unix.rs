@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
@@ -31,7 +32,10 @@ pub struct BoundFile {
 
 /// What the kernel reports about a live socket.
 fn report(live: &Live<'_>, inode: u64) -> Result<UnixSocket, Error> {
-    socket_diag::ask(live.holder.pid, |diag| diag.unix_socket(inode as u32))
+    socket_diag::unix(live.holder.pid, inode)?.ok_or(Error::Own {
+        call: "sock_diag",
+        errno: Errno::ENOENT,
+    })
 }
 
 /// `SO_PEERCRED`.
