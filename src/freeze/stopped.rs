@@ -17,6 +17,8 @@ use super::{Context, Error, Result, discover, refuse};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long one attempt waits before it lets all go for a moment, so that a vfork child can exec.
 const ATTEMPT: Duration = Duration::from_millis(50);
+/// After this a task that has not stopped is looked at closely.
+const SOON: Duration = Duration::from_millis(1);
 
 /// A stopped thread.
 #[derive(Debug)]
@@ -354,10 +356,13 @@ impl<'t> Stopped<'t> {
         tid: Pid,
         deadline: Instant,
     ) -> std::result::Result<(), Retry> {
+        let began = Instant::now();
+        let mut loose = None;
         let mut turns = 0u32;
         loop {
             match ptrace::poll(tid) {
                 Ok(Some(Event::Interrupted)) => {
+                    self.stop_again(loose.take().unwrap_or_default(), deadline)?;
                     let Some(process) = self.processes.get_mut(&pid) else {
                         return Ok(());
                     };
@@ -373,6 +378,7 @@ impl<'t> Stopped<'t> {
                     return Ok(());
                 }
                 Ok(Some(Event::Exited(_))) | Err(_) => {
+                    self.stop_again(loose.take().unwrap_or_default(), deadline)?;
                     if let Some(process) = self.processes.get_mut(&pid) {
                         process.threads.retain(|thread| thread.tid != tid);
                         if process.threads.is_empty() && !procfs::path(pid, "stat").exists() {
@@ -393,13 +399,66 @@ impl<'t> Stopped<'t> {
                     turns += 1;
                     if turns > 64 {
                         if Instant::now() > deadline {
+                            for (_, child) in loose.take().unwrap_or_default() {
+                                // It may have ended.
+                                let _ = ptrace::interrupt(child);
+                            }
                             return Err(Retry::Stubborn(pid, tid));
+                        }
+                        if loose.is_none() && began.elapsed() > SOON && waits_in_kernel(pid, tid) {
+                            loose = Some(self.let_children_run(pid, tid)?);
                         }
                         std::thread::yield_now();
                     }
                 }
             }
         }
+    }
+
+    /// Lets the stopped children of a thread run: it may be in vfork(2), which ends when its child executes a program.
+    fn let_children_run(&mut self, pid: Pid, tid: Pid) -> Result<Vec<(Pid, Pid)>> {
+        let mut loose = Vec::new();
+        for child in procfs::children(pid, tid).unwrap_or_default() {
+            if self.tree.shadows.contains_key(&child) {
+                continue;
+            }
+            if !self.processes.contains_key(&child) {
+                // One that was made while its parent was held is born stopped.
+                if !self.is_ours(child, child)
+                    || !matches!(ptrace::wait(child), Ok(Event::Interrupted))
+                {
+                    continue;
+                }
+                let mut thread = Thread::new(child);
+                thread.state.stopped = true;
+                self.note_process(child, pid).threads.push(thread);
+            }
+            let threads = self
+                .processes
+                .get_mut(&child)
+                .into_iter()
+                .flat_map(|process| &mut process.threads);
+            for thread in threads.filter(|thread| thread.state.stopped) {
+                ptrace::resume(thread.tid, 0).context(|| format!("resume {}", thread.tid))?;
+                thread.state.stopped = false;
+                loose.push((child, thread.tid));
+            }
+        }
+        Ok(loose)
+    }
+
+    /// Stops what [`Self::let_children_run`] let run.
+    fn stop_again(
+        &mut self,
+        loose: Vec<(Pid, Pid)>,
+        deadline: Instant,
+    ) -> std::result::Result<(), Retry> {
+        for (child, tid) in loose {
+            // It may have ended, which the wait finds out.
+            let _ = ptrace::interrupt(tid);
+            self.await_stop(child, tid, deadline)?;
+        }
+        Ok(())
     }
 
     fn add_children(&mut self, found: &mut BTreeSet<Pid>) -> Result<()> {
@@ -545,6 +604,11 @@ impl Drop for Stopped<'_> {
         // Best effort: whoever cares about errors has called `resume`.
         let _ = self.release();
     }
+}
+
+/// Whether a task is in an uninterruptible wait, as the parent of a vfork child is.
+fn waits_in_kernel(pid: Pid, tid: Pid) -> bool {
+    procfs::Stat::of_thread(pid, tid).is_ok_and(|stat| stat.state == 'D')
 }
 
 /// What came of seizing a task.
