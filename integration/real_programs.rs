@@ -244,7 +244,8 @@ fn redis_run(session: &Session, target: &[&str], pid: i32, socket: &Path) {
     if let Some(before) = before {
         assert_flat(&before, &survey(session, pid));
     }
-    operate("release", &["--all"]);
+    let release: Vec<&str> = [&["release", "--all"][..], target].concat();
+    session.run(&release).expect(DONE, "release");
     assert_eq!(client.must("DEBUG DIGEST"), digest);
 }
 
