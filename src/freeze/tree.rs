@@ -71,6 +71,12 @@ impl Member {
         })
     }
 
+    /// Whether the process has not ended; a zombie has.
+    fn runs(&self) -> bool {
+        self.is_alive()
+            && procfs::Stat::read(self.pid).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+    }
+
     /// Whether it still has the address space it had when it became known.
     pub fn has_its_memory(&self) -> bool {
         let mut byte = [0];
@@ -122,8 +128,7 @@ impl Tree {
 
     /// Whether the root lives; a zombie does not.
     pub fn is_alive(&self) -> bool {
-        self.members[&self.root].is_alive()
-            && procfs::Stat::read(self.root).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+        self.members[&self.root].runs()
     }
 
     /// A process that is or was in the tree.
@@ -179,7 +184,7 @@ impl Tree {
     pub fn forget_dead(&mut self, keep: impl Fn(Pid) -> bool) {
         let root = self.root;
         self.members
-            .retain(|pid, member| *pid == root || keep(*pid) || member.is_alive());
+            .retain(|pid, member| *pid == root || keep(*pid) || member.runs());
     }
 
     /// Stops every task of the tree, however many are being made meanwhile.
