@@ -105,9 +105,6 @@ pub enum Scan {
     Arm,
 }
 
-/// Regions that one call may return.
-const ROOM: usize = 1024;
-
 /// What may be behind the pages of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backing {
@@ -127,11 +124,12 @@ pub fn scan(
     end: u64,
     found: &mut Vec<Region>,
 ) -> Result<(), Errno> {
+    const ROOM: usize = 1024;
     let not = match backing {
         Backing::Nothing => Categories::default(),
         Backing::File => Categories::FILE,
     };
-    let room = [Region::default(); ROOM];
+    let mut room = [Region::default(); ROOM];
     let mut arguments = ScanArguments {
         size: size_of::<ScanArguments>() as u64,
         flags: if what == Scan::Arm {
@@ -141,6 +139,7 @@ pub fn scan(
         },
         start,
         end,
+        vec: room.as_mut_ptr() as u64,
         vec_len: ROOM as u64,
         category_inverted: not.0,
         category_mask: not.0,
@@ -148,53 +147,6 @@ pub fn scan(
         return_mask: RETURNED.0,
         ..ScanArguments::default()
     };
-    run(pagemap, &mut arguments, room, |region| {
-        append(found, region)
-    })
-}
-
-/// Scans `[start, end)` for pages that are not write-protected, holes too: what was written, dropped or never there
-/// since it was armed. The kernel has a short way for just this question, some ten times faster than [`scan`]. Only
-/// for memory that [`Backing::Nothing`] is true of: elsewhere a dropped page leaves a marker that looks armed.
-pub fn scan_unarmed(
-    pagemap: impl AsFd,
-    start: u64,
-    end: u64,
-    found: &mut Vec<Region>,
-) -> Result<(), Errno> {
-    let room = [Region::default(); ROOM];
-    let mut arguments = ScanArguments {
-        size: size_of::<ScanArguments>() as u64,
-        start,
-        end,
-        vec_len: ROOM as u64,
-        category_mask: Categories::WRITTEN.0,
-        return_mask: Categories::WRITTEN.0,
-        ..ScanArguments::default()
-    };
-    run(pagemap, &mut arguments, room, |region| {
-        append(found, region)
-    })
-}
-
-/// Adds a region after those found, joined to the last if it continues that.
-fn append(found: &mut Vec<Region>, region: Region) {
-    match found.last_mut() {
-        Some(last) if last.end == region.start && last.categories == region.categories => {
-            last.end = region.end
-        }
-        _ => found.push(region),
-    }
-}
-
-fn run(
-    pagemap: impl AsFd,
-    arguments: &mut ScanArguments,
-    mut room: [Region; ROOM],
-    mut each: impl FnMut(Region),
-) -> Result<(), Errno> {
-    arguments.vec = room.as_mut_ptr() as u64;
-    let end = arguments.end;
     while arguments.start < end {
         // SAFETY: `arguments` is the kernel's struct pm_scan_arg (size asserted above) and `vec` points to ROOM
         // regions that outlive the call.
@@ -202,11 +154,18 @@ fn run(
             libc::ioctl(
                 pagemap.as_fd().as_raw_fd(),
                 PAGEMAP_SCAN,
-                &raw mut *arguments,
+                &raw mut arguments,
             )
         };
         let got = Errno::result(got)? as usize;
-        room[..got].iter().copied().for_each(&mut each);
+        for region in &room[..got] {
+            match found.last_mut() {
+                Some(last) if last.end == region.start && last.categories == region.categories => {
+                    last.end = region.end;
+                }
+                _ => found.push(*region),
+            }
+        }
         if arguments.walk_end <= arguments.start {
             break;
         }

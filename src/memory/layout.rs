@@ -5,10 +5,10 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 
 use crate::kernel::maps::{self, Vma};
-use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
+use crate::kernel::pagemap::{self, Backing, Region, Scan};
 
 use super::USER_END;
-use super::ranges::{Ranges, Span};
+use super::ranges::Span;
 
 /// The VMAs of an address space in order, without the window.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -103,75 +103,6 @@ impl Layout {
             },
             found,
         )
-    }
-
-    /// Finds what may have changed since it was armed: as [`Layout::scan`], but what is reported of memory without a
-    /// file is what is armed, what `populated` has and is not armed (perhaps because it is not there any more), and what
-    /// is there and `populated` has not.
-    pub fn scan_changes(
-        &self,
-        pagemap: impl AsFd,
-        populated: &Ranges,
-        found: &mut Vec<Region>,
-    ) -> Result<(), Errno> {
-        let spans = |of: &dyn Fn(&Vma) -> bool| -> Ranges {
-            let vmas = self.private().filter(|vma| of(vma));
-            vmas.map(|vma| Span {
-                start: vma.start,
-                end: vma.end,
-            })
-            .collect()
-        };
-        let anonymous = spans(&Vma::is_anonymous);
-        let mut unarmed = Vec::new();
-        for span in anonymous.spans() {
-            pagemap::scan_unarmed(&pagemap, span.start, span.end, &mut unarmed)?;
-        }
-        let unarmed: Ranges = unarmed
-            .iter()
-            .map(|region| Span {
-                start: region.start,
-                end: region.end,
-            })
-            .collect();
-        let mut add = |spans: &Ranges, categories: Categories| {
-            let region = |span: &Span| Region {
-                start: span.start,
-                end: span.end,
-                categories,
-            };
-            found.extend(spans.spans().iter().map(region));
-        };
-        add(
-            &anonymous.difference(&unarmed),
-            Categories::WP_ALLOWED | Categories::PRESENT,
-        );
-        add(
-            &unarmed.intersection(populated),
-            Categories::WRITTEN | Categories::PRESENT,
-        );
-        for span in unarmed.difference(populated).spans() {
-            pagemap::scan(
-                &pagemap,
-                Scan::Populated,
-                Backing::Nothing,
-                span.start,
-                span.end,
-                found,
-            )?;
-        }
-        for span in spans(&|vma| !vma.is_anonymous()).spans() {
-            pagemap::scan(
-                &pagemap,
-                Scan::Populated,
-                Backing::File,
-                span.start,
-                span.end,
-                found,
-            )?;
-        }
-        found.sort_unstable_by_key(|region| region.start);
-        Ok(())
     }
 
     /// The same for a part of the address space.

@@ -1,13 +1,13 @@
 //! What an address space is like now, as far as it can have changed.
 
 use crate::freeze::{Batch, Stopped};
-use crate::kernel::pagemap::Region;
+use crate::kernel::pagemap::{Region, Scan};
 use crate::record::Context;
 
 use super::Result;
 use super::image::SpaceImage;
 use super::layout::Layout;
-use super::ranges::{Ranges, Span};
+use super::ranges::Span;
 use super::space::{read_maps, refuse, system, window_span};
 
 /// The live state of an address space.
@@ -22,13 +22,8 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// Looks at the address space of an image, in which the pages `populated` were there. Refuses if it is not there any more.
-    pub fn look(
-        stopped: &mut Stopped,
-        image: &SpaceImage,
-        populated: &Ranges,
-        context: &Context,
-    ) -> Result<Self> {
+    /// Looks at the address space of an image. Refuses if it is not there any more.
+    pub fn look(stopped: &mut Stopped, image: &SpaceImage, context: &Context) -> Result<Self> {
         let pid = image.pid;
         if stopped
             .process(pid)
@@ -63,7 +58,7 @@ impl Observed {
             scanned(
                 image
                     .layout
-                    .scan_changes(&member.pagemap, populated, &mut regions),
+                    .scan(&member.pagemap, Scan::Populated, &mut regions),
             )?;
             return Ok(Self {
                 layout: None,
@@ -81,7 +76,7 @@ impl Observed {
             )
         })?;
         let pagemap = &stopped.member(pid)?.pagemap;
-        scanned(layout.scan_changes(pagemap, populated, &mut regions))?;
+        scanned(layout.scan(pagemap, Scan::Populated, &mut regions))?;
         let mut batch = Batch::new();
         let brk = batch.call(libc::SYS_brk, &[0.into()]);
         let outputs = stopped.run(pid, &batch)?;

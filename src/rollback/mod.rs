@@ -103,8 +103,8 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
     task::prepare(stopped)?;
     let mut memory = Vec::new();
     for image in &checkpoint.spaces {
+        let observed = Observed::look(stopped, image, &checkpoint.context)?;
         let populated = image.populated(&checkpoint.context)?;
-        let observed = Observed::look(stopped, image, &populated, &checkpoint.context)?;
         let recorded = memory::Recorded {
             header: image.header(&checkpoint.context)?,
             layout: &image.layout,
