@@ -177,7 +177,7 @@ impl Space {
             }
         }
         self.run_all(stopped, &mut batch, "copying pages", |_| true)?;
-        for span in pieces(&overflow) {
+        for span in overflow.pieces(PIECE) {
             let mut bytes = vec![0; span.len() as usize];
             image
                 .shadow
@@ -299,19 +299,6 @@ impl Space {
     pub fn store_bytes(&self) -> u64 {
         self.store.bytes()
     }
-}
-
-fn pieces(pages: &Ranges) -> Vec<Span> {
-    let cut = |span: &Span| {
-        let end = span.end;
-        (span.start..end)
-            .step_by(PIECE as usize)
-            .map(move |start| Span {
-                start,
-                end: end.min(start + PIECE),
-            })
-    };
-    pages.spans().iter().flat_map(cut).collect()
 }
 
 /// Writes to memory that the program itself may not write to.

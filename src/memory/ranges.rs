@@ -54,6 +54,19 @@ impl Ranges {
         &self.0
     }
 
+    /// The spans in order, cut so that none is longer than `most` bytes.
+    pub fn pieces(&self, most: u64) -> impl Iterator<Item = Span> {
+        self.0.iter().flat_map(move |span| {
+            let end = span.end;
+            (span.start..end)
+                .step_by(most as usize)
+                .map(move |start| Span {
+                    start,
+                    end: end.min(start + most),
+                })
+        })
+    }
+
     /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -157,6 +170,12 @@ mod tests {
             prop_assert_eq!(model(&a.union(&b)), &model(&a) | &model(&b));
             prop_assert_eq!(model(&a.intersection(&b)), &model(&a) & &model(&b));
             prop_assert_eq!(model(&a.difference(&b)), &model(&a) - &model(&b));
+        }
+
+        #[test]
+        fn pieces_are_short_and_all_there_is(a in ranges(), most in 1u64..9) {
+            prop_assert!(a.pieces(most).all(|piece| !piece.is_empty() && piece.len() <= most));
+            prop_assert_eq!(a.pieces(most).collect::<Ranges>(), a);
         }
 
         #[test]

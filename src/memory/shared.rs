@@ -135,7 +135,7 @@ impl SharedImage {
             .map_err(failed("make room for"))?;
         let data = data_of(&live, metadata.len()).map_err(failed("look for the data of"))?;
         let mut buffer = vec![0; PIECE as usize];
-        for span in pieces(&data) {
+        for span in data.pieces(PIECE) {
             let bytes = &mut buffer[..span.len() as usize];
             live.read_exact_at(bytes, span.start)
                 .map_err(failed("read"))?;
@@ -221,7 +221,7 @@ impl SharedImage {
             start: 0,
             end: size,
         }]);
-        for span in pieces(&everything) {
+        for span in everything.pieces(PIECE) {
             let len = span.len() as usize;
             live.read_exact_at(&mut one[..len], span.start)
                 .map_err(self.failed("read"))?;
@@ -267,7 +267,7 @@ impl SharedImage {
             .map_err(self.failed("look for the data of"))?;
         let (mut one, mut other) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
         let mut found = Vec::new();
-        for span in pieces(&data) {
+        for span in data.pieces(PIECE) {
             let len = span.len() as usize;
             live.read_exact_at(&mut one[..len], span.start)
                 .map_err(self.failed("read"))?;
@@ -315,17 +315,4 @@ fn data_of(file: &File, size: u64) -> std::io::Result<Ranges> {
         at = end;
     }
     Ok(found)
-}
-
-fn pieces(data: &Ranges) -> Vec<Span> {
-    let cut = |span: &Span| {
-        let end = span.end;
-        (span.start..end)
-            .step_by(PIECE as usize)
-            .map(move |start| Span {
-                start,
-                end: end.min(start + PIECE),
-            })
-    };
-    data.spans().iter().flat_map(cut).collect()
 }

@@ -111,7 +111,7 @@ pub fn verify(
         (pages.intersection(&image.kept), true),
     ]
     .iter()
-    .flat_map(|(pages, is_kept)| cut(pages).into_iter().map(move |span| (span, *is_kept)))
+    .flat_map(|(pages, is_kept)| pages.pieces(PIECE).map(move |span| (span, *is_kept)))
     {
         let len = span.len() as usize;
         memory
@@ -172,17 +172,4 @@ fn comparable(vma: &Vma) -> (u64, u64, u8, bool, u64, u64, u64) {
     (
         vma.start, vma.end, vma.prot, vma.shared, offset, vma.device, vma.inode,
     )
-}
-
-fn cut(pages: &Ranges) -> Vec<Span> {
-    let cut = |span: &Span| {
-        let end = span.end;
-        (span.start..end)
-            .step_by(PIECE as usize)
-            .map(move |start| Span {
-                start,
-                end: end.min(start + PIECE),
-            })
-    };
-    pages.spans().iter().flat_map(cut).collect()
 }
