@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use support::{
@@ -13,6 +14,7 @@ const ROUNDS: usize = 101;
 fn main() {
     let program = support::compile();
     against_others(&program);
+    phases(&program);
     sweep(&program);
 }
 
@@ -60,6 +62,38 @@ fn against_others(program: &Path) {
     table(
         "Rollback of a 100 MiB process, scattered dirty pages (median)",
         &header,
+        &rows,
+    );
+}
+
+/// Where the time of a rollback goes.
+fn phases(program: &Path) {
+    const DIRTY: [usize; 2] = [10, 1000];
+    let mut rows: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for pages in DIRTY {
+        let mut target = Program::tree(program, Shape::plain(100));
+        let (mut engine, _) = checkpoint(&target);
+        let mut spent: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        for _ in 0..ROUNDS {
+            target.ask(&format!("d {pages}"));
+            for (phase, microseconds) in rollback(&mut engine).1.phases {
+                spent.entry(phase).or_default().push(microseconds as f64);
+            }
+        }
+        engine.release(None).expect("release");
+        for (phase, values) in spent {
+            rows.entry(phase)
+                .or_default()
+                .push(format!("{:.0}", middle(values)));
+        }
+    }
+    let rows: Vec<Vec<String>> = rows
+        .into_iter()
+        .map(|(phase, values)| [vec![phase], values].concat())
+        .collect();
+    table(
+        "Phases of a rollback of 100 MiB (median)",
+        &["phase", "10 dirty pages, us", "1,000 dirty pages, us"],
         &rows,
     );
 }

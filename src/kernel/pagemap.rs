@@ -101,8 +101,52 @@ const PM_SCAN_WP_MATCHING: u64 = 1;
 pub enum Scan {
     /// All anonymous pages that are in memory or swapped out.
     Populated,
-    /// The same, and write-protects each page reported. Skips VMAs that are not registered.
+    /// All but the pages that are certainly as they were when they were armed: those in memory, still armed, in a VMA
+    /// that is registered. So it reports holes too, and is several times faster than [`Scan::Populated`] where most
+    /// pages are clean, since the kernel passes over those without noting each.
+    Suspect,
+    /// As [`Scan::Populated`], and write-protects each page reported. Skips VMAs that are not registered.
     Arm,
+    /// Write-protects the anonymous pages in memory that are not, and reports those. Skips VMAs that are not registered.
+    Rearm,
+}
+
+/// Which pages a scan reports: those that have, after the bits of `inverted` are flipped, all of `all` and one of `any`
+/// (unless that is empty).
+#[derive(Debug, Clone, Copy, Default)]
+struct Filter {
+    inverted: Categories,
+    all: Categories,
+    any: Categories,
+}
+
+impl Scan {
+    fn filter(self, backing: Backing) -> Filter {
+        let mut filter = match self {
+            Self::Populated | Self::Arm => Filter {
+                any: Categories::PRESENT | Categories::SWAPPED,
+                ..Filter::default()
+            },
+            Self::Suspect => Filter {
+                inverted: Categories::PRESENT | Categories::WP_ALLOWED,
+                any: Categories::PRESENT | Categories::WP_ALLOWED | Categories::WRITTEN,
+                ..Filter::default()
+            },
+            Self::Rearm => Filter {
+                all: Categories::PRESENT | Categories::WRITTEN,
+                ..Filter::default()
+            },
+        };
+        if backing == Backing::File {
+            filter.inverted = filter.inverted | Categories::FILE;
+            filter.all = filter.all | Categories::FILE;
+        }
+        filter
+    }
+
+    fn arms(self) -> bool {
+        matches!(self, Self::Arm | Self::Rearm)
+    }
 }
 
 /// What may be behind the pages of a range.
@@ -114,8 +158,8 @@ pub enum Backing {
     File,
 }
 
-/// Scans `[start, end)` for anonymous pages and appends what it finds to `found`, in address order. Holes and page
-/// cache are not reported, and never armed: arming a hole would allocate page tables for it.
+/// Scans `[start, end)` for anonymous pages and appends what it finds to `found`, in address order. Page cache is not
+/// reported, and never armed; nor are holes, for arming a hole would allocate page tables for it.
 pub fn scan(
     pagemap: impl AsFd,
     what: Scan,
@@ -125,29 +169,23 @@ pub fn scan(
     found: &mut Vec<Region>,
 ) -> Result<(), Errno> {
     const ROOM: usize = 1024;
-    let not = match backing {
-        Backing::Nothing => Categories::default(),
-        Backing::File => Categories::FILE,
-    };
-    let mut room = [Region::default(); ROOM];
+    let filter = what.filter(backing);
     let mut arguments = ScanArguments {
         size: size_of::<ScanArguments>() as u64,
-        flags: if what == Scan::Arm {
-            PM_SCAN_WP_MATCHING
-        } else {
-            0
-        },
+        flags: if what.arms() { PM_SCAN_WP_MATCHING } else { 0 },
         start,
         end,
-        vec: room.as_mut_ptr() as u64,
         vec_len: ROOM as u64,
-        category_inverted: not.0,
-        category_mask: not.0,
-        category_anyof_mask: (Categories::PRESENT | Categories::SWAPPED).0,
+        category_inverted: filter.inverted.0,
+        category_mask: filter.all.0,
+        category_anyof_mask: filter.any.0,
         return_mask: RETURNED.0,
         ..ScanArguments::default()
     };
     while arguments.start < end {
+        let held = found.len();
+        found.resize(held + ROOM, Region::default());
+        arguments.vec = found[held..].as_mut_ptr() as u64;
         // SAFETY: `arguments` is the kernel's struct pm_scan_arg (size asserted above) and `vec` points to ROOM
         // regions that outlive the call.
         let got = unsafe {
@@ -157,19 +195,81 @@ pub fn scan(
                 &raw mut arguments,
             )
         };
-        let got = Errno::result(got)? as usize;
-        for region in &room[..got] {
-            match found.last_mut() {
-                Some(last) if last.end == region.start && last.categories == region.categories => {
-                    last.end = region.end;
-                }
-                _ => found.push(*region),
+        found.truncate(held + usize::try_from(got).unwrap_or(0));
+        // Not `walk_end`: of a scan that has come to its end it may tell where the kernel had its own buffer full.
+        let is_full = Errno::result(got)? as usize == ROOM;
+        arguments.start = match found.last() {
+            Some(last) if is_full => last.end,
+            _ => end,
+        };
+        if held > 0 && found.len() > held {
+            let (last, first) = (found[held - 1], found[held]);
+            if last.end == first.start && last.categories == first.categories {
+                found[held].start = last.start;
+                found.remove(held - 1);
             }
         }
-        if arguments.walk_end <= arguments.start {
-            break;
-        }
-        arguments.start = arguments.walk_end;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What the kernel does with a filter (`pagemap_scan_is_interesting_page` in `fs/proc/task_mmu.c`).
+    fn reports(filter: Filter, page: Categories) -> bool {
+        let flipped = page.0 ^ filter.inverted.0;
+        flipped & filter.all.0 == filter.all.0 && (filter.any.0 == 0 || flipped & filter.any.0 != 0)
+    }
+
+    proptest! {
+        #[test]
+        fn only_what_is_certainly_clean_is_not_suspect(bits in 0u64..32) {
+            let page = Categories(bits);
+            let clean = page.has(Categories::PRESENT | Categories::WP_ALLOWED) && !page.has(Categories::WRITTEN);
+            prop_assert_eq!(reports(Scan::Suspect.filter(Backing::Nothing), page), !clean);
+            let of_file = page.has(Categories::FILE);
+            prop_assert_eq!(reports(Scan::Suspect.filter(Backing::File), page), !clean && !of_file);
+        }
+
+        #[test]
+        fn a_hole_is_never_armed(bits in 0u64..32) {
+            let page = Categories(bits & !(Categories::PRESENT | Categories::SWAPPED).0);
+            for what in [Scan::Arm, Scan::Rearm] {
+                for backing in [Backing::Nothing, Backing::File] {
+                    prop_assert!(!reports(what.filter(backing), page));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn holes_are_suspect_and_populated_pages_are_found() {
+        const PAGES: usize = 4096;
+        let mut map = memmap2::MmapMut::map_anon(PAGES * 4096).unwrap();
+        for page in (0..PAGES).step_by(2) {
+            map[page * 4096] = 1;
+        }
+        let (start, end) = (map.as_ptr() as u64, map.as_ptr() as u64 + map.len() as u64);
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let bytes = |what| {
+            let mut found = Vec::new();
+            scan(&pagemap, what, Backing::Nothing, start, end, &mut found).unwrap();
+            for pair in found.windows(2) {
+                assert!(pair[0].end <= pair[1].start, "{pair:?} of {what:?}");
+            }
+            found
+                .iter()
+                .map(|region| region.end - region.start)
+                .sum::<u64>()
+        };
+        // Not fewer: the kernel may have used huge pages.
+        assert!(bytes(Scan::Populated) >= (PAGES as u64 / 2) * 4096);
+        assert_eq!(bytes(Scan::Suspect), PAGES as u64 * 4096);
+    }
 }

@@ -160,10 +160,7 @@ fn join(layout: &Layout, flags: impl Fn(&Vma) -> Vec<&'static str>) -> Vec<Advis
                 last.span.end = vma.end
             }
             _ => found.push(Advised {
-                span: Span {
-                    start: vma.start,
-                    end: vma.end,
-                },
+                span: Span::from(vma),
                 flags,
             }),
         }

@@ -24,6 +24,8 @@ use super::{PAGE, Result};
 
 /// Page tables are re-armed in blocks of what one of them maps.
 const BLOCK: u64 = 2 << 20;
+/// As `MADV_DONTNEED`, also in memory that mlock2(2) keeps once it is touched (Linux 5.18).
+const MADV_DONTNEED_LOCKED: i32 = 24;
 /// Most bytes fetched from a shadow or copied past the page store at once.
 const PIECE: u64 = 1 << 20;
 
@@ -93,7 +95,7 @@ impl Space {
                 &[
                     span.start.into(),
                     span.len().into(),
-                    libc::MADV_DONTNEED.into(),
+                    MADV_DONTNEED_LOCKED.into(),
                 ],
             );
         }
@@ -248,7 +250,7 @@ impl Space {
         Ok((runs, overflow))
     }
 
-    /// Arms the pages again, with what shares their page tables.
+    /// Arms the pages again, with what else was written in their blocks.
     pub fn rearm(&self, stopped: &Stopped, image: &SpaceImage, pages: &Ranges) -> Result<()> {
         let blocks: Ranges = pages
             .spans()
@@ -263,7 +265,7 @@ impl Space {
             let pagemap = &stopped.member(self.pid)?.pagemap;
             image
                 .layout
-                .scan_within(pagemap, Scan::Arm, *block, &mut found)
+                .scan_within(pagemap, Scan::Rearm, *block, &mut found)
                 .map_err(|errno| system(self.pid, "arm its pages", errno))?;
         }
         Ok(())

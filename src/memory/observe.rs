@@ -17,7 +17,7 @@ pub struct Observed {
     pub layout: Option<Layout>,
     /// Its program break, asked for only if the VMAs are not as in the image.
     pub brk: Option<u64>,
-    /// Its populated anonymous pages, and which of them were written since they were armed.
+    /// All of its private memory but the pages that are certainly as they were when they were armed, holes included.
     pub regions: Vec<Region>,
 }
 
@@ -58,7 +58,7 @@ impl Observed {
             scanned(
                 image
                     .layout
-                    .scan(&member.pagemap, Scan::Populated, &mut regions),
+                    .scan(&member.pagemap, Scan::Suspect, &mut regions),
             )?;
             return Ok(Self {
                 layout: None,
@@ -76,7 +76,7 @@ impl Observed {
             )
         })?;
         let pagemap = &stopped.member(pid)?.pagemap;
-        scanned(layout.scan(pagemap, Scan::Populated, &mut regions))?;
+        scanned(layout.scan(pagemap, Scan::Suspect, &mut regions))?;
         let mut batch = Batch::new();
         let brk = batch.call(libc::SYS_brk, &[0.into()]);
         let outputs = stopped.run(pid, &batch)?;

@@ -61,42 +61,37 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         .iter()
         .filter_map(|change| match change {
             LayoutChange::Unmap(span) => Some(*span),
-            LayoutChange::Map(vma) => Some(Span {
-                start: vma.start,
-                end: vma.end,
-            }),
+            LayoutChange::Map(vma) => Some(Span::from(vma)),
             LayoutChange::Protect(..) => None,
         })
         .collect();
 
-    let there = populated(live, &observed.regions, |_, _| true).difference(&replaced);
-    let clean = populated(live, &observed.regions, |vma, categories| {
-        categories.has(Categories::WP_ALLOWED)
-            && !categories.has(Categories::WRITTEN)
-            // In a file's VMA a page that was dropped leaves a marker that looks like a swapped-out page.
-            && (categories.has(Categories::PRESENT) || vma.is_anonymous())
-    })
-    .difference(&replaced)
-    .difference(recorded.stale);
+    let clean_though_suspect = |vma: &Vma, categories: Categories| {
+        // Swapped out and still armed. In a file's VMA a page that was dropped leaves a marker that looks like one.
+        let swapped = Categories::WP_ALLOWED | Categories::SWAPPED;
+        categories.has(swapped) && !categories.has(Categories::WRITTEN) && vma.is_anonymous()
+    };
+    let suspect = populated(live, &observed.regions, |vma, categories| {
+        !clean_though_suspect(vma, categories)
+    });
     let unregistered = populated(live, &observed.regions, |_, categories| {
         !categories.has(Categories::WP_ALLOWED)
     });
-    let copy = recorded.populated.difference(&clean);
-    let drop = there.difference(recorded.populated);
+    let there = populated(live, &observed.regions, |_, categories| {
+        categories.has(Categories::PRESENT) || categories.has(Categories::SWAPPED)
+    });
+    let private: Ranges = recorded.layout.private().map(Span::from).collect();
+    let copy = recorded
+        .populated
+        .intersection(&suspect.union(&replaced).union(recorded.stale));
+    // What another checkpoint has armed is not suspect, but is it in this one?
+    let drop = there
+        .union(&recorded.stale.intersection(&private))
+        .difference(&replaced)
+        .difference(recorded.populated);
     let to_register = unregistered.union(&replaced);
-    let register = recorded
-        .layout
-        .private()
-        .map(|vma| Span {
-            start: vma.start,
-            end: vma.end,
-        })
-        .filter(|span| {
-            !Ranges::from_iter([*span])
-                .intersection(&to_register)
-                .is_empty()
-        })
-        .collect();
+    let mut register: Vec<Span> = recorded.layout.private().map(Span::from).collect();
+    register.retain(|span| to_register.touches(*span));
     let brk = observed
         .layout
         .as_ref()
@@ -130,6 +125,7 @@ mod tests {
     const ARMED: Categories = Categories(1 | 8);
     const DIRTY: Categories = Categories(1 | 2 | 8);
     const MARKER: Categories = Categories(1 | 16);
+    const HOLE: Categories = Categories(1);
     const NEW: Categories = Categories(2 | 8);
 
     fn header() -> AddressSpaceHeader {
@@ -165,8 +161,19 @@ mod tests {
             .collect()
     }
 
+    /// What a scan reports where these pages are there and all else is holes; armed pages are not among it.
     fn regions(of: &[(u64, u64, Categories)]) -> Vec<Region> {
-        of.iter()
+        let mut with_holes = Vec::new();
+        let mut at = 0;
+        for (start, end, categories) in of {
+            with_holes.push((at, *start, HOLE));
+            with_holes.push((*start, *end, *categories));
+            at = *end;
+        }
+        with_holes.push((at, 32, HOLE));
+        with_holes
+            .iter()
+            .filter(|(start, end, categories)| start < end && *categories != ARMED)
             .map(|(start, end, categories)| Region {
                 start: start * PAGE,
                 end: end * PAGE,
@@ -238,6 +245,22 @@ mod tests {
                 end: 8 * PAGE
             }]
         );
+    }
+
+    #[test]
+    fn a_page_of_a_later_checkpoint_is_dropped() {
+        let was = Layout {
+            vmas: vec![vma(0, 8, 0)],
+        };
+        let observed = Observed {
+            regions: regions(&[(0, 3, ARMED)]),
+            ..Observed::default()
+        };
+        // Page 2 came with the later one, which armed it; page 9 was in a VMA that is not in this one.
+        let stale = pages(&[(1, 3), (9, 10)]);
+        let plan = planned(was, &pages(&[(0, 2)]), &stale, &observed);
+        assert_eq!(plan.copy, pages(&[(1, 2)]));
+        assert_eq!(plan.drop, pages(&[(2, 3)]));
     }
 
     #[test]

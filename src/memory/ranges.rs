@@ -2,6 +2,9 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::kernel::maps::Vma;
+use crate::kernel::pagemap::Region;
+
 /// Addresses `[start, end)`, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -21,6 +24,24 @@ impl Span {
     /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.start >= self.end
+    }
+}
+
+impl From<&Vma> for Span {
+    fn from(vma: &Vma) -> Self {
+        Self {
+            start: vma.start,
+            end: vma.end,
+        }
+    }
+}
+
+impl From<&Region> for Span {
+    fn from(region: &Region) -> Self {
+        Self {
+            start: region.start,
+            end: region.end,
+        }
     }
 }
 
@@ -76,6 +97,12 @@ impl Ranges {
     pub fn contains(&self, address: u64) -> bool {
         let index = self.0.partition_point(|span| span.end <= address);
         self.0.get(index).is_some_and(|span| span.start <= address)
+    }
+
+    /// Whether any address of a span is in it.
+    pub fn touches(&self, span: Span) -> bool {
+        let index = self.0.partition_point(|held| held.end <= span.start);
+        self.0.get(index).is_some_and(|held| held.start < span.end)
     }
 
     /// Number of bytes in it.
@@ -170,6 +197,8 @@ mod tests {
             prop_assert_eq!(model(&a.union(&b)), &model(&a) | &model(&b));
             prop_assert_eq!(model(&a.intersection(&b)), &model(&a) & &model(&b));
             prop_assert_eq!(model(&a.difference(&b)), &model(&a) - &model(&b));
+            let touches = b.spans().iter().any(|span| a.touches(*span));
+            prop_assert_eq!(touches, !model(&a).is_disjoint(&model(&b)));
         }
 
         #[test]

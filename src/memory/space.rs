@@ -301,13 +301,7 @@ impl Space {
             .layout
             .scan(&image.shadow.pagemap, Scan::Populated, &mut regions)
             .map_err(|errno| system(pid, "scan its shadow", errno))?;
-        let there: Ranges = regions
-            .iter()
-            .map(|region| Span {
-                start: region.start,
-                end: region.end,
-            })
-            .collect();
+        let there: Ranges = regions.iter().map(Span::from).collect();
         let lacking = populated.difference(&there);
         let target = stopped
             .tree_mut()

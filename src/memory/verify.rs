@@ -87,22 +87,10 @@ pub fn verify(
             &mut regions,
         )
         .map_err(|errno| system(of, "scan its pages", errno))?;
-        let there = regions
-            .iter()
-            .map(|region| Span {
-                start: region.start,
-                end: region.end,
-            })
-            .collect();
+        let there = regions.iter().map(Span::from).collect();
         pages = pages.union(&there);
     }
-    let ours: Ranges = live
-        .private()
-        .map(|vma| Span {
-            start: vma.start,
-            end: vma.end,
-        })
-        .collect();
+    let ours: Ranges = live.private().map(Span::from).collect();
     let pages = pages.intersection(&ours);
     let (memory, shadow) = (open(pid, "mem")?, open(image.shadow.pid, "mem")?);
     let (mut found, mut expected) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
