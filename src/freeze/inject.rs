@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -43,6 +44,16 @@ pub struct TargetWindow {
     bootstrap: Bootstrap,
     /// The thread whose way home the control block holds, while it is held in the runner.
     occupant: Option<Pid>,
+    /// What runs right now.
+    under_way: Option<UnderWay>,
+}
+
+/// A batch that was started and has not been waited for.
+#[derive(Debug, Clone, Copy)]
+struct UnderWay {
+    tid: Pid,
+    steps: usize,
+    data: usize,
 }
 
 impl TargetWindow {
@@ -81,6 +92,17 @@ impl Stopped<'_> {
 
     /// Runs a batch in one thread.
     pub fn run_on(&mut self, pid: Pid, tid: Pid, batch: &Batch) -> Result<Outputs> {
+        self.start_on(pid, tid, batch)?;
+        self.finish(pid)
+    }
+
+    /// Starts a batch in the leader of a process; it is to be waited for with [`Stopped::finish`]. Until then nothing else
+    /// may be done to the leader, and no other batch run in the process.
+    pub fn start(&mut self, pid: Pid, batch: &Batch) -> Result<()> {
+        self.start_on(pid, pid, batch)
+    }
+
+    fn start_on(&mut self, pid: Pid, tid: Pid, batch: &Batch) -> Result<()> {
         let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
         let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
         let target = member
@@ -94,12 +116,42 @@ impl Stopped<'_> {
                 .filter(|thread| thread.tid == other)
                 .try_for_each(Thread::settle)?;
         }
+        let thread = process.thread_mut(tid).ok_or(Error::Gone(tid))?;
+        start(thread, target, batch)
+    }
+
+    /// Waits for the end of the batch that was started in a process, and for what it returned.
+    pub fn finish(&mut self, pid: Pid) -> Result<Outputs> {
+        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let target = member.window.as_mut().ok_or(Error::Gone(pid))?;
+        let under_way = target.under_way.ok_or(Error::Gone(pid))?;
         let thread = process
-            .threads
-            .iter_mut()
-            .find(|thread| thread.tid == tid)
-            .ok_or(Error::Gone(tid))?;
-        run(thread, target, batch)
+            .thread_mut(under_way.tid)
+            .ok_or(Error::Gone(under_way.tid))?;
+        finish(thread, target)
+    }
+
+    /// Waits for all batches that were started and not waited for: nothing can be done to their threads before.
+    pub(super) fn finish_all(&mut self) {
+        let is_under_way = |window: &TargetWindow| window.under_way.is_some();
+        let members = self.tree.members.values();
+        let pids: Vec<Pid> = members
+            .filter(|member| member.window.as_ref().is_some_and(is_under_way))
+            .map(|member| member.pid)
+            .collect();
+        for pid in pids {
+            // Its thread may be gone; whoever wanted the outputs has had an error already.
+            let _ = self.finish(pid);
+            if let Some(window) = self
+                .tree
+                .members
+                .get_mut(&pid)
+                .and_then(|member| member.window.as_mut())
+            {
+                window.under_way = None;
+            }
+        }
     }
 
     /// Makes sure that a process has a window with a page store of at least `store` bytes.
@@ -171,6 +223,7 @@ impl Stopped<'_> {
             window,
             bootstrap: place,
             occupant: Some(pid),
+            under_way: None,
         };
         let mut batch = Batch::new();
         let close = batch.call(libc::SYS_close, &[remote_fd.into()]);
@@ -290,7 +343,16 @@ const WINDOW_NAME: &CStr = c"snapback";
 pub const WINDOW_MAPPING: &[u8] = b"/memfd:snapback (deleted)";
 
 fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<Outputs> {
+    start(thread, target, batch)?;
+    finish(thread, target)
+}
+
+fn start(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<()> {
     let tid = thread.tid;
+    assert!(
+        target.under_way.is_none(),
+        "one batch of a process at a time"
+    );
     let registers = *thread.registers()?;
     let mask = thread.signal_mask()?;
     let (home, flags) = runner::home(&registers);
@@ -312,11 +374,15 @@ fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<
         .context(|| "take the liveness lock".into())?;
     target.window.write(CODE_SIZE, control.as_bytes());
     target.window.write(STEPS_OFFSET, steps.as_bytes());
-    let mut data = batch.data(target.address_of(DATA_OFFSET));
+    let data = batch.data(target.address_of(DATA_OFFSET));
     target.window.write(DATA_OFFSET, &data);
 
-    thread.state.mask_differs = true;
-    ptrace::set_signal_mask(tid, runner::BLOCKED).context(|| format!("block signals of {tid}"))?;
+    if !thread.state.signals_blocked {
+        thread.state.mask_differs = true;
+        ptrace::set_signal_mask(tid, runner::BLOCKED)
+            .context(|| format!("block signals of {tid}"))?;
+        thread.state.signals_blocked = true;
+    }
     let mut start = registers;
     start.rip = target.address;
     start.rsp = target.address_of(STEPS_OFFSET);
@@ -325,22 +391,38 @@ fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<
     thread.state.registers_differ = true;
     ptrace::set_registers(tid, &start).context(|| format!("set registers of {tid}"))?;
     ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+    target.under_way = Some(UnderWay {
+        tid,
+        steps: steps.len(),
+        data: data.len(),
+    });
+    Ok(())
+}
+
+fn finish(thread: &mut Thread, target: &mut TargetWindow) -> Result<Outputs> {
+    let tid = thread.tid;
+    let Some(UnderWay { steps, data, .. }) = target.under_way.take() else {
+        return Err(Error::Gone(tid));
+    };
     let born = await_trap(thread)?;
-    let mut control = control;
-    target.window.read(CODE_SIZE, control.as_mut_bytes());
-    if control.done == 0 {
+    let mut done = [0; size_of::<u64>()];
+    target
+        .window
+        .read(CODE_SIZE + std::mem::offset_of!(Control, done), &mut done);
+    if u64::from_ne_bytes(done) == 0 {
         // Somebody has sent it this very signal.
         return Err(Error::Unexpected {
             tid,
             event: "a SIGTRAP of its own".into(),
         });
     }
-    let mut results = vec![Step::default(); steps.len()];
+    let mut results = vec![Step::default(); steps];
     target.window.read(STEPS_OFFSET, results.as_mut_bytes());
-    target.window.read(DATA_OFFSET, &mut data);
+    let mut outputs = vec![0; data];
+    target.window.read(DATA_OFFSET, &mut outputs);
     Ok(Outputs {
         results: results.iter().map(|step| step.result).collect(),
-        data,
+        data: outputs,
         born,
     })
 }
@@ -379,15 +461,21 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
     }
 }
 
-/// Most batches end within microseconds: look a few times before going to sleep.
+/// Most batches end within microseconds: look for so long before going to sleep, from which it takes as long to wake up.
+const LOOK: Duration = Duration::from_micros(100);
+
 fn wait(tid: Pid) -> Result<Event> {
-    const LOOKS: usize = 64;
-    for _ in 0..LOOKS {
-        if let Some(event) = ptrace::poll(tid).context(|| format!("wait for {tid}"))? {
-            return Ok(event);
+    let began = Instant::now();
+    loop {
+        for _ in 0..16 {
+            if let Some(event) = ptrace::poll(tid).context(|| format!("wait for {tid}"))? {
+                return Ok(event);
+            }
+        }
+        if began.elapsed() > LOOK {
+            return ptrace::wait(tid).context(|| format!("wait for {tid}"));
         }
     }
-    ptrace::wait(tid).context(|| format!("wait for {tid}"))
 }
 
 /// A place in the target for the few instructions that make its first calls: the zero padding behind the vDSO's
@@ -473,6 +561,7 @@ impl Bootstrap {
             ..registers
         };
         thread.state.mask_differs = true;
+        thread.state.signals_blocked = false;
         ptrace::set_signal_mask(tid, u64::MAX).context(|| format!("block signals of {tid}"))?;
         thread.state.registers_differ = true;
         ptrace::set_registers(tid, &call).context(|| format!("set registers of {tid}"))?;

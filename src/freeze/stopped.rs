@@ -39,8 +39,10 @@ pub(super) struct State {
     pub(super) mask: Option<u64>,
     /// The task's registers are not those of `registers`.
     pub(super) registers_differ: bool,
-    /// All signals are blocked for a batch.
+    /// The task's mask is not `mask`.
     pub(super) mask_differs: bool,
+    /// The mask in the task is that of a batch.
+    pub(super) signals_blocked: bool,
     /// A signal taken from the task that it still has to get.
     pub(super) owed: Option<i32>,
 }
@@ -97,6 +99,7 @@ impl Thread {
         if std::mem::take(&mut self.state.mask_differs)
             && let Some(mask) = self.state.mask
         {
+            self.state.signals_blocked = false;
             ptrace::set_signal_mask(self.tid, mask)
                 .context(|| format!("set signal mask of {}", self.tid))?;
         }
@@ -130,6 +133,11 @@ impl Process {
     /// Whether it has ended and waits to be reaped.
     pub fn is_zombie(&self) -> bool {
         self.threads.is_empty()
+    }
+
+    /// One of its threads.
+    pub(super) fn thread_mut(&mut self, tid: Pid) -> Option<&mut Thread> {
+        self.threads.iter_mut().find(|thread| thread.tid == tid)
     }
 
     /// Its command name, for messages.
@@ -241,6 +249,9 @@ impl<'t> Stopped<'t> {
             OnTracerDeath::RunOn => Options::HOLD,
             OnTracerDeath::Die => Options::HOLD_OR_KILL,
         };
+        if self.holds_all_threads(pid) {
+            return Ok(());
+        }
         let Ok(tids) = procfs::tasks(pid) else {
             return Ok(()); // ended meanwhile
         };
@@ -258,7 +269,11 @@ impl<'t> Stopped<'t> {
                 }
             }
             if !self.processes.contains_key(&pid) {
-                let parent = procfs::Stat::read(pid).map_or(Pid::from_raw(0), |stat| stat.parent());
+                let stat = match self.tree.members.get(&pid) {
+                    Some(member) if member.is_alive() => procfs::Stat::read_held(&member.stat),
+                    _ => procfs::Stat::read(pid),
+                };
+                let parent = stat.map_or(Pid::from_raw(0), |stat| stat.parent());
                 self.note_process(pid, parent);
             }
             let Some(process) = self.processes.get_mut(&pid) else {
@@ -271,6 +286,17 @@ impl<'t> Stopped<'t> {
             fresh.push((pid, tid));
         }
         Ok(())
+    }
+
+    /// Whether a process has no threads but those that are stopped: then it has nobody to make more.
+    fn holds_all_threads(&self, pid: Pid) -> bool {
+        let (Some(process), Some(member)) = (self.processes.get(&pid), self.tree.members.get(&pid))
+        else {
+            return false;
+        };
+        let held = process.threads.iter().all(|thread| thread.state.stopped);
+        let count = process.threads.len() as u64;
+        held && count > 0 && procfs::thread_count(&member.tasks).is_ok_and(|all| all == count)
     }
 
     /// Seizes and interrupts one task. One that is just ending can't be seized and is not a zombie yet, so a failure
@@ -574,6 +600,7 @@ impl<'t> Stopped<'t> {
     }
 
     fn release(&mut self) -> Result<()> {
+        self.finish_all();
         let mut first_error = Ok(());
         for process in std::mem::take(&mut self.processes).values_mut() {
             for thread in &mut process.threads {

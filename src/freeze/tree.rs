@@ -38,6 +38,16 @@ pub struct Member {
     pub maps: File,
     /// `/proc/PID/pagemap` of that address space.
     pub pagemap: File,
+    /// `/proc/PID/stat`.
+    pub stat: File,
+    /// `/proc/PID/status`.
+    pub status: File,
+    /// `/proc/PID/task`, a directory.
+    pub tasks: File,
+    /// `/proc/PID/fd`, a directory.
+    pub numbers: File,
+    /// `/proc/PID/ns`, a directory.
+    pub namespaces: File,
     /// The window into it, once one was needed.
     pub window: Option<TargetWindow>,
     /// Names its address space in this tree: another process of the same PID, or the same one after execve(2), has
@@ -54,11 +64,11 @@ impl Member {
                 .open(procfs::path(pid, name))
                 .context(|| format!("open /proc/{pid}/{name}"))
         };
-        let status = std::fs::read_to_string(procfs::path(pid, "status"))
-            .context(|| format!("read /proc/{pid}/status"))?;
+        let status = open("status", false)?;
+        let text = procfs::text_held(&status).context(|| format!("read /proc/{pid}/status"))?;
         Ok(Self {
             pid,
-            namespace_pid: procfs::namespace_pids(&status)
+            namespace_pid: procfs::namespace_pids(&text)
                 .last()
                 .copied()
                 .unwrap_or(pid.as_raw()),
@@ -66,6 +76,11 @@ impl Member {
             memory: open("mem", true)?,
             maps: open("maps", false)?,
             pagemap: open("pagemap", false)?,
+            stat: open("stat", false)?,
+            status,
+            tasks: open("task", false)?,
+            numbers: open("fd", false)?,
+            namespaces: open("ns", false)?,
             window: None,
             generation: 0,
         })
@@ -73,8 +88,7 @@ impl Member {
 
     /// Whether the process has not ended; a zombie has.
     fn runs(&self) -> bool {
-        self.is_alive()
-            && procfs::Stat::read(self.pid).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+        self.is_alive() && !pidfd::has_ended(self.pidfd.as_fd())
     }
 
     /// Whether it still has the address space it had when it became known.

@@ -34,7 +34,7 @@ impl std::ops::BitOr for Categories {
     }
 }
 
-/// What scans tell of a page; whether it is page cache is not among it, for that would cost a look at each page.
+/// What all scans tell of a page; whether it is page cache is not among it, for that would cost a look at each page.
 const RETURNED: Categories = Categories(
     Categories::WP_ALLOWED.0
         | Categories::WRITTEN.0
@@ -99,54 +99,17 @@ const PM_SCAN_WP_MATCHING: u64 = 1;
 /// What a scan looks for and does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scan {
-    /// All anonymous pages that are in memory or swapped out.
-    Populated,
-    /// All but the pages that are certainly as they were when they were armed: those in memory, still armed, in a VMA
-    /// that is registered. So it reports holes too, and is several times faster than [`Scan::Populated`] where most
-    /// pages are clean, since the kernel passes over those without noting each.
+    /// Anonymous pages that are in memory or swapped out.
+    Populated(Backing),
+    /// Pages that are in memory or swapped out; write-protects each. Page cache is told by [`Categories::FILE`], if there
+    /// is a file. Skips VMAs that are not registered.
+    Arm(Backing),
+    /// All but the pages that are in memory, still armed, in a VMA that is registered. So it reports holes too, and is
+    /// several times faster than [`Scan::Populated`] where most pages are like that, since the kernel passes over those
+    /// without noting each. It does not tell page cache from anonymous pages: see [`Scan::Populated`] for these.
     Suspect,
-    /// As [`Scan::Populated`], and write-protects each page reported. Skips VMAs that are not registered.
-    Arm,
-    /// Write-protects the anonymous pages in memory that are not, and reports those. Skips VMAs that are not registered.
+    /// Write-protects the pages in memory that are not, and reports those. Skips VMAs that are not registered.
     Rearm,
-}
-
-/// Which pages a scan reports: those that have, after the bits of `inverted` are flipped, all of `all` and one of `any`
-/// (unless that is empty).
-#[derive(Debug, Clone, Copy, Default)]
-struct Filter {
-    inverted: Categories,
-    all: Categories,
-    any: Categories,
-}
-
-impl Scan {
-    fn filter(self, backing: Backing) -> Filter {
-        let mut filter = match self {
-            Self::Populated | Self::Arm => Filter {
-                any: Categories::PRESENT | Categories::SWAPPED,
-                ..Filter::default()
-            },
-            Self::Suspect => Filter {
-                inverted: Categories::PRESENT | Categories::WP_ALLOWED,
-                any: Categories::PRESENT | Categories::WP_ALLOWED | Categories::WRITTEN,
-                ..Filter::default()
-            },
-            Self::Rearm => Filter {
-                all: Categories::PRESENT | Categories::WRITTEN,
-                ..Filter::default()
-            },
-        };
-        if backing == Backing::File {
-            filter.inverted = filter.inverted | Categories::FILE;
-            filter.all = filter.all | Categories::FILE;
-        }
-        filter
-    }
-
-    fn arms(self) -> bool {
-        matches!(self, Self::Arm | Self::Rearm)
-    }
 }
 
 /// What may be behind the pages of a range.
@@ -158,18 +121,67 @@ pub enum Backing {
     File,
 }
 
-/// Scans `[start, end)` for anonymous pages and appends what it finds to `found`, in address order. Page cache is not
-/// reported, and never armed; nor are holes, for arming a hole would allocate page tables for it.
+/// Which pages a scan reports: those that have, after the bits of `inverted` are flipped, all of `all` and one of `any`
+/// (unless that is empty). And what it tells of them.
+#[derive(Debug, Clone, Copy)]
+struct Filter {
+    inverted: Categories,
+    all: Categories,
+    any: Categories,
+    told: Categories,
+}
+
+impl Scan {
+    fn filter(self) -> Filter {
+        let everything = Filter {
+            inverted: Categories::default(),
+            all: Categories::default(),
+            any: Categories::default(),
+            told: RETURNED,
+        };
+        let there = Filter {
+            any: Categories::PRESENT | Categories::SWAPPED,
+            ..everything
+        };
+        match self {
+            Self::Populated(Backing::Nothing) | Self::Arm(Backing::Nothing) => there,
+            Self::Populated(Backing::File) => Filter {
+                inverted: Categories::FILE,
+                all: Categories::FILE,
+                ..there
+            },
+            Self::Arm(Backing::File) => Filter {
+                told: RETURNED | Categories::FILE,
+                ..there
+            },
+            Self::Suspect => Filter {
+                inverted: Categories::PRESENT | Categories::WP_ALLOWED,
+                any: Categories::PRESENT | Categories::WP_ALLOWED | Categories::WRITTEN,
+                ..everything
+            },
+            Self::Rearm => Filter {
+                all: Categories::PRESENT | Categories::WRITTEN,
+                ..everything
+            },
+        }
+    }
+
+    fn arms(self) -> bool {
+        matches!(self, Self::Arm(_) | Self::Rearm)
+    }
+}
+
+/// Scans `[start, end)` and appends what it finds to `found`, in address order. Holes are never armed, for that would
+/// allocate page tables for them.
 pub fn scan(
     pagemap: impl AsFd,
     what: Scan,
-    backing: Backing,
     start: u64,
     end: u64,
     found: &mut Vec<Region>,
 ) -> Result<(), Errno> {
     const ROOM: usize = 1024;
-    let filter = what.filter(backing);
+    let filter = what.filter();
     let mut arguments = ScanArguments {
         size: size_of::<ScanArguments>() as u64,
         flags: if what.arms() { PM_SCAN_WP_MATCHING } else { 0 },
@@ -179,7 +191,7 @@ pub fn scan(
         category_inverted: filter.inverted.0,
         category_mask: filter.all.0,
         category_anyof_mask: filter.any.0,
-        return_mask: RETURNED.0,
+        return_mask: filter.told.0,
         ..ScanArguments::default()
     };
     while arguments.start < end {
@@ -227,23 +239,29 @@ mod tests {
         flipped & filter.all.0 == filter.all.0 && (filter.any.0 == 0 || flipped & filter.any.0 != 0)
     }
 
+    const SCANS: [Scan; 6] = [
+        Scan::Populated(Backing::Nothing),
+        Scan::Populated(Backing::File),
+        Scan::Arm(Backing::Nothing),
+        Scan::Arm(Backing::File),
+        Scan::Suspect,
+        Scan::Rearm,
+    ];
+
     proptest! {
         #[test]
-        fn only_what_is_certainly_clean_is_not_suspect(bits in 0u64..32) {
+        fn only_what_is_armed_and_there_is_not_suspect(bits in 0u64..32) {
             let page = Categories(bits);
-            let clean = page.has(Categories::PRESENT | Categories::WP_ALLOWED) && !page.has(Categories::WRITTEN);
-            prop_assert_eq!(reports(Scan::Suspect.filter(Backing::Nothing), page), !clean);
-            let of_file = page.has(Categories::FILE);
-            prop_assert_eq!(reports(Scan::Suspect.filter(Backing::File), page), !clean && !of_file);
+            let clean = page.has(Categories::PRESENT | Categories::WP_ALLOWED)
+                && !page.has(Categories::WRITTEN);
+            prop_assert_eq!(reports(Scan::Suspect.filter(), page), !clean);
         }
 
         #[test]
         fn a_hole_is_never_armed(bits in 0u64..32) {
             let page = Categories(bits & !(Categories::PRESENT | Categories::SWAPPED).0);
-            for what in [Scan::Arm, Scan::Rearm] {
-                for backing in [Backing::Nothing, Backing::File] {
-                    prop_assert!(!reports(what.filter(backing), page));
-                }
+            for what in SCANS.into_iter().filter(|what| what.arms()) {
+                prop_assert!(!reports(what.filter(), page));
             }
         }
     }
@@ -259,7 +277,7 @@ mod tests {
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let bytes = |what| {
             let mut found = Vec::new();
-            scan(&pagemap, what, Backing::Nothing, start, end, &mut found).unwrap();
+            scan(&pagemap, what, start, end, &mut found).unwrap();
             for pair in found.windows(2) {
                 assert!(pair[0].end <= pair[1].start, "{pair:?} of {what:?}");
             }
@@ -269,7 +287,7 @@ mod tests {
                 .sum::<u64>()
         };
         // Not fewer: the kernel may have used huge pages.
-        assert!(bytes(Scan::Populated) >= (PAGES as u64 / 2) * 4096);
+        assert!(bytes(Scan::Populated(Backing::Nothing)) >= (PAGES as u64 / 2) * 4096);
         assert_eq!(bytes(Scan::Suspect), PAGES as u64 * 4096);
     }
 }

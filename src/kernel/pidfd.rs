@@ -4,6 +4,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
 type Result<T> = std::result::Result<T, Errno>;
@@ -20,13 +21,6 @@ pub fn open(pid: Pid) -> Result<OwnedFd> {
     descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })
 }
 
-/// Opens a descriptor that means this one thread (`PIDFD_THREAD`, Linux 6.9).
-pub fn open_thread(tid: Pid) -> Result<OwnedFd> {
-    const PIDFD_THREAD: libc::c_int = libc::O_EXCL;
-    // SAFETY: takes two integers.
-    descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, tid.as_raw(), PIDFD_THREAD) })
-}
-
 /// Sends a signal; 0 only asks whether the process is there (`ESRCH`: it was reaped).
 pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
     // SAFETY: takes integers and a null pointer for the siginfo.
@@ -40,6 +34,12 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
         )
     })
     .map(drop)
+}
+
+/// Whether the process has ended with all its threads, reaped or not: the descriptor is readable then (pidfd_open(2)).
+pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let mut set = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    poll(&mut set, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Duplicates descriptor `fd` of the process (Linux 5.6): the same open file description, close-on-exec.

@@ -148,11 +148,6 @@ const TESTS: &[Test] = &[
     needs("pidfd_getfd", "descriptors cannot be looked at", |_| {
         getfd()
     }),
-    wants(
-        "PIDFD_THREAD",
-        "threads are told apart by start time only",
-        |subject| told(pidfd::open_thread(subject.pid), ""),
-    ),
     needs(
         "kcmp",
         "objects that processes share cannot be told",
@@ -319,8 +314,7 @@ fn pagemap_scan() -> Outcome {
     let mut found = Vec::new();
     pagemap::scan(
         &pagemap,
-        Scan::Populated,
-        Backing::Nothing,
+        Scan::Populated(Backing::Nothing),
         page,
         page + 4096,
         &mut found,

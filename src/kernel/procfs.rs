@@ -1,7 +1,10 @@
 //! `/proc/PID` (proc(5)): tasks, children, status, the small text files.
 
+#![allow(unsafe_code)]
+
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::PathBuf;
 
 use nix::unistd::Pid;
@@ -58,6 +61,11 @@ impl Stat {
     /// Reads it for a process.
     pub fn read(pid: Pid) -> io::Result<Self> {
         Self::parse(&fs::read_to_string(path(pid, "stat"))?)
+    }
+
+    /// Reads it from the file held open.
+    pub fn read_held(file: &fs::File) -> io::Result<Self> {
+        Self::parse(&String::from_utf8_lossy(&read_held(file)?))
     }
 
     /// Reads it for one thread.
@@ -123,6 +131,28 @@ pub fn resident_bytes(pid: Pid) -> io::Result<u64> {
         .nth(1)
         .and_then(|word| word.parse::<u64>().ok());
     Ok(pages.unwrap_or(0) * 4096)
+}
+
+/// Opens a file or directory below a directory of procfs that is held open, to read.
+pub fn open_below(directory: &fs::File, name: &str) -> io::Result<fs::File> {
+    let flags = nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_CLOEXEC;
+    let mode = nix::sys::stat::Mode::empty();
+    let fd = nix::fcntl::openat(Some(directory.as_raw_fd()), name, flags, mode)?;
+    // SAFETY: the kernel has just returned this descriptor; nobody else knows it.
+    Ok(unsafe { fs::File::from_raw_fd(fd) })
+}
+
+/// How many threads a process has, by its `/proc/PID/task` held open: those that are ending count until they are gone.
+pub fn thread_count(tasks: &fs::File) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    // Each thread counts as a subdirectory, `.` and `..` are the others.
+    Ok(tasks.metadata()?.nlink().saturating_sub(2))
+}
+
+/// As [`read_held`], for files that are text.
+pub fn text_held(file: &fs::File) -> io::Result<String> {
+    String::from_utf8(read_held(file)?)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// Reads a file of procfs that is held open, from its start. It hands out about a page at a time, so the text is

@@ -35,7 +35,6 @@ impl Space {
         &self,
         stopped: &mut Stopped,
         image: &SpaceImage,
-        context: &Context,
         plan: &Plan,
     ) -> Result<()> {
         let pid = self.pid;
@@ -79,15 +78,6 @@ impl Space {
             }
         }
         self.run_all(stopped, &mut batch, "mprotect", |_| true)?;
-        for advised in image.advice(context)? {
-            if !batch.has_room(Advised::STEPS, 0) {
-                stopped.run(pid, &std::mem::take(&mut batch))?;
-            }
-            advised.apply(&mut batch);
-        }
-        if !batch.is_empty() {
-            stopped.run(pid, &std::mem::take(&mut batch))?;
-        }
         for span in plan.drop.spans() {
             self.make_room(stopped, &mut batch)?;
             batch.call(
@@ -139,22 +129,27 @@ impl Space {
         }
     }
 
-    /// Copies pages back, inside the target where it may write to them.
-    pub fn copy_back(
+    /// Sets what madvise(2) and mlock(2) had set, and copies pages back, inside the target where it may write to them. The
+    /// last batch of it is only started: [`Space::finish_copy`] waits for it, so that many processes copy at the same time.
+    pub fn start_copy(
         &mut self,
         stopped: &mut Stopped,
         image: &mut SpaceImage,
+        context: &Context,
         pages: &Ranges,
     ) -> Result<Copied> {
+        let pid = self.pid;
         let (cached, missing) = runs(pages, &image.slots);
         let (fetched, overflow) = self.fetch(stopped, image, &missing)?;
         let mut batch = Batch::new();
-        let window = stopped
-            .member(self.pid)?
-            .window
-            .as_ref()
-            .ok_or(freeze::Error::Gone(self.pid))?;
-        let address = window.address;
+        for advised in image.advice(context)? {
+            if !batch.has_room(Advised::STEPS, 0) {
+                stopped.run(pid, &std::mem::take(&mut batch))?;
+            }
+            advised.apply(&mut batch);
+        }
+        let window = stopped.member(pid)?.window.as_ref();
+        let address = window.ok_or(freeze::Error::Gone(pid))?.address;
         let writable = |span: Span| {
             let both = (libc::PROT_READ | libc::PROT_WRITE) as u8;
             image
@@ -165,32 +160,40 @@ impl Space {
         for run in cached.iter().chain(&fetched) {
             if writable(run.span) {
                 if !batch.has_room(1, 0) {
-                    self.run_all(stopped, &mut batch, "copying pages", |_| true)?;
+                    stopped.run(pid, &std::mem::take(&mut batch))?;
                 }
                 let from = address + Self::slot_offset(run.slot) as u64;
                 batch.copy(run.span.start.into(), from.into(), run.span.len() as usize);
             } else {
                 let mut bytes = vec![0; run.span.len() as usize];
-                let member = stopped.member(self.pid)?;
+                let member = stopped.member(pid)?;
                 if let Some(window) = &member.window {
                     window.window.read(Self::slot_offset(run.slot), &mut bytes);
                 }
-                force(&member.memory, self.pid, run.span, &bytes)?;
+                force(&member.memory, pid, run.span, &bytes)?;
             }
         }
-        self.run_all(stopped, &mut batch, "copying pages", |_| true)?;
+        stopped.start(pid, &batch)?;
         for span in overflow.pieces(PIECE) {
             let mut bytes = vec![0; span.len() as usize];
             image
                 .shadow
                 .read(&[span], &mut bytes)
-                .map_err(|error| system(self.pid, "read its shadow", error))?;
-            force(&stopped.member(self.pid)?.memory, self.pid, span, &bytes)?;
+                .map_err(|error| system(pid, "read its shadow", error))?;
+            force(&stopped.member(pid)?.memory, pid, span, &bytes)?;
         }
         Ok(Copied {
             pages: pages.pages(),
             bytes: pages.bytes(),
         })
+    }
+
+    /// Waits until what [`Space::start_copy`] has started is done.
+    pub fn finish_copy(&self, stopped: &mut Stopped) -> Result<()> {
+        // Copies can't fail but by a signal, which is an error of the batch; kinds of memory that know nothing of an
+        // advice refuse it.
+        stopped.finish(self.pid)?;
+        Ok(())
     }
 
     /// Fetches pre-images from the shadow into the page store. What does not fit is returned as the second value.
@@ -265,7 +268,7 @@ impl Space {
             let pagemap = &stopped.member(self.pid)?.pagemap;
             image
                 .layout
-                .scan_within(pagemap, Scan::Rearm, *block, &mut found)
+                .scan(pagemap, Scan::Rearm, *block, &mut found)
                 .map_err(|errno| system(self.pid, "arm its pages", errno))?;
         }
         Ok(())

@@ -82,52 +82,65 @@ impl Layout {
 
     /// The VMAs whose private pages are kept: neither shared nor the kernel's own.
     pub fn private(&self) -> impl Iterator<Item = &Vma> {
-        self.vmas
-            .iter()
-            .filter(|vma| !vma.shared && !vma.is_special())
+        self.vmas.iter().filter(|vma| is_private(vma))
     }
 
-    /// Scans the private VMAs for anonymous pages, in as few calls as what is behind them allows.
+    /// Scans the private VMAs in a span, in as few calls as there are others between them.
     pub fn scan(
-        &self,
-        pagemap: impl AsFd,
-        what: Scan,
-        found: &mut Vec<Region>,
-    ) -> Result<(), Errno> {
-        self.scan_within(
-            pagemap,
-            what,
-            Span {
-                start: 0,
-                end: USER_END,
-            },
-            found,
-        )
-    }
-
-    /// The same for a part of the address space.
-    pub fn scan_within(
         &self,
         pagemap: impl AsFd,
         what: Scan,
         span: Span,
         found: &mut Vec<Region>,
     ) -> Result<(), Errno> {
+        self.scan_alike(pagemap, |_| 0, |_| what, span, found)
+    }
+
+    /// Scans all private VMAs, those with a file behind them apart from others.
+    pub fn scan_by_backing(
+        &self,
+        pagemap: impl AsFd,
+        what: impl Fn(Backing) -> Scan,
+        found: &mut Vec<Region>,
+    ) -> Result<(), Errno> {
         let backing = |vma: &Vma| match vma.is_anonymous() {
-            _ if vma.shared || vma.is_special() => None,
-            true => Some(Backing::Nothing),
-            false => Some(Backing::File),
+            true => Backing::Nothing,
+            false => Backing::File,
         };
+        let all = Span {
+            start: 0,
+            end: USER_END,
+        };
+        self.scan_alike(pagemap, backing, |vma| what(backing(vma)), all, found)
+    }
+
+    /// Scans runs of private VMAs that are alike, each in one call.
+    fn scan_alike<K: PartialEq>(
+        &self,
+        pagemap: impl AsFd,
+        key: impl Fn(&Vma) -> K,
+        what: impl Fn(&Vma) -> Scan,
+        span: Span,
+        found: &mut Vec<Region>,
+    ) -> Result<(), Errno> {
+        let key = |vma: &Vma| is_private(vma).then(|| key(vma));
         let first = self.vmas.partition_point(|vma| vma.end <= span.start);
         let last = self.vmas.partition_point(|vma| vma.start < span.end);
-        for run in self.vmas[first..last].chunk_by(|one, next| backing(one) == backing(next)) {
-            if let (Some(backing), [head, ..], [.., tail]) = (backing(&run[0]), run, run) {
+        for run in self.vmas[first..last].chunk_by(|one, next| key(one) == key(next)) {
+            if let ([head, ..], [.., tail]) = (run, run)
+                && is_private(head)
+            {
                 let (start, end) = (head.start.max(span.start), tail.end.min(span.end));
-                pagemap::scan(&pagemap, what, backing, start, end, found)?;
+                pagemap::scan(&pagemap, what(head), start, end, found)?;
             }
         }
         Ok(())
     }
+}
+
+/// Whether its pages are kept by the shadow: it is neither shared nor the kernel's own.
+fn is_private(vma: &Vma) -> bool {
+    !vma.shared && !vma.is_special()
 }
 
 /// The part of a VMA in `span`.

@@ -19,7 +19,7 @@ mod verify;
 
 pub use image::{AddressSpaceHeader, SpaceImage};
 pub use layout::Layout;
-pub use observe::Observed;
+pub use observe::{Observed, look_at_map};
 pub use plan::{Plan, Recorded, plan};
 pub use ranges::{Ranges, Span};
 pub use shadow::Shadow;

@@ -21,6 +21,8 @@ pub struct Plan {
     pub drop: Ranges,
     /// Pages to be copied back.
     pub copy: Ranges,
+    /// Pages that are not armed and will be there, page cache included.
+    pub arm: Ranges,
     /// VMAs that are not registered for tracking.
     pub register: Vec<Span>,
 }
@@ -41,7 +43,8 @@ pub struct Recorded<'a> {
 /// Plans the changes that make the address space equal to the image.
 ///
 /// A page needs no copy only if all of this holds: it is where it was in a VMA that was not replaced, it is in
-/// memory (or, if anonymous, swapped out), its write-protection is still armed, and it is not stale.
+/// memory (or, if no file is behind it, swapped out), it is anonymous, its write-protection is still armed, and it is not
+/// stale.
 pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal> {
     let live = observed.layout.as_ref().unwrap_or(recorded.layout);
     let layout = match &observed.layout {
@@ -66,20 +69,40 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         })
         .collect();
 
-    let clean_though_suspect = |vma: &Vma, categories: Categories| {
-        // Swapped out and still armed. In a file's VMA a page that was dropped leaves a marker that looks like one.
-        let swapped = Categories::WP_ALLOWED | Categories::SWAPPED;
-        categories.has(swapped) && !categories.has(Categories::WRITTEN) && vma.is_anonymous()
+    let is_there = |categories: Categories| {
+        categories.has(Categories::PRESENT) || categories.has(Categories::SWAPPED)
     };
-    let suspect = populated(live, &observed.regions, |vma, categories| {
-        !clean_though_suspect(vma, categories)
+    // Swapped out and still armed. In a file's VMA a page that was dropped leaves a marker that looks like one.
+    let is_swapped = |categories: Categories| {
+        categories.has(Categories::WP_ALLOWED | Categories::SWAPPED)
+            && !categories.has(Categories::WRITTEN)
+    };
+    let is_clean_in_file = |categories: Categories| {
+        categories.has(Categories::WP_ALLOWED | Categories::PRESENT)
+            && !categories.has(Categories::WRITTEN)
+    };
+    let anonymous = populated(live, &observed.suspect, |vma, categories| {
+        vma.is_anonymous() && !is_swapped(categories)
     });
-    let unregistered = populated(live, &observed.regions, |_, categories| {
+    let of_files = populated(live, &observed.of_files, |vma, categories| {
+        !vma.is_anonymous() && is_clean_in_file(categories)
+    });
+    let files: Ranges = recorded
+        .layout
+        .private()
+        .filter(|vma| !vma.is_anonymous())
+        .map(Span::from)
+        .collect();
+    let suspect = anonymous.union(&files.difference(&of_files));
+    let unregistered = populated(live, &observed.suspect, |_, categories| {
         !categories.has(Categories::WP_ALLOWED)
     });
-    let there = populated(live, &observed.regions, |_, categories| {
-        categories.has(Categories::PRESENT) || categories.has(Categories::SWAPPED)
-    });
+    let there = populated(live, &observed.suspect, |vma, categories| {
+        vma.is_anonymous() && is_there(categories)
+    })
+    .union(&populated(live, &observed.of_files, |vma, categories| {
+        !vma.is_anonymous() && is_there(categories)
+    }));
     let private: Ranges = recorded.layout.private().map(Span::from).collect();
     let copy = recorded
         .populated
@@ -89,6 +112,10 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         .union(&recorded.stale.intersection(&private))
         .difference(&replaced)
         .difference(recorded.populated);
+    let cache = populated(live, &observed.suspect, |vma, categories| {
+        !vma.is_anonymous() && categories.has(Categories::PRESENT)
+    });
+    let arm = copy.union(&cache.difference(&replaced).difference(&drop));
     let to_register = unregistered.union(&replaced);
     let mut register: Vec<Span> = recorded.layout.private().map(Span::from).collect();
     register.retain(|span| to_register.touches(*span));
@@ -102,6 +129,7 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         brk,
         drop,
         copy,
+        arm,
         register,
     })
 }
@@ -198,7 +226,7 @@ mod tests {
             vmas: vec![vma(0, 20, 0)],
         };
         let observed = Observed {
-            regions: regions(&[(0, 3, ARMED), (3, 4, DIRTY), (4, 8, ARMED), (12, 14, DIRTY)]),
+            suspect: regions(&[(0, 3, ARMED), (3, 4, DIRTY), (4, 8, ARMED), (12, 14, DIRTY)]),
             ..Observed::default()
         };
         // Page 9 was there and has been dropped since; pages 12 and 13 were not there.
@@ -219,11 +247,32 @@ mod tests {
             vmas: vec![vma(0, 4, 7), vma(4, 8, 0)],
         };
         let observed = Observed {
-            regions: regions(&[(0, 8, MARKER)]),
+            suspect: regions(&[(0, 8, MARKER)]),
+            of_files: regions(&[(0, 4, MARKER)]),
             ..Observed::default()
         };
         let plan = planned(was, &pages(&[(0, 8)]), &Ranges::new(), &observed);
         assert_eq!(plan.copy, pages(&[(0, 4)]));
+    }
+
+    #[test]
+    fn a_page_that_shows_the_file_again_is_not_clean() {
+        let was = Layout {
+            vmas: vec![vma(0, 8, 7)],
+        };
+        let armed = Region {
+            start: PAGE,
+            end: 2 * PAGE,
+            categories: ARMED,
+        };
+        // All of it is there and armed; only page 1 is anonymous.
+        let observed = Observed {
+            of_files: vec![armed],
+            ..Observed::default()
+        };
+        let plan = planned(was, &pages(&[(0, 2)]), &Ranges::new(), &observed);
+        assert_eq!(plan.copy, pages(&[(0, 1)]));
+        assert!(plan.drop.is_empty());
     }
 
     #[test]
@@ -232,7 +281,7 @@ mod tests {
             vmas: vec![vma(0, 8, 0)],
         };
         let observed = Observed {
-            regions: regions(&[(0, 2, NEW), (2, 8, ARMED)]),
+            suspect: regions(&[(0, 2, NEW), (2, 8, ARMED)]),
             ..Observed::default()
         };
         let plan = planned(was, &pages(&[(1, 8)]), &Ranges::new(), &observed);
@@ -253,7 +302,7 @@ mod tests {
             vmas: vec![vma(0, 8, 0)],
         };
         let observed = Observed {
-            regions: regions(&[(0, 3, ARMED)]),
+            suspect: regions(&[(0, 3, ARMED)]),
             ..Observed::default()
         };
         // Page 2 came with the later one, which armed it; page 9 was in a VMA that is not in this one.
@@ -274,7 +323,8 @@ mod tests {
         let observed = Observed {
             layout: Some(live),
             brk: Some(1),
-            regions: regions(&[(0, 4, ARMED), (4, 5, NEW)]),
+            suspect: regions(&[(0, 4, ARMED), (4, 5, NEW)]),
+            of_files: Vec::new(),
         };
         let plan = planned(was, &pages(&[(0, 4), (6, 7)]), &Ranges::new(), &observed);
         assert_eq!(plan.copy, pages(&[(6, 7)]));

@@ -88,6 +88,18 @@ impl Ranges {
         })
     }
 
+    /// The set with all gaps of at most `most` bytes filled.
+    pub fn bridged(&self, most: u64) -> Self {
+        let mut spans: Vec<Span> = Vec::with_capacity(self.0.len());
+        for span in &self.0 {
+            match spans.last_mut() {
+                Some(last) if span.start - last.end <= most => last.end = span.end,
+                _ => spans.push(*span),
+            }
+        }
+        Self(spans)
+    }
+
     /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -205,6 +217,14 @@ mod tests {
         fn pieces_are_short_and_all_there_is(a in ranges(), most in 1u64..9) {
             prop_assert!(a.pieces(most).all(|piece| !piece.is_empty() && piece.len() <= most));
             prop_assert_eq!(a.pieces(most).collect::<Ranges>(), a);
+        }
+
+        #[test]
+        fn bridges_span_short_gaps_only(a in ranges(), most in 0u64..9) {
+            let bridged = a.bridged(most);
+            prop_assert!(a.difference(&bridged).is_empty());
+            prop_assert!(bridged.spans().windows(2).all(|pair| pair[1].start - pair[0].end > most));
+            prop_assert!(bridged.difference(&a).spans().iter().all(|gap| gap.len() <= most));
         }
 
         #[test]

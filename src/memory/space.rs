@@ -261,8 +261,9 @@ impl Space {
         self.register(layout.private())?;
         let mut regions = Vec::new();
         layout
-            .scan(&member.pagemap, Scan::Arm, &mut regions)
+            .scan_by_backing(&member.pagemap, Scan::Arm, &mut regions)
             .map_err(|errno| system(pid, "scan its pages", errno))?;
+        regions.retain(|region| !region.categories.has(Categories::FILE));
         let populated = populated(&layout, &regions, |_, _| true);
         let written = populated_with(&layout, &regions, Categories::WRITTEN);
         for other in others.filter(|image| self.is_of(image)) {
@@ -299,7 +300,7 @@ impl Space {
         let mut regions = Vec::new();
         image
             .layout
-            .scan(&image.shadow.pagemap, Scan::Populated, &mut regions)
+            .scan_by_backing(&image.shadow.pagemap, Scan::Populated, &mut regions)
             .map_err(|errno| system(pid, "scan its shadow", errno))?;
         let there: Ranges = regions.iter().map(Span::from).collect();
         let lacking = populated.difference(&there);

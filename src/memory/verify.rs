@@ -80,8 +80,7 @@ pub fn verify(
         let mut regions = Vec::new();
         pagemap::scan(
             open(of, "pagemap")?,
-            Scan::Populated,
-            Backing::File,
+            Scan::Populated(Backing::File),
             0,
             USER_END,
             &mut regions,

@@ -52,7 +52,13 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
     check_threads(stopped)?;
     let holders = holders(stopped, &BTreeMap::new());
     let tables = sharing(&holders)?;
-    let found = survey(stopped, &tables, |_| Vec::new(), |_, _| Expected::NOTHING)?;
+    let found = survey(
+        stopped,
+        &tables,
+        |_| Vec::new(),
+        |_, _| Expected::NOTHING,
+        |_| None,
+    )?;
     let lives = lives(&holders, &found)?;
     let mut states = Vec::with_capacity(lives.len());
     for live in &lives {

@@ -69,7 +69,7 @@ pub mod verify;
 pub use capture::{Capture, capture};
 pub use execute::{Effects, execute};
 pub use model::{Observed, Recorded};
-pub use observe::observe;
+pub use observe::{Asked, ask, observe};
 pub use plan::{Plan, plan, prepare};
 pub use verify::{Difference, verify};
 

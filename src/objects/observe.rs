@@ -17,14 +17,35 @@ use super::pipe::{self, Pipe};
 use super::socket;
 use super::socket_ends::inner_tcp;
 use super::state::{self, State};
-use super::survey::{Ask, Expected, survey};
+use super::survey::{self, Ask, Expected, survey};
 use super::tcp_queue::complete;
-use crate::freeze::Stopped;
+use crate::freeze::{Batch, Outputs, Stopped};
 use crate::kernel::{kcmp, pidfd};
 use crate::outcome::Refusal;
 
-/// Looks at the descriptors of a stopped tree whose recorded processes are all there. Changes nothing.
-pub fn observe(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Observed, Error> {
+/// What was asked of the tables that are recorded, by their index: the questions, and the process whose batch they were in.
+pub type Asked = BTreeMap<usize, (survey::Questions, Pid)>;
+
+/// Adds the questions about the table that is reached by a process, if there is one, to a batch for it.
+pub fn ask(capture: &Capture, pid: Pid, batch: &mut Batch, asked: &mut Asked) {
+    let recorded = &capture.recorded;
+    let mut tables = recorded.tables.iter().enumerate();
+    if let Some((index, table)) = tables.find(|(_, table)| table.pid() == pid.as_raw()) {
+        let mut numbers = table.slots.iter().map(|slot| slot.fd);
+        let expected = |fd| expected(recorded, index, fd);
+        let questions = survey::Questions::add(batch, &mut numbers, expected);
+        asked.insert(index, (questions, pid));
+    }
+}
+
+/// Looks at the descriptors of a stopped tree whose recorded processes are all there. Changes nothing. `outputs` are those
+/// of the batches that hold the questions in `asked`.
+pub fn observe(
+    stopped: &mut Stopped<'_>,
+    capture: &Capture,
+    asked: &Asked,
+    outputs: &BTreeMap<Pid, Outputs>,
+) -> Result<Observed, Error> {
     let recorded = &capture.recorded;
     let holders = holders(stopped, &recorded.names);
     check_sharing(recorded, &holders)?;
@@ -37,9 +58,17 @@ pub fn observe(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Observed,
         let slots = &recorded.tables[table].slots;
         slots.iter().map(|slot| slot.fd).collect()
     };
-    let found = survey(stopped, &tables, guess, |table, fd| {
-        expected(recorded, table, fd)
-    })?;
+    let answers = |table: usize| {
+        let (questions, pid) = asked.get(&table)?;
+        Some((questions, outputs.get(pid)?))
+    };
+    let found = survey(
+        stopped,
+        &tables,
+        guess,
+        |table, fd| expected(recorded, table, fd),
+        answers,
+    )?;
     let lives = lives(&holders, &found)?;
 
     let mut failed = Ok(());

@@ -2,16 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use nix::unistd::Pid;
+
 use super::capture::Capture;
 use super::model::{
     Common, Description, Inode, LiveDescription, ObjectId, Observed, Owner, Place, Recorded, Source,
 };
-use super::observe::observe;
+use super::observe::{Asked, observe};
 use super::pipe::Content;
 use super::state::{Change, State, Verdict};
 use super::table::{self, TablePlan};
 use super::{Error, epoll, locks, socket_diag, socket_make, socket_plan};
-use crate::freeze::Stopped;
+use crate::freeze::{Outputs, Stopped};
 use crate::outcome::Refusal;
 
 /// What must be done to the descriptors of a tree.
@@ -82,9 +84,15 @@ impl Plan {
     }
 }
 
-/// Observes, plans, and looks whether what the plan needs of the outside is to be had. Touches nothing.
-pub fn prepare(stopped: &mut Stopped<'_>, capture: &Capture) -> Result<Plan, Error> {
-    let observed = observe(stopped, capture)?;
+/// Observes, plans, and looks whether what the plan needs of the outside is to be had. Touches nothing. `asked` and
+/// `outputs` are as for [`observe`].
+pub fn prepare(
+    stopped: &mut Stopped<'_>,
+    capture: &Capture,
+    asked: &Asked,
+    outputs: &BTreeMap<Pid, Outputs>,
+) -> Result<Plan, Error> {
+    let observed = observe(stopped, capture, asked, outputs)?;
     let recorded = &capture.recorded;
     let plan = plan(recorded, &observed)?;
     if !plan.sockets.make.is_empty() {

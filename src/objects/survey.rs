@@ -237,28 +237,83 @@ pub fn numbers(pid: i32) -> Result<Vec<i32>, Error> {
 }
 
 /// How many numbers of a process are open: the size of `/proc/PID/fd` (Linux 6.2). `None` if the kernel does not tell.
-fn open_count(pid: i32) -> Option<usize> {
-    let count = std::fs::metadata(format!("/proc/{pid}/fd")).ok()?.len();
+fn open_count(stopped: &Stopped<'_>, pid: i32) -> Option<usize> {
+    let numbers = &stopped.member(Pid::from_raw(pid)).ok()?.numbers;
+    let count = numbers.metadata().ok()?.len();
     usize::try_from(count).ok().filter(|count| *count > 0)
 }
 
 /// What was found of one table, and its `RLIMIT_NOFILE`.
 type Look = (Vec<Sighting>, u64);
 
+/// Questions to one table, as steps of a batch.
+pub struct Questions {
+    limit: Output,
+    asked: Vec<Asked>,
+}
+
+impl Questions {
+    /// Adds questions about as many of `numbers` as have room in a batch.
+    pub fn add(
+        batch: &mut Batch,
+        numbers: &mut impl Iterator<Item = i32>,
+        expected: impl Fn(i32) -> Expected,
+    ) -> Self {
+        let limit = batch.output(16);
+        batch.call(
+            libc::SYS_getrlimit,
+            &[libc::RLIMIT_NOFILE.into(), limit.arg()],
+        );
+        let mut asked = Vec::new();
+        while batch.has_room(STEPS, DATA)
+            && let Some(fd) = numbers.next()
+        {
+            asked.push(ask(batch, fd, expected(fd)));
+        }
+        Self { limit, asked }
+    }
+
+    /// How many numbers it asks about.
+    pub fn len(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// Whether it asks about no number.
+    pub fn is_empty(&self) -> bool {
+        self.asked.is_empty()
+    }
+
+    /// Adds what the batch found to `look`; false if one of the numbers is closed.
+    fn read(&self, pid: i32, outputs: &Outputs, look: &mut Look) -> Result<bool, Error> {
+        look.1 = word(outputs.bytes(&self.limit));
+        for asked in &self.asked {
+            if outputs.result(asked.flags) == Err(Errno::EBADF) {
+                return Ok(false);
+            }
+            look.0.push(asked.read(pid, outputs)?);
+        }
+        Ok(true)
+    }
+}
+
+/// Questions about all the numbers of a table that are likely to be open, and the outputs of the batch that they were in.
+pub type Answers<'a> = (&'a Questions, &'a Outputs);
+
 /// Looks at all numbers of one table. If as many are open as are expected, those are looked at first, and unless one of
-/// them turns out to be closed there is no need to list them.
+/// them turns out to be closed there is no need to list them. `answers` are what was asked about those already.
 fn look(
     stopped: &mut Stopped<'_>,
     pid: i32,
     guess: &[i32],
     expected: impl Fn(i32) -> Expected,
+    answers: Option<Answers<'_>>,
 ) -> Result<Look, Error> {
-    if open_count(pid) == Some(guess.len())
-        && let Some(found) = look_at(stopped, pid, guess, &expected)?
+    if open_count(stopped, pid) == Some(guess.len())
+        && let Some(found) = look_at(stopped, pid, guess, &expected, answers)?
     {
         return Ok(found);
     }
-    look_at(stopped, pid, &numbers(pid)?, &expected)?.ok_or_else(|| Error::Descriptor {
+    look_at(stopped, pid, &numbers(pid)?, &expected, None)?.ok_or_else(|| Error::Descriptor {
         what: "an open number".into(),
         pid,
         call: "F_GETFD",
@@ -272,44 +327,43 @@ fn look_at(
     pid: i32,
     numbers: &[i32],
     expected: impl Fn(i32) -> Expected,
+    answers: Option<Answers<'_>>,
 ) -> Result<Option<Look>, Error> {
-    let mut sightings = Vec::with_capacity(numbers.len());
-    let mut strangers = Vec::new();
-    let mut limit = None;
-    let mut rest = numbers.iter().copied().peekable();
-    while limit.is_none() || rest.peek().is_some() {
-        let mut batch = Batch::new();
-        let limit_room = batch.output(16);
-        batch.call(
-            libc::SYS_getrlimit,
-            &[libc::RLIMIT_NOFILE.into(), limit_room.arg()],
-        );
-        let mut asked = Vec::new();
-        while batch.has_room(STEPS, DATA)
-            && let Some(fd) = rest.next()
-        {
-            asked.push(ask(&mut batch, fd, expected(fd)));
-        }
-        let outputs = stopped.run(Pid::from_raw(pid), &batch)?;
-        limit = Some(word(outputs.bytes(&limit_room)));
-        for asked in &asked {
-            if outputs.result(asked.flags) == Err(Errno::EBADF) {
+    let mut look = (Vec::with_capacity(numbers.len()), u64::MAX);
+    match answers.filter(|(questions, _)| questions.len() == numbers.len()) {
+        Some((questions, outputs)) => {
+            if !questions.read(pid, outputs, &mut look)? {
                 return Ok(None);
             }
-            let sighting = asked.read(pid, &outputs)?;
-            let is_expected = |(_, then): (_, Common)| {
-                then.file_type() == sighting.common.file_type()
-                    && then.flags & libc::O_PATH == sighting.common.flags & libc::O_PATH
-            };
-            if !asked.expected.is.is_none_or(is_expected) {
-                strangers.push(sightings.len());
+        }
+        None => {
+            let mut rest = numbers.iter().copied().peekable();
+            loop {
+                let mut batch = Batch::new();
+                let questions = Questions::add(&mut batch, &mut rest, &expected);
+                let outputs = stopped.run(Pid::from_raw(pid), &batch)?;
+                if !questions.read(pid, &outputs, &mut look)? {
+                    return Ok(None);
+                }
+                if rest.peek().is_none() {
+                    break;
+                }
             }
-            sightings.push(sighting);
         }
     }
+    let is_stranger = |sighting: &Sighting| {
+        let is_expected = |(_, then): (_, Common)| {
+            then.file_type() == sighting.common.file_type()
+                && then.flags & libc::O_PATH == sighting.common.flags & libc::O_PATH
+        };
+        !expected(sighting.place.fd).is.is_none_or(is_expected)
+    };
+    let strangers: Vec<usize> = (0..look.0.len())
+        .filter(|index| is_stranger(&look.0[*index]))
+        .collect();
     // Something of another type is there than was recorded: other questions.
     for index in strangers {
-        let fd = sightings[index].place.fd;
+        let fd = look.0[index].place.fd;
         let mut batch = Batch::new();
         let expected = expected(fd);
         let asked = ask(
@@ -322,9 +376,9 @@ fn look_at(
             },
         );
         let outputs = stopped.run(Pid::from_raw(pid), &batch)?;
-        sightings[index] = asked.read(pid, &outputs)?;
+        look.0[index] = asked.read(pid, &outputs)?;
     }
-    Ok(Some((sightings, limit.unwrap_or(u64::MAX))))
+    Ok(Some(look))
 }
 
 /// The file tables of these processes: which of them share one.
@@ -356,18 +410,24 @@ pub fn sharing(holders: &BTreeMap<i32, Holder>) -> Result<Vec<Vec<i32>>, Error> 
 }
 
 /// Looks at the given tables, each named by the processes that share it; `guess` are the numbers that are likely to be
-/// open.
-pub fn survey(
+/// open, `answers` what was asked about those already.
+pub fn survey<'a>(
     stopped: &mut Stopped<'_>,
     tables: &[Vec<i32>],
     guess: impl Fn(usize) -> Vec<i32>,
     expected: impl Fn(usize, i32) -> Expected,
+    answers: impl Fn(usize) -> Option<Answers<'a>>,
 ) -> Result<Survey, Error> {
     let mut all = Vec::new();
     let mut survey = Survey::default();
     for (index, holders) in tables.iter().enumerate() {
-        let (sightings, limit) =
-            look(stopped, holders[0], &guess(index), |fd| expected(index, fd))?;
+        let (sightings, limit) = look(
+            stopped,
+            holders[0],
+            &guess(index),
+            |fd| expected(index, fd),
+            answers(index),
+        )?;
         survey.limits.push(limit);
         all.extend(sightings.into_iter().map(|sighting| (index, sighting)));
         survey.tables.push(Table {

@@ -3,10 +3,12 @@
 //! Everything that can be refused is refused before the first change. An error after it leaves a tree that is neither
 //! as it was nor as recorded: the caller kills it.
 
+use std::collections::BTreeMap;
+
 use nix::unistd::Pid;
 
 use crate::checkpoint::{Checkpoint, Error, Result, Spaces};
-use crate::freeze::{OnTracerDeath, Stopped, Tree};
+use crate::freeze::{Batch, OnTracerDeath, Outputs, StepId, Stopped, Tree};
 use crate::memory::{self, Copied, Observed, Ranges, Span};
 use crate::outcome::{Difference, Refusal};
 use crate::phases::Phases;
@@ -101,40 +103,110 @@ struct Plan {
 fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) -> Result<Plan> {
     // It may write to the tree's memory, so it precedes the scan.
     task::prepare(stopped)?;
-    let mut memory = Vec::new();
+    let recorded = task::Recorded::read(&checkpoint.context)?;
+    task::check_presence(stopped, &recorded)?;
+    let context = &checkpoint.context;
+    let mut maps = Vec::with_capacity(checkpoint.spaces.len());
     for image in &checkpoint.spaces {
-        let observed = Observed::look(stopped, image, &checkpoint.context)?;
-        let populated = image.populated(&checkpoint.context)?;
-        let recorded = memory::Recorded {
-            header: image.header(&checkpoint.context)?,
-            layout: &image.layout,
-            populated: &populated,
-            stale: &image.stale,
-        };
-        let holder = || {
-            stopped
-                .process(image.pid)
-                .map_or_else(String::new, |process| process.holder())
-        };
-        let plan = memory::plan(recorded, &observed).map_err(|refusal| Refusal {
-            holder: holder(),
-            ..refusal
-        })?;
-        memory.push((image.pid, plan));
+        let map = memory::look_at_map(stopped, image, context)?;
+        maps.push((map, image.populated(context)?));
+    }
+    phases.end("map");
+    // While the processes answer, their pages are looked at: what answering writes, it writes at every rollback.
+    let mut questions = Questions::start(stopped, checkpoint)?;
+    let mut observed = Vec::with_capacity(maps.len());
+    let mut populated = Vec::with_capacity(maps.len());
+    for (image, (map, pages)) in checkpoint.spaces.iter().zip(maps) {
+        observed.push(Observed::look(stopped, image, map, &pages)?);
+        populated.push(pages);
     }
     phases.end("scan");
     fault::point("rollback.scanned");
-    let recorded = task::Recorded::read(&checkpoint.context)?;
-    let tasks = task::check(stopped, &recorded)?;
+    let answers = questions.finish(stopped, &mut observed)?;
+    let tasks = task::check(stopped, &recorded, answers.leaders)?;
     phases.end("check");
     fault::point("rollback.observed");
-    let objects = objects::prepare(stopped, &checkpoint.objects)?;
+    let memory = plan_memory(stopped, checkpoint, &observed, &populated)?;
+    let objects = objects::prepare(
+        stopped,
+        &checkpoint.objects,
+        &questions.tables,
+        &answers.outputs,
+    )?;
     phases.end("plan");
     Ok(Plan {
         tasks,
         memory,
         objects,
     })
+}
+
+/// What is asked of the processes of a checkpoint: a batch for each, all of which run at the same time.
+struct Questions {
+    processes: Vec<(Pid, task::Questions, StepId)>,
+    tables: objects::Asked,
+}
+
+struct Answers {
+    leaders: BTreeMap<Pid, task::Leader>,
+    outputs: BTreeMap<Pid, Outputs>,
+}
+
+impl Questions {
+    fn start(stopped: &mut Stopped, checkpoint: &Checkpoint) -> Result<Self> {
+        let mut all = Self {
+            processes: Vec::with_capacity(checkpoint.spaces.len()),
+            tables: objects::Asked::new(),
+        };
+        for pid in checkpoint.spaces.iter().map(|image| image.pid) {
+            let mut batch = Batch::new();
+            let brk = batch.call(libc::SYS_brk, &[0.into()]);
+            let of_task = task::Questions::add(&mut batch);
+            objects::ask(&checkpoint.objects, pid, &mut batch, &mut all.tables);
+            stopped.start(pid, &batch)?;
+            all.processes.push((pid, of_task, brk));
+        }
+        Ok(all)
+    }
+
+    fn finish(&mut self, stopped: &mut Stopped, observed: &mut [Observed]) -> Result<Answers> {
+        let mut answers = Answers {
+            leaders: BTreeMap::new(),
+            outputs: BTreeMap::new(),
+        };
+        for ((pid, of_task, brk), observed) in self.processes.iter().zip(observed) {
+            let outputs = stopped.finish(*pid)?;
+            observed.brk = outputs.result(*brk).ok();
+            answers.leaders.insert(*pid, of_task.read(&outputs, *pid)?);
+            answers.outputs.insert(*pid, outputs);
+        }
+        Ok(answers)
+    }
+}
+
+fn plan_memory(
+    stopped: &Stopped,
+    checkpoint: &Checkpoint,
+    observed: &[Observed],
+    populated: &[Ranges],
+) -> Result<Vec<(Pid, memory::Plan)>> {
+    let mut plans = Vec::with_capacity(observed.len());
+    for ((image, observed), populated) in checkpoint.spaces.iter().zip(observed).zip(populated) {
+        let recorded = memory::Recorded {
+            header: image.header(&checkpoint.context)?,
+            layout: &image.layout,
+            populated,
+            stale: &image.stale,
+        };
+        let plan = memory::plan(recorded, observed).map_err(|refusal| Refusal {
+            holder: stopped
+                .process(image.pid)
+                .map_or_else(String::new, |process| process.holder()),
+            ..refusal
+        })?;
+        plans.push((image.pid, plan));
+    }
+    Ok(plans)
 }
 
 fn execute(
@@ -151,7 +223,7 @@ fn execute(
     phases.end("kill");
     fault::point("rollback.killed");
     for (image, (pid, plan)) in checkpoint.spaces.iter().zip(&plan.memory) {
-        space(spaces, *pid)?.restore_layout(stopped, image, &checkpoint.context, plan)?;
+        space(spaces, *pid)?.restore_layout(stopped, image, plan)?;
     }
     phases.end("layout");
     fault::point("rollback.layout");
@@ -168,13 +240,17 @@ fn execute(
         copied.add(shared.restore()?);
     }
     phases.end("shared");
+    let context = &checkpoint.context;
     for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
-        copied.add(space(spaces, *pid)?.copy_back(stopped, image, &plan.copy)?);
+        copied.add(space(spaces, *pid)?.start_copy(stopped, image, context, &plan.copy)?);
+    }
+    for (pid, _) in &plan.memory {
+        space(spaces, *pid)?.finish_copy(stopped)?;
     }
     phases.end("copy");
     fault::point("rollback.copied");
     for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
-        space(spaces, *pid)?.rearm(stopped, image, &plan.copy)?;
+        space(spaces, *pid)?.rearm(stopped, image, &plan.arm)?;
         image.stale = Ranges::new();
     }
     phases.end("rearm");

@@ -1,6 +1,5 @@
 //! Live state to records.
 
-use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
 
@@ -52,6 +51,7 @@ fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
     let process = stopped
         .process(pid)
         .ok_or(crate::freeze::Error::Gone(pid))?;
+    // Nothing is held open of zombies.
     let stat = procfs::Stat::read(pid).about(pid, "stat")?;
     let pidfd_inode = if process.is_zombie() {
         0
@@ -92,7 +92,7 @@ fn capture_process(
 ) -> Result<()> {
     let pid = Pid::from_raw(identity.pid);
     // Before any batch: it tells of the thread as the program left it.
-    let rights = rights(pid)?;
+    let rights = rights(stopped, pid)?;
     if rights
         .lines()
         .any(|line| line.starts_with(FEATURES) && line.contains("shstk"))
@@ -191,14 +191,12 @@ fn looks_at_namespaces(pid: Pid, tid: Pid, count: usize) -> bool {
 
 /// The namespaces a thread lives in.
 pub(super) fn namespaces_of(stopped: &Stopped<'_>, pid: Pid, tid: Pid) -> Result<Inodes> {
+    let member = stopped.member(pid)?;
     let inodes = if tid == pid {
-        namespaces::of(stopped.member(pid)?.pidfd.as_fd(), pid)
+        namespaces::of(member.namespaces.as_fd())
     } else {
-        match pidfd::open_thread(tid) {
-            Ok(pidfd) => namespaces::of(pidfd.as_fd(), tid),
-            // Before Linux 6.9. What comes next does without, if it gets any pidfd.
-            Err(_) => namespaces::of(stopped.member(pid)?.maps.as_fd(), tid),
-        }
+        let directory = procfs::open_below(&member.tasks, &format!("{tid}/ns"));
+        namespaces::of(directory.about(tid, "namespaces")?.as_fd())
     };
     inodes.about(tid, "namespaces")
 }
@@ -227,8 +225,14 @@ fn put_pending(
 /// The line of `/proc/PID/status` that names the processor features a thread has switched on (Linux 6.6).
 const FEATURES: &str = "x86_Thread_features";
 
-/// The lines of `/proc/PID/status` that tell what a process may do.
-pub(super) fn rights(pid: Pid) -> Result<String> {
+/// The lines of `/proc/PID/status` that tell what a process of the tree may do.
+pub(super) fn rights(stopped: &Stopped<'_>, pid: Pid) -> Result<String> {
+    let status = procfs::text_held(&stopped.member(pid)?.status).about(pid, "status")?;
+    Ok(rights_in(&status))
+}
+
+/// The lines of that text that tell what a process may do.
+fn rights_in(status: &str) -> String {
     const KEYS: [&str; 12] = [
         "Uid",
         "Gid",
@@ -243,16 +247,15 @@ pub(super) fn rights(pid: Pid) -> Result<String> {
         "Seccomp_filters",
         FEATURES,
     ];
-    let status = fs::read_to_string(procfs::path(pid, "status")).about(pid, "status")?;
     let of_interest = |line: &&str| {
         line.split_once(':')
             .is_some_and(|(key, _)| KEYS.contains(&key))
     };
-    Ok(status
+    status
         .lines()
         .filter(of_interest)
         .flat_map(|line| [line.trim_end(), "\n"])
-        .collect())
+        .collect()
 }
 
 /// Whether a process that is held by a pidfd has not been reaped.

@@ -11,7 +11,7 @@ use crate::outcome::Refusal;
 
 use super::layout::{LIMITS, Rights, ThreadState};
 use super::posix_timers;
-use super::probe::{self, ProcessProbe};
+use super::probe::{self, Leader, ProcessProbe};
 use super::recorded::{Recorded, RecordedProcess};
 use super::{About, Result, capture};
 
@@ -25,26 +25,35 @@ pub struct Observed {
 /// Observes the tree, and refuses what a rollback could not undo: ended processes and threads, changed credentials,
 /// filters, parents, sessions, lowered hard limits, a working directory that is gone.
 ///
-/// Nothing is changed. Every recorded process that is still there needs a window, and [`prepare`](super::prepare) must
-/// have been called.
+/// Nothing is changed. `leaders` are the answers of the recorded processes' leaders to [`Questions`](probe::Questions);
+/// [`check_presence`] and [`prepare`](super::prepare) must have been called.
 ///
 /// A process is known by its pidfd; a thread by its TID within the process: should one have ended and another have got
 /// its TID, that other becomes the recorded one, since nothing that distinguishes them is kept. Credentials that
 /// `capget(2)` and its like tell are compared for every thread; the bounding and ambient sets and the number of seccomp
 /// filters for main threads only.
-pub fn check(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<Observed> {
+pub fn check(
+    stopped: &mut Stopped<'_>,
+    recorded: &Recorded<'_>,
+    mut leaders: BTreeMap<Pid, Leader>,
+) -> Result<Observed> {
     let mut observed = Observed::default();
-    // The cheap questions first.
-    for process in recorded.processes() {
-        check_presence(stopped, process)?;
-    }
     for process in recorded.processes().filter(|process| !process.is_zombie()) {
         check_family(stopped, recorded, process)?;
-        check_rights(process)?;
-        observe(stopped, process, &mut observed)?;
+        check_rights(stopped, process)?;
+        let gone = crate::freeze::Error::Gone(process.pid());
+        let leader = leaders.remove(&process.pid()).ok_or(gone)?;
+        observe(stopped, process, leader, &mut observed)?;
         check_timers(stopped, process)?;
     }
     Ok(observed)
+}
+
+/// Refuses if a recorded process or thread is not there any more.
+pub fn check_presence(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<()> {
+    recorded
+        .processes()
+        .try_for_each(|process| check_is_there(stopped, process))
 }
 
 /// A refusal about a recorded process that is still there.
@@ -76,7 +85,7 @@ pub(super) fn comm(bytes: &[u8]) -> String {
 
 const TAKE_ANOTHER: &str = "it can't be brought back; take a new checkpoint";
 
-fn check_presence(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Result<()> {
+fn check_is_there(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Result<()> {
     let pid = recorded.pid();
     let gone = |what: &str| {
         let remedy = format!("it has {what} since the checkpoint; {TAKE_ANOTHER}");
@@ -160,8 +169,8 @@ fn check_family(
     Ok(())
 }
 
-fn check_rights(process: &RecordedProcess<'_>) -> Result<()> {
-    let now = capture::rights(process.pid())?;
+fn check_rights(stopped: &Stopped<'_>, process: &RecordedProcess<'_>) -> Result<()> {
+    let now = capture::rights(stopped, process.pid())?;
     if now == process.rights {
         return Ok(());
     }
@@ -178,10 +187,10 @@ fn check_rights(process: &RecordedProcess<'_>) -> Result<()> {
 fn observe(
     stopped: &mut Stopped<'_>,
     process: &RecordedProcess<'_>,
+    (live, leader): Leader,
     observed: &mut Observed,
 ) -> Result<()> {
     let pid = process.pid();
-    let (live, leader) = probe::process(stopped, pid)?;
     check_state(process, &live)?;
     check_directory(stopped, process, &live)?;
     observed.processes.insert(pid, live);
@@ -227,7 +236,7 @@ fn check_scheduling(
     if was.scheduling == is.scheduling {
         return Ok(());
     }
-    let own = capture::rights(Pid::this())?;
+    let own = std::fs::read_to_string("/proc/self/status").about(Pid::this(), "status")?;
     let capabilities = procfs::status_line(&own, "CapEff")
         .and_then(|set| u64::from_str_radix(set, 16).ok())
         .unwrap_or(0);
@@ -245,7 +254,7 @@ fn check_namespaces(
     was: &Inodes,
     is: &Inodes,
 ) -> Result<()> {
-    let Some(((name, _), _)) = KINDS
+    let Some((name, _)) = KINDS
         .iter()
         .zip(was.iter().zip(is))
         .find(|(_, (was, is))| was != is)

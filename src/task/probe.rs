@@ -32,13 +32,39 @@ pub struct ProcessProbe {
     pub directory: Option<Vec<u8>>,
 }
 
-/// Asks the leader of a process for process-wide state and its own.
-pub fn process(stopped: &mut Stopped<'_>, pid: Pid) -> Result<(ProcessProbe, ThreadState)> {
+/// What the leader of a process tells: process-wide state and its own.
+pub type Leader = (ProcessProbe, ThreadState);
+
+/// Asks the leader of a process.
+pub fn process(stopped: &mut Stopped<'_>, pid: Pid) -> Result<Leader> {
     let mut batch = Batch::new();
-    let of_process = ProcessSteps::add(&mut batch);
-    let of_thread = ThreadSteps::add(&mut batch);
+    let questions = Questions::add(&mut batch);
     let done = stopped.run(pid, &batch)?;
-    Ok((of_process.read(&done, pid)?, of_thread.read(&done, pid)?))
+    questions.read(&done, pid)
+}
+
+/// Questions to the leader of a process, as steps of a batch.
+pub struct Questions {
+    of_process: ProcessSteps,
+    of_thread: ThreadSteps,
+}
+
+impl Questions {
+    /// Adds them to a batch.
+    pub fn add(batch: &mut Batch) -> Self {
+        Self {
+            of_process: ProcessSteps::add(batch),
+            of_thread: ThreadSteps::add(batch),
+        }
+    }
+
+    /// What the batch found in process `pid`.
+    pub fn read(&self, done: &Outputs, pid: Pid) -> Result<Leader> {
+        Ok((
+            self.of_process.read(done, pid)?,
+            self.of_thread.read(done, pid)?,
+        ))
+    }
 }
 
 /// Asks one thread for its state.

@@ -1,9 +1,11 @@
 //! Real processes that are wrecked and put back.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
+
 use nix::unistd::Pid;
 
 use super::*;
@@ -95,7 +97,7 @@ impl Subject {
     fn roll_back(&mut self, context: &Context) -> usize {
         let recorded = Recorded::read(context).expect("records");
         let mut stopped = self.stop();
-        let observed = check(&mut stopped, &recorded).expect("check");
+        let observed = observe(&mut stopped, &recorded).expect("check");
         let killed = kill_born(&mut stopped, &recorded).expect("kill what was born");
         loosen(&mut stopped, &recorded, &observed).expect("loosen");
         restore(&mut stopped, &recorded, &observed).expect("restore");
@@ -109,7 +111,7 @@ impl Subject {
     fn refusal(&mut self, context: &Context) -> Refusal {
         let recorded = Recorded::read(context).expect("records");
         let mut stopped = self.stop();
-        let result = check(&mut stopped, &recorded);
+        let result = observe(&mut stopped, &recorded);
         stopped.resume().expect("resume");
         match result {
             Err(Error::Refused(refusal)) => refusal,
@@ -146,6 +148,15 @@ impl Drop for Subject {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn observe(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<Observed> {
+    check_presence(stopped, recorded)?;
+    let mut leaders = BTreeMap::new();
+    for process in recorded.processes().filter(|process| !process.is_zombie()) {
+        leaders.insert(process.pid(), probe::process(stopped, process.pid())?);
+    }
+    check(stopped, recorded, leaders)
 }
 
 #[test]
