@@ -173,7 +173,7 @@ impl Engine {
             name,
             &mut phases,
         )?;
-        let stop_us = phases.total().as_micros() as u64;
+        let stop_us = phases.stopped().as_micros() as u64;
         let report = Report {
             outcome: Outcome::Checkpointed,
             stop_us,

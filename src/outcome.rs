@@ -47,7 +47,8 @@ pub struct Difference {
 pub struct Report {
     /// How it ended.
     pub outcome: Outcome,
-    /// The stop window in microseconds: from the first task stopped until all ran again.
+    /// The stop window in microseconds: from the first task stopped until all ran again. Of the first checkpoint of a tree,
+    /// which stops it twice, the sum of both.
     pub stop_us: u64,
     /// The whole operation in microseconds.
     pub total_us: u64,

@@ -9,6 +9,7 @@ pub struct Phases {
     start: Instant,
     last: Instant,
     spent: BTreeMap<&'static str, Duration>,
+    running: Duration,
 }
 
 impl Phases {
@@ -19,6 +20,7 @@ impl Phases {
             start: now,
             last: now,
             spent: BTreeMap::new(),
+            running: Duration::ZERO,
         }
     }
 
@@ -28,6 +30,18 @@ impl Phases {
         *self.spent.entry(name).or_default() += now - self.last;
         self.last = now;
         tracing::debug!(phase = name, "done");
+    }
+
+    /// As [`Phases::end`], of a phase in which nothing is stopped.
+    pub fn end_running(&mut self, name: &'static str) {
+        let last = self.last;
+        self.end(name);
+        self.running += self.last - last;
+    }
+
+    /// Time since the start without the phases in which nothing is stopped.
+    pub fn stopped(&self) -> Duration {
+        self.total() - self.running
     }
 
     /// When it was started.
@@ -62,5 +76,8 @@ mod tests {
         let spent: Duration = phases.spent.values().sum();
         assert_eq!(spent, phases.last - phases.started());
         assert_eq!(phases.microseconds().len(), 2);
+        phases.end_running("three");
+        assert_eq!(phases.running, phases.spent["three"]);
+        assert!(phases.stopped() <= phases.total());
     }
 }

@@ -116,6 +116,9 @@ pub fn take(
     name: &str,
     phases: &mut Phases,
 ) -> Result<Checkpoint> {
+    if spaces.is_empty() {
+        warm_up(tree, spaces, phases)?;
+    }
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
     phases.end("stop");
     fault::point("checkpoint.stopped");
@@ -140,6 +143,51 @@ pub fn take(
     }
 }
 
+/// Before the first checkpoint: windows into all processes in a short stop of its own, then their memory is armed while
+/// they run, so that the stop of the checkpoint has to arm only what was written meanwhile.
+fn warm_up(tree: &mut Tree, spaces: &mut Spaces, phases: &mut Phases) -> Result<()> {
+    let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+    fault::point("checkpoint.opening");
+    let opened = task::prepare(&mut stopped)
+        .map_err(Error::from)
+        .and_then(|()| open_spaces(&mut stopped, spaces));
+    if opened.is_err() {
+        forget_unused(&mut stopped, spaces, &[]);
+    }
+    fault::point("checkpoint.opened");
+    stopped.resume()?;
+    phases.end("open");
+    opened?;
+    for space in spaces.values() {
+        space.arm_running(tree);
+    }
+    phases.end_running("arm");
+    fault::point("checkpoint.warm");
+    Ok(())
+}
+
+/// Opens a window into every living process that has none in its address space yet. Returns their PIDs.
+fn open_spaces(stopped: &mut Stopped, spaces: &mut Spaces) -> Result<Vec<Pid>> {
+    let living: Vec<Pid> = stopped
+        .processes()
+        .filter(|process| !process.is_zombie())
+        .map(|process| process.pid)
+        .collect();
+    check_spaces(stopped)?;
+    for pid in &living {
+        stopped.renew(*pid)?;
+        let is_current = |space: &Space| {
+            stopped
+                .member(*pid)
+                .is_ok_and(|member| space.is_current(member))
+        };
+        if !spaces.get(pid).is_some_and(is_current) {
+            spaces.insert(*pid, Space::open(stopped, *pid)?);
+        }
+    }
+    Ok(living)
+}
+
 fn capture(
     stopped: &mut Stopped,
     spaces: &mut Spaces,
@@ -150,24 +198,8 @@ fn capture(
 ) -> Result<Checkpoint> {
     let taken_at = SystemTime::now();
     task::prepare(stopped)?;
-    let living: Vec<Pid> = stopped
-        .processes()
-        .filter(|process| !process.is_zombie())
-        .map(|process| process.pid)
-        .collect();
-    check_spaces(stopped)?;
-    phases.end("observe");
     fault::point("checkpoint.observed");
-    for pid in &living {
-        stopped.renew(*pid)?;
-        if !spaces.get(pid).is_some_and(|space| {
-            stopped
-                .member(*pid)
-                .is_ok_and(|member| space.is_current(member))
-        }) {
-            spaces.insert(*pid, Space::open(stopped, *pid)?);
-        }
-    }
+    let living = open_spaces(stopped, spaces)?;
     phases.end("window");
     fault::point("checkpoint.window");
 

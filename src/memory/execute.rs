@@ -90,11 +90,10 @@ impl Space {
             );
         }
         self.run_all(stopped, &mut batch, "madvise", |_| true)?;
-        self.register(
-            plan.register
-                .iter()
-                .filter_map(|span| image.layout.at(span.start)),
-        )
+        plan.register
+            .iter()
+            .filter_map(|span| image.layout.at(span.start))
+            .try_for_each(|vma| self.register_vma(vma))
     }
 
     fn make_room(&self, stopped: &mut Stopped, batch: &mut Batch) -> Result<()> {

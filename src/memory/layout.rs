@@ -7,14 +7,15 @@ use nix::errno::Errno;
 use crate::kernel::maps::{self, Vma};
 use crate::kernel::pagemap::{self, Backing, Region, Scan};
 
-use super::USER_END;
-use super::ranges::Span;
+use super::ranges::{Ranges, Span};
 
 /// The VMAs of an address space in order, without the window.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Layout {
     /// The VMAs.
     pub vmas: Vec<Vma>,
+    /// Where the window is, in a gap between them.
+    pub(super) window: Option<Span>,
 }
 
 /// What must be done to a span to make it as it was.
@@ -35,7 +36,7 @@ impl Layout {
         if let Some(window) = window {
             vmas.retain(|vma| vma.start < window.start || vma.end > window.end);
         }
-        Some(Self { vmas })
+        Some(Self { vmas, window })
     }
 
     /// The changes that make `now` equal to this, in address order.
@@ -85,6 +86,27 @@ impl Layout {
         self.vmas.iter().filter(|vma| is_private(vma))
     }
 
+    /// The private VMAs in runs that no other VMA interrupts.
+    pub fn private_runs(&self) -> impl Iterator<Item = &[Vma]> {
+        self.runs(is_private)
+    }
+
+    /// Runs of private VMAs for which `key` says the same, without the window between them.
+    fn runs<K: PartialEq>(&self, key: impl Fn(&Vma) -> K) -> impl Iterator<Item = &[Vma]> {
+        let is_window_between = move |one: &Vma, next: &Vma| {
+            let inside = |window: &Span| one.end <= window.start && window.start < next.start;
+            self.window.as_ref().is_some_and(inside)
+        };
+        let alike = move |one: &Vma, next: &Vma| {
+            is_private(one) == is_private(next)
+                && key(one) == key(next)
+                && !is_window_between(one, next)
+        };
+        self.vmas
+            .chunk_by(alike)
+            .filter(|run| run.first().is_some_and(is_private))
+    }
+
     /// Scans the private VMAs in a span, in as few calls as there are others between them.
     pub fn scan(
         &self,
@@ -93,48 +115,43 @@ impl Layout {
         span: Span,
         found: &mut Vec<Region>,
     ) -> Result<(), Errno> {
-        self.scan_alike(pagemap, |_| 0, |_| what, span, found)
-    }
-
-    /// Scans all private VMAs, those with a file behind them apart from others.
-    pub fn scan_by_backing(
-        &self,
-        pagemap: impl AsFd,
-        what: impl Fn(Backing) -> Scan,
-        found: &mut Vec<Region>,
-    ) -> Result<(), Errno> {
-        let backing = |vma: &Vma| match vma.is_anonymous() {
-            true => Backing::Nothing,
-            false => Backing::File,
-        };
-        let all = Span {
-            start: 0,
-            end: USER_END,
-        };
-        self.scan_alike(pagemap, backing, |vma| what(backing(vma)), all, found)
-    }
-
-    /// Scans runs of private VMAs that are alike, each in one call.
-    fn scan_alike<K: PartialEq>(
-        &self,
-        pagemap: impl AsFd,
-        key: impl Fn(&Vma) -> K,
-        what: impl Fn(&Vma) -> Scan,
-        span: Span,
-        found: &mut Vec<Region>,
-    ) -> Result<(), Errno> {
-        let key = |vma: &Vma| is_private(vma).then(|| key(vma));
-        let first = self.vmas.partition_point(|vma| vma.end <= span.start);
-        let last = self.vmas.partition_point(|vma| vma.start < span.end);
-        for run in self.vmas[first..last].chunk_by(|one, next| key(one) == key(next)) {
-            if let ([head, ..], [.., tail]) = (run, run)
-                && is_private(head)
-            {
+        for run in self.private_runs() {
+            if let ([head, ..], [.., tail]) = (run, run) {
                 let (start, end) = (head.start.max(span.start), tail.end.min(span.end));
-                pagemap::scan(&pagemap, what(head), start, end, found)?;
+                if start < end {
+                    pagemap::scan(&pagemap, what, start, end, found)?;
+                }
             }
         }
         Ok(())
+    }
+
+    /// The anonymous pages of the private VMAs that are in memory or swapped out.
+    pub fn populated(&self, pagemap: impl AsFd) -> Result<Ranges, Errno> {
+        let mut found = Ranges::new();
+        for run in self.runs(Vma::is_anonymous) {
+            let ([head, ..], [.., tail]) = (run, run) else {
+                continue;
+            };
+            let mut regions = Vec::new();
+            let mut scan = |what| pagemap::scan(&pagemap, what, head.start, tail.end, &mut regions);
+            if head.is_anonymous() {
+                // The holes are few where the pages are many.
+                scan(Scan::Holes)?;
+                let holes = regions.iter().map(Span::from).collect();
+                let all: Ranges = run.iter().map(Span::from).collect();
+                all.difference(&holes)
+                    .spans()
+                    .iter()
+                    .for_each(|span| found.push(*span));
+            } else {
+                scan(Scan::Populated(Backing::File))?;
+                regions
+                    .iter()
+                    .for_each(|region| found.push(Span::from(region)));
+            }
+        }
+        Ok(found)
     }
 }
 
@@ -210,7 +227,7 @@ mod tests {
                 vmas.push(vma(at, at + len, prot, inode));
                 at += len;
             }
-            Layout { vmas }
+            Layout { vmas, window: None }
         })
     }
 

@@ -8,7 +8,7 @@ use super::image::SpaceImage;
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
 use super::space::{read_maps, refuse, system, window_span};
-use super::{PAGE, Result, USER_END};
+use super::{PAGE, Result};
 
 /// The live state of an address space.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -39,12 +39,8 @@ impl Observed {
         let pagemap = &stopped.member(image.pid)?.pagemap;
         let failed = |errno| system(image.pid, "scan its pages", errno);
         let live = layout.as_ref().unwrap_or(&image.layout);
-        let all = Span {
-            start: 0,
-            end: USER_END,
-        };
         let mut suspect = Vec::new();
-        live.scan(pagemap, Scan::Suspect, all, &mut suspect)
+        live.scan(pagemap, Scan::Suspect, Span::ALL, &mut suspect)
             .map_err(failed)?;
 
         let there = suspect.iter().filter(|region| {

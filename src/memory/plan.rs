@@ -224,6 +224,7 @@ mod tests {
     fn only_what_was_written_is_copied() {
         let was = Layout {
             vmas: vec![vma(0, 20, 0)],
+            ..Layout::default()
         };
         let observed = Observed {
             suspect: regions(&[(0, 3, ARMED), (3, 4, DIRTY), (4, 8, ARMED), (12, 14, DIRTY)]),
@@ -245,6 +246,7 @@ mod tests {
     fn a_marker_in_a_files_vma_is_not_a_clean_page() {
         let was = Layout {
             vmas: vec![vma(0, 4, 7), vma(4, 8, 0)],
+            ..Layout::default()
         };
         let observed = Observed {
             suspect: regions(&[(0, 8, MARKER)]),
@@ -259,6 +261,7 @@ mod tests {
     fn a_page_that_shows_the_file_again_is_not_clean() {
         let was = Layout {
             vmas: vec![vma(0, 8, 7)],
+            ..Layout::default()
         };
         let armed = Region {
             start: PAGE,
@@ -279,6 +282,7 @@ mod tests {
     fn what_was_mapped_anew_at_the_same_place_is_not_trusted() {
         let was = Layout {
             vmas: vec![vma(0, 8, 0)],
+            ..Layout::default()
         };
         let observed = Observed {
             suspect: regions(&[(0, 2, NEW), (2, 8, ARMED)]),
@@ -300,6 +304,7 @@ mod tests {
     fn a_page_of_a_later_checkpoint_is_dropped() {
         let was = Layout {
             vmas: vec![vma(0, 8, 0)],
+            ..Layout::default()
         };
         let observed = Observed {
             suspect: regions(&[(0, 3, ARMED)]),
@@ -316,9 +321,11 @@ mod tests {
     fn a_vma_that_is_gone_comes_back_with_its_pages() {
         let was = Layout {
             vmas: vec![vma(0, 4, 0), vma(6, 8, 0)],
+            ..Layout::default()
         };
         let live = Layout {
             vmas: vec![vma(0, 5, 0)],
+            ..Layout::default()
         };
         let observed = Observed {
             layout: Some(live),
@@ -341,10 +348,12 @@ mod tests {
         };
         let was = Layout {
             vmas: vec![vma(0, 4, 0), special],
+            ..Layout::default()
         };
         let observed = Observed {
             layout: Some(Layout {
                 vmas: vec![vma(0, 4, 0)],
+                ..Layout::default()
             }),
             ..Observed::default()
         };

@@ -16,6 +16,12 @@ pub struct Span {
 }
 
 impl Span {
+    /// All addresses that a program can have.
+    pub const ALL: Self = Self {
+        start: 0,
+        end: super::USER_END,
+    };
+
     /// Its length in bytes.
     pub fn len(&self) -> u64 {
         self.end - self.start

@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
 use crate::kernel::maps::Vma;
-use crate::kernel::pagemap::{Categories, Region, Scan};
+use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
 use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
 use crate::kernel::{pidfd, procfs, remote_memory, smaps};
 use crate::outcome::Refusal;
@@ -94,7 +94,7 @@ impl Space {
         let window = window_span(stopped, pid)?;
         let text = read_maps(stopped.member(pid)?)?;
         let layout = Layout::parse(&text, Some(window)).unwrap_or_default();
-        self.register(layout.private())?;
+        self.register(&layout)?;
         let mut batch = Batch::new();
         for vma in layout
             .vmas
@@ -153,29 +153,50 @@ impl Space {
     }
 
     /// Registers the private VMAs of a layout for tracking, those already registered too.
-    pub(super) fn register<'a>(&self, vmas: impl Iterator<Item = &'a Vma>) -> Result<()> {
-        for vma in vmas {
-            match self.tracker.register(vma.start, vma.len()) {
-                Ok(()) => {}
-                Err(Errno::EBUSY) => {
-                    return Err(refuse(
-                        self.pid,
-                        format!("memory {vma:?}"),
-                        "the program tracks it with a userfaultfd of its own; such programs can't be taken",
-                    ));
-                }
-                Err(errno) => {
-                    return Err(refuse(
-                        self.pid,
-                        format!("memory {vma:?}"),
-                        format!(
-                            "its pages can't be tracked ({errno}): device memory and the like can't be taken"
-                        ),
-                    ));
-                }
+    pub(super) fn register(&self, layout: &Layout) -> Result<()> {
+        for run in layout.private_runs() {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else {
+                continue;
+            };
+            // All at once, and if that is refused one by one, for the name of the one it is about.
+            if self
+                .tracker
+                .register(first.start, last.end - first.start)
+                .is_err()
+            {
+                run.iter().try_for_each(|vma| self.register_vma(vma))?;
             }
         }
         Ok(())
+    }
+
+    pub(super) fn register_vma(&self, vma: &Vma) -> Result<()> {
+        let why = match self.tracker.register(vma.start, vma.len()) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EBUSY) => {
+                "the program tracks it with a userfaultfd of its own; such programs can't be taken"
+                    .into()
+            }
+            Err(errno) => format!(
+                "its pages can't be tracked ({errno}): device memory and the like can't be taken"
+            ),
+        };
+        Err(refuse(self.pid, format!("memory {vma:?}"), why))
+    }
+
+    /// Arms what is there while the process runs, so that little is left to be armed when it is stopped. What goes wrong
+    /// here, as when the memory map changes meanwhile, is left to then.
+    pub fn arm_running(&self, tree: &freeze::Tree) {
+        let armed = tree.member(self.pid).map(|member| {
+            let layout = Layout::parse(&read_maps(member)?, None).unwrap_or_default();
+            let mut found = Vec::new();
+            layout
+                .scan(&member.pagemap, Scan::Rearm, Span::ALL, &mut found)
+                .map_err(|errno| system(self.pid, "arm its pages", errno))
+        });
+        if let Some(Err(error)) = armed {
+            tracing::debug!(%error, "not armed before the stop");
+        }
     }
 
     /// Takes an image of the address space: shadow, VMA list, populated pages; and arms the tracking.
@@ -258,14 +279,14 @@ impl Space {
                 "/proc/PID/maps does not read as documented",
             )
         })?;
-        self.register(layout.private())?;
-        let mut regions = Vec::new();
+        self.register(&layout)?;
+        let failed = |errno| system(pid, "scan its pages", errno);
+        let mut written = Vec::new();
         layout
-            .scan_by_backing(&member.pagemap, Scan::Arm, &mut regions)
-            .map_err(|errno| system(pid, "scan its pages", errno))?;
-        regions.retain(|region| !region.categories.has(Categories::FILE));
-        let populated = populated(&layout, &regions, |_, _| true);
-        let written = populated_with(&layout, &regions, Categories::WRITTEN);
+            .scan(&member.pagemap, Scan::Rearm, Span::ALL, &mut written)
+            .map_err(failed)?;
+        let written: Ranges = written.iter().map(Span::from).collect();
+        let populated = layout.populated(&member.pagemap).map_err(failed)?;
         for other in others.filter(|image| self.is_of(image)) {
             other.stale = other.stale.union(&written);
         }
@@ -297,13 +318,7 @@ impl Space {
         populated: &Ranges,
     ) -> Result<u64> {
         let pid = self.pid;
-        let mut regions = Vec::new();
-        image
-            .layout
-            .scan_by_backing(&image.shadow.pagemap, Scan::Populated, &mut regions)
-            .map_err(|errno| system(pid, "scan its shadow", errno))?;
-        let there: Ranges = regions.iter().map(Span::from).collect();
-        let lacking = populated.difference(&there);
+        let lacking = lacking(image, populated)?;
         let target = stopped
             .tree_mut()
             .member_mut(pid)
@@ -349,6 +364,35 @@ impl Space {
                 .for_each(|slot| space.store.give_back(*slot));
         }
     }
+}
+
+/// The populated pages that fork has not given to the shadow of an image.
+///
+/// `MADV_DONTFORK` leaves out the VMA, `MADV_WIPEONFORK` all pages of it: so the first page of each tells of the rest.
+fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
+    let shadow = &image.shadow;
+    let text = std::fs::read(procfs::path(shadow.pid, "maps"))
+        .map_err(|error| system(shadow.pid, "read the memory map of a shadow", error))?;
+    let in_shadow = Layout::parse(&text, None).unwrap_or_default();
+    let mut lacking = Ranges::new();
+    for vma in image.layout.private() {
+        let pages = populated.intersection(&Ranges::from_iter([Span::from(vma)]));
+        let Some(first) = pages.spans().first() else {
+            continue;
+        };
+        let has_it = in_shadow.at(first.start).is_some() && {
+            let what = Scan::Populated(Backing::Nothing);
+            let mut found = Vec::new();
+            let end = first.start + PAGE;
+            pagemap::scan(&shadow.pagemap, what, first.start, end, &mut found)
+                .map_err(|errno| system(shadow.pid, "scan a shadow", errno))?;
+            !found.is_empty()
+        };
+        if !has_it {
+            pages.spans().iter().for_each(|span| lacking.push(*span));
+        }
+    }
+    Ok(lacking)
 }
 
 /// Has a process reap its shadow, which is a child that only `__WALL` waits see.
@@ -437,10 +481,6 @@ fn locked_spans(pid: Pid) -> Result<Vec<Span>> {
             end: flags.end,
         })
         .collect())
-}
-
-fn populated_with(layout: &Layout, regions: &[Region], category: Categories) -> Ranges {
-    populated(layout, regions, |_, categories| categories.has(category))
 }
 
 pub(super) fn system(pid: Pid, what: &str, error: impl Into<std::io::Error>) -> super::Error {

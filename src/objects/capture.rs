@@ -130,15 +130,29 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
                 .collect(),
         })
         .collect();
-    let by_place: Vec<_> = ids
-        .iter()
-        .zip(&lives)
-        .map(|(id, live)| (Some(*id), live.common, live.place()))
-        .collect();
-    recorded.locks = find_locks(&by_place, &recorded.tables, &holders)?.0;
+    let files = every_number(&found.tables).map(|(place, index)| (lives[index].common, place));
+    if locks::any_held(files)? {
+        let by_place: Vec<_> = ids
+            .iter()
+            .zip(&lives)
+            .map(|(id, live)| (Some(*id), live.common, live.place()))
+            .collect();
+        recorded.locks = find_locks(&by_place, &recorded.tables, &holders)?.0;
+    }
     records::write(context, recorded)?;
     socket_diag::close();
     Ok(capture)
+}
+
+/// Every open number of every table, through the first process that has it, and its description.
+pub(super) fn every_number<D: Copy>(tables: &[Table<D>]) -> impl Iterator<Item = (Place, D)> {
+    tables.iter().flat_map(|table| {
+        let pid = table.pid();
+        table
+            .slots
+            .iter()
+            .map(move |slot| (Place { pid, fd: slot.fd }, slot.description))
+    })
 }
 
 /// Looks again at the connections that have both ends in the tree.
@@ -170,19 +184,7 @@ pub(super) fn find_locks(
     tables: &[Table<ObjectId>],
     holders: &BTreeMap<i32, Holder>,
 ) -> Result<(Vec<locks::Lock>, Vec<locks::Lock>), Error> {
-    let slots: Vec<(Place, ObjectId)> = tables
-        .iter()
-        .flat_map(|table| {
-            let place = |fd| Place {
-                pid: table.pid(),
-                fd,
-            };
-            table
-                .slots
-                .iter()
-                .map(move |slot| (place(slot.fd), slot.description))
-        })
-        .collect();
+    let slots: Vec<(Place, ObjectId)> = every_number(tables).collect();
     let pids: BTreeSet<i32> = holders.keys().copied().collect();
     locks::find(descriptions, &pids, &slots)
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::fdinfo::Fdinfo;
-use super::model::{Common, Complaint, Inode, ObjectId, Observed, Place};
+use super::model::{Common, Complaint, Inode, ObjectId, Place};
 use crate::freeze::{Batch, StepId};
 
 /// Whose a lock is.
@@ -125,26 +125,18 @@ fn can_be_locked(common: &Common) -> bool {
     matches!(common.file_type(), libc::S_IFREG | libc::S_IFDIR) && common.flags & libc::O_PATH == 0
 }
 
-/// Whether any file of a tree may be locked by it: what its descriptors tell, which is far cheaper than `/proc/locks` (that
-/// waits for all processors, milliseconds).
+/// Whether any of these files is locked through one of these descriptors, which is far cheaper to ask than `/proc/locks`
+/// (that waits for all processors, milliseconds). Of each file its common part and where it is.
 ///
 /// # Errors
 /// If a text of `/proc` can't be read.
-pub fn any_held(observed: &Observed) -> Result<bool, Error> {
+pub fn any_held(files: impl Iterator<Item = (Common, Place)>) -> Result<bool, Error> {
     /// From so many on `/proc/locks` is no dearer.
     const MANY: usize = 500;
-    let mut places = Vec::new();
-    for table in &observed.tables {
-        for slot in &table.slots {
-            let live = &observed.descriptions[slot.description];
-            if can_be_locked(&live.common) && live.is.is_some() {
-                places.push(Place {
-                    pid: table.pid(),
-                    fd: slot.fd,
-                });
-            }
-        }
-    }
+    let places: Vec<Place> = files
+        .filter(|(common, _)| can_be_locked(common))
+        .map(|(_, place)| place)
+        .collect();
     if places.len() > MANY {
         return Ok(true);
     }

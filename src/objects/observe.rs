@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::unistd::Pid;
 
 use super::Error;
-use super::capture::{Capture, find_locks, holders, lives, owner};
+use super::capture::{Capture, every_number, find_locks, holders, lives, owner};
 use super::file::{self, Form};
 use super::live::{Holder, Live};
 use super::locks;
@@ -103,10 +103,18 @@ pub fn observe(
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;
     observe_gone(capture, &mut observed)?;
-    if !recorded.locks.is_empty() || locks::any_held(&observed)? {
+    if !recorded.locks.is_empty() || any_lock_held(&observed)? {
         (observed.locks, observed.foreign_locks) = observe_locks(&observed, &holders)?;
     }
     Ok(observed)
+}
+
+fn any_lock_held(observed: &Observed) -> Result<bool, Error> {
+    let files = every_number(&observed.tables)
+        .map(|(place, index)| (place, &observed.descriptions[index]))
+        .filter(|(_, live)| live.is.is_some())
+        .map(|(place, live)| (live.common, place));
+    locks::any_held(files)
 }
 
 fn expected(recorded: &Recorded, table: usize, fd: i32) -> Expected {
