@@ -413,13 +413,13 @@ impl<'t> Stopped<'t> {
                     }
                     return Ok(());
                 }
-                // A fork that was under way: the child is found below its parent. Go on to the stop asked for.
+                // A fork that was under way: the child is found below its parent.
                 Ok(Some(Event::Forked(_) | Event::Other(_))) => {
-                    ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+                    ptrace::resume_to_stop(tid, 0).context(|| format!("resume {tid}"))?
                 }
                 // A signal on its way is handed back when the task runs on.
                 Ok(Some(Event::Signal(signal))) => {
-                    ptrace::resume(tid, signal).context(|| format!("resume {tid}"))?;
+                    ptrace::resume_to_stop(tid, signal).context(|| format!("resume {tid}"))?
                 }
                 Ok(None) => {
                     turns += 1;

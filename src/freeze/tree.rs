@@ -188,8 +188,8 @@ impl Tree {
                 let _ = ptrace::detach(*tid, 0);
                 false
             }
-            Ok(Some(Event::Signal(signal))) => ptrace::resume(*tid, signal).is_ok(),
-            Ok(Some(Event::Forked(_) | Event::Other(_))) => ptrace::resume(*tid, 0).is_ok(),
+            Ok(Some(Event::Signal(signal))) => ptrace::resume_to_stop(*tid, signal).is_ok(),
+            Ok(Some(Event::Forked(_) | Event::Other(_))) => ptrace::resume_to_stop(*tid, 0).is_ok(),
             Ok(Some(Event::Exited(_))) | Err(_) => false,
         });
     }

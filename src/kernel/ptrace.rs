@@ -82,6 +82,13 @@ pub fn resume(tid: Pid, signal: i32) -> Result<()> {
     request(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
 }
 
+/// As [`resume`], of a task that was asked to stop and has stopped for another reason, which takes the request back
+/// (`ptrace_stop` in `kernel/signal.c`): it is asked again first.
+pub fn resume_to_stop(tid: Pid, signal: i32) -> Result<()> {
+    interrupt(tid)?;
+    resume(tid, signal)
+}
+
 /// Lets a stopped task run to the next beginning or end of a system call, which are both reported as `SIGTRAP` (not a
 /// signal: the task's action for it does not matter).
 pub fn run_to_call(tid: Pid) -> Result<()> {
