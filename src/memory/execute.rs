@@ -252,8 +252,12 @@ impl Space {
         Ok((runs, overflow))
     }
 
-    /// Arms the pages again, with what else was written in their blocks.
-    pub fn rearm(&self, stopped: &Stopped, image: &SpaceImage, pages: &Ranges) -> Result<()> {
+    /// Arms the pages again, with what else was written in their blocks; or leaves them as they are, if that is likely to
+    /// be cheaper.
+    pub fn rearm(&mut self, stopped: &Stopped, image: &SpaceImage, pages: &Ranges) -> Result<()> {
+        if pages.is_empty() || self.hot.leaves(pages.pages()) {
+            return Ok(());
+        }
         let blocks: Ranges = pages
             .spans()
             .iter()

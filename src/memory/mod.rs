@@ -6,6 +6,7 @@
 
 mod advice;
 mod execute;
+mod hot;
 mod image;
 mod layout;
 mod observe;

@@ -135,16 +135,27 @@ impl Ranges {
 
     /// What is in either.
     pub fn union(&self, other: &Self) -> Self {
+        match (self.is_empty(), other.is_empty()) {
+            (_, true) => return self.clone(),
+            (true, _) => return other.clone(),
+            _ => {}
+        }
         self.combine(other, |a, b| a || b)
     }
 
     /// What is in both.
     pub fn intersection(&self, other: &Self) -> Self {
+        if self.is_empty() || other.is_empty() {
+            return Self::new();
+        }
         self.combine(other, |a, b| a && b)
     }
 
     /// What is in this and not in the other.
     pub fn difference(&self, other: &Self) -> Self {
+        if self.is_empty() || other.is_empty() {
+            return self.clone();
+        }
         self.combine(other, |a, b| a && !b)
     }
 

@@ -14,6 +14,7 @@ use crate::kernel::{pidfd, procfs, remote_memory, smaps};
 use crate::outcome::Refusal;
 use crate::record::{Context, Kind};
 
+use super::hot::Hot;
 use super::image::{AddressSpaceHeader, SpaceImage};
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
@@ -32,6 +33,7 @@ pub struct Space {
     generation: u64,
     pub(super) tracker: WriteTracker,
     pub(super) store: Store,
+    pub(super) hot: Hot,
 }
 
 /// How much a rollback or checkpoint of an address space did.
@@ -81,6 +83,7 @@ impl Space {
             generation,
             tracker,
             store: Store::new(store),
+            hot: Hot::default(),
         };
         space.clear_leftovers(stopped)?;
         Ok(space)
@@ -285,6 +288,7 @@ impl Space {
         layout
             .scan(&member.pagemap, Scan::Rearm, Span::ALL, &mut written)
             .map_err(failed)?;
+        self.hot.all_armed();
         let written: Ranges = written.iter().map(Span::from).collect();
         let populated = layout.populated(&member.pagemap).map_err(failed)?;
         for other in others.filter(|image| self.is_of(image)) {
