@@ -34,16 +34,26 @@ fn assert_untraced(fixture: &Fixture, members: usize, point: &str) {
     );
 }
 
+/// A program to be started anew for each point.
+type Start<'a> = &'a dyn Fn() -> Fixture;
+
+/// What a program finds of its state. Channels in trouble tell of it in their own words, others each time.
+fn found(fixture: &mut Fixture) -> String {
+    let answer = fixture.ask(b'v');
+    let (state, _) = answer.split_once("; channel ").unwrap_or((&answer, ""));
+    state.to_owned()
+}
+
 /// At every point that a first checkpoint passes.
 #[track_caller]
-fn checkpoint_run(program: &str) {
+fn checkpoint_run(program: &str, start: Start<'_>) {
     for point in fault::POINTS
         .iter()
         .filter(|point| !point.starts_with("rollback."))
     {
         println!("{program}: {point}");
         let mut session = Session::new();
-        let mut fixture = Fixture::start(program);
+        let mut fixture = start();
         let members = fixture.family.members().len();
         session.set(fault::VARIABLE, point);
         let answer = session.try_checkpoint(fixture.pid());
@@ -65,19 +75,19 @@ fn checkpoint_run(program: &str) {
 
 /// At every point that a rollback passes.
 #[track_caller]
-fn rollback_run(program: &str) {
+fn rollback_run(program: &str, start: Start<'_>) {
     for point in fault::POINTS
         .iter()
         .filter(|point| point.starts_with("rollback."))
     {
         println!("{program}: {point}");
         let mut session = Session::new();
-        let mut fixture = Fixture::start(program);
+        let mut fixture = start();
         // The keeper gets its environment when it starts.
         session.set(fault::VARIABLE, point);
         session.checkpoint(fixture.pid());
         fixture.mutate();
-        let wrecked = fixture.ask(b'v');
+        let wrecked = found(&mut fixture);
         let answer = session.try_rollback(fixture.pid());
         assert_ne!(answer.status, DONE, "{point} was not reached: {answer:#?}");
         keeper_is_gone(&session, point);
@@ -86,7 +96,7 @@ fn rollback_run(program: &str) {
         });
         // Death may still be on its way.
         wait::until(&format!("{point}: it is dead or goes on"), || {
-            !numbers::is_alive(fixture.pid()) || numbers::reads_commands(fixture.pid())
+            !numbers::is_alive(fixture.pid()) || fixture.goes_on()
         });
         if !numbers::is_alive(fixture.pid()) {
             wait::until(
@@ -95,7 +105,7 @@ fn rollback_run(program: &str) {
             );
             continue;
         }
-        let found = fixture.ask(b'v');
+        let found = found(&mut fixture);
         assert!(
             found == wrecked || found == "PASS",
             "{point}: neither as it was nor as it should be: {found}"
@@ -108,12 +118,14 @@ macro_rules! fault_tests {
         mod $program {
             #[test]
             fn checkpoint_leaves_it_untouched() {
-                super::checkpoint_run(stringify!($program));
+                let start = || super::Fixture::start(stringify!($program));
+                super::checkpoint_run(stringify!($program), &start);
             }
 
             #[test]
             fn rollback_leaves_it_untouched_or_dead() {
-                super::rollback_run(stringify!($program));
+                let start = || super::Fixture::start(stringify!($program));
+                super::rollback_run(stringify!($program), &start);
             }
         }
     )*};
@@ -126,4 +138,25 @@ fault_tests! {
     many_vmas,
     registers,
     shared_anon,
+}
+
+/// Python with a dozen busy threads, sockets, and a child that answers through pipes.
+mod under_load {
+    use crate::support::fixture::{Fixture, real};
+
+    fn start() -> Fixture {
+        let mut command = std::process::Command::new("python3");
+        command.arg(real("bank.py"));
+        Fixture::launch("bank.py", command)
+    }
+
+    #[test]
+    fn checkpoint_leaves_it_untouched() {
+        super::checkpoint_run("bank.py", &start);
+    }
+
+    #[test]
+    fn rollback_leaves_it_untouched_or_dead() {
+        super::rollback_run("bank.py", &start);
+    }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::support::container::Containers;
 use crate::support::family::Family;
-use crate::support::fixture::Fixture;
+use crate::support::fixture::{Fixture, real};
 use crate::support::numbers::{self, Holdings};
 use crate::support::redis::{self, Client};
 use crate::support::session::{DONE, Session, finish};
@@ -28,12 +28,6 @@ fn found(program: &str) -> bool {
     ["/usr/bin", "/usr/sbin", "/usr/local/bin"]
         .into_iter()
         .any(|directory| Path::new(directory).join(program).exists())
-}
-
-fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("fixtures/real")
-        .join(name)
 }
 
 /// A program of `fixtures/real`: it works all the time, and is wrecked, rolled back and asked again and again.
@@ -69,7 +63,7 @@ fn python() {
         skip!("no python3");
     }
     let mut command = Command::new("python3");
-    command.arg(source("bank.py"));
+    command.arg(real("bank.py"));
     busy_program("bank.py", command);
 }
 
@@ -79,7 +73,7 @@ fn node() {
         skip!("no node");
     }
     let mut command = Command::new("node");
-    command.arg(source("bank.js"));
+    command.arg(real("bank.js"));
     busy_program("bank.js", command);
 }
 
@@ -90,10 +84,7 @@ fn java() {
     }
     let classes = tempfile::tempdir().expect("making a directory");
     let mut compile = Command::new("javac");
-    compile
-        .arg("-d")
-        .arg(classes.path())
-        .arg(source("Bank.java"));
+    compile.arg("-d").arg(classes.path()).arg(real("Bank.java"));
     finish(compile).expect(0, "javac");
     let mut command = Command::new("java");
     command

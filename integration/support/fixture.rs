@@ -37,6 +37,13 @@ pub(crate) fn build_directory() -> &'static Path {
     })
 }
 
+/// The source of a program of `fixtures/real`.
+pub(crate) fn real(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures/real")
+        .join(name)
+}
+
 /// A running fixture program.
 #[derive(Debug)]
 pub(crate) struct Fixture {
@@ -96,6 +103,15 @@ impl Fixture {
     /// Its PID.
     pub(crate) fn pid(&self) -> i32 {
         self.family.pid()
+    }
+
+    /// Whether it runs on after its tracer has died: a plain one reads commands, others are not held any more.
+    pub(crate) fn goes_on(&self) -> bool {
+        if self.plain {
+            return numbers::reads_commands(self.pid());
+        }
+        let stopped = |pid| numbers::status_number(pid, "TracerPid").unwrap_or(0) != 0;
+        !self.family.members().into_iter().any(stopped)
     }
 
     /// Waits until it is back in the read of the next command.
