@@ -22,7 +22,8 @@ fn main() {
 /// template.
 fn against_others(program: &Path) {
     let mut rows = Vec::new();
-    for pages in [10, 100, 1000] {
+    // Negative: other pages each time.
+    for pages in [10, 100, 1000, -10, -1000] {
         let order = format!("d {pages}");
         let start = |mode: &str| Program::start(program, &[mode.to_owned(), "100".to_owned()]);
         let mut floor = start("floor");
@@ -39,7 +40,7 @@ fn against_others(program: &Path) {
         let template = median(3, 31, || template.ask(&order));
         let (floor, ours) = (middle(floors), middle(rollbacks));
         let ratio = |other: f64, limit: f64| match pages {
-            1000 => judged(ours / other, limit),
+            1000 | -1000 => judged(ours / other, limit),
             _ => format!("{:.2}", ours / other),
         };
         let times = [
@@ -49,7 +50,8 @@ fn against_others(program: &Path) {
             ms(template),
             ratio(template, 0.3),
         ];
-        rows.push([vec![pages.to_string()], times.to_vec()].concat());
+        let which = if pages < 0 { ", others each time" } else { "" };
+        rows.push([vec![format!("{}{which}", pages.abs())], times.to_vec()].concat());
     }
     let header = [
         "dirty pages",

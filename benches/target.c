@@ -56,11 +56,16 @@ static char *populate(size_t pages)
 	return at;
 }
 
-/* Changes `count` pages spread over all of them; the order of the pages within a round is the same every time. */
-static void dirty(char *at, size_t pages, size_t count, uint64_t value)
+/* Changes `count` pages spread over all of them: the same every time, or (`d -COUNT`) others each time. */
+static void dirty(char *at, size_t pages, long count, uint64_t value)
 {
-	for (size_t done = 0; done < count && done < pages; done++)
-		*(uint64_t *)(at + done * pages / count * PAGE + 8) = value;
+	static size_t shift;
+	if (count < 0) {
+		count = -count;
+		shift += 7;
+	}
+	for (size_t done = 0; done < (size_t)count && done < pages; done++)
+		*(uint64_t *)(at + (done * pages / count + shift) % pages * PAGE + 8) = value;
 }
 
 static void *wait_for_ever(void *unused)
@@ -105,7 +110,7 @@ static void run(char **argument)
 		line[got] = 0;
 		double result = 0;
 		if (line[0] == 'd') {
-			dirty(memory, pages, strtoul(line + 1, NULL, 0), round + (uint64_t)now());
+			dirty(memory, pages, strtol(line + 1, NULL, 0), round + (uint64_t)now());
 		} else if (line[0] == 'f') { /* a bare fork of this process */
 			double began = now();
 			pid_t child = fork();
@@ -196,8 +201,7 @@ static void floor_(char **argument)
 		if (got == 0)
 			exit(0);
 		line[got] = 0;
-		size_t count = strtoul(line + 1, NULL, 0);
-		dirty(memory, pages, count, round);
+		dirty(memory, pages, strtol(line + 1, NULL, 0), round);
 		double took = stop_and_registers(other), began = now();
 		size_t regions = scan(pagemap, memory, end, 0, found, room);
 		for (size_t region = 0; region < regions; region++) {
@@ -228,7 +232,7 @@ static void template_process(size_t pages, int commands, int answers)
 	char *memory = populate(pages);
 	MUST(write(answers, "r", 1));
 	for (;;) {
-		size_t count;
+		long count;
 		if (MUST(read(commands, &count, sizeof count)) == 0)
 			_exit(0);
 		long child = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
@@ -258,7 +262,7 @@ static void template_(char **argument)
 	close(commands[0]);
 	char letter;
 	MUST(read(answers[0], &letter, 1));
-	size_t none = 0;
+	long none = 0;
 	MUST(write(commands[1], &none, sizeof none));
 	MUST(read(answers[0], &letter, 1));
 	MUST(read(answers[0], &letter, 1));
@@ -269,7 +273,7 @@ static void template_(char **argument)
 		if (got == 0)
 			exit(0);
 		line[got] = 0;
-		size_t count = strtoul(line + 1, NULL, 0);
+		long count = strtol(line + 1, NULL, 0);
 		pid_t victim = 0;
 		/* The one child besides the template. */
 		char path[64];
