@@ -15,3 +15,4 @@ mod leaks;
 mod real_programs;
 mod refusals;
 mod runtime;
+mod stress;

@@ -127,17 +127,35 @@ impl Fixture {
     /// Sends one command and returns its line of answer.
     #[track_caller]
     pub(crate) fn ask(&mut self, command: u8) -> String {
-        let what = char::from(command).to_string();
-        if let Err(error) = self.commands.write_all(&[command]) {
+        self.ask_all(&[command])
+    }
+
+    /// The same for a command of several bytes.
+    #[track_caller]
+    pub(crate) fn ask_all(&mut self, command: &[u8]) -> String {
+        self.send(command);
+        let line = self.line(&String::from_utf8_lossy(command));
+        self.settle();
+        line
+    }
+
+    /// Sends a command and leaves its answer to be read later.
+    #[track_caller]
+    pub(crate) fn send(&mut self, command: &[u8]) {
+        if let Err(error) = self.commands.write_all(command) {
             panic!(
-                "{} is gone at command {what}: {error}; stderr: {}",
+                "{} is gone at command {}: {error}; stderr: {}",
                 self.name,
+                String::from_utf8_lossy(command),
                 self.stderr()
             );
         }
-        let line = self.line(&what);
-        self.settle();
-        line
+    }
+
+    /// The next line of answer.
+    #[track_caller]
+    pub(crate) fn answer(&mut self, what: &str) -> String {
+        self.line(what)
     }
 
     /// `m`.

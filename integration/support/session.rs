@@ -130,9 +130,13 @@ impl Session {
     /// `checkpoint --pid`; keeps in mind that there is something to release.
     #[track_caller]
     pub(crate) fn try_checkpoint(&mut self, pid: i32) -> Answer {
-        let pid = pid.to_string();
-        self.targets.push(pid.clone());
-        self.run(&["checkpoint", "--json", "--pid", &pid])
+        self.will_release(pid);
+        self.run(&["checkpoint", "--json", "--pid", &pid.to_string()])
+    }
+
+    /// Keeps in mind that there may be checkpoints of this process to release.
+    pub(crate) fn will_release(&mut self, pid: i32) {
+        self.targets.push(pid.to_string());
     }
 
     /// `checkpoint --pid`, which must be done.
