@@ -26,4 +26,5 @@ crate::support::fixture_tests! {
     thp,
     wipeonfork,
     zero_pages,
+    zero_pages_protected,
 }

@@ -38,7 +38,8 @@ impl Random {
 /// What a checkpoint has to bring back.
 struct Taken {
     name: &'static str,
-    /// What `v` said right before; of a checkpoint in the middle of operations, after the first rollback.
+    /// What `v` said right before. What operations end in that were under way at a checkpoint may differ every time: sockets
+    /// get other ports, files have grown.
     verified: Option<String>,
 }
 
@@ -171,8 +172,9 @@ impl Run {
             DONE => {
                 self.count.rollbacks += 1;
                 let after = self.verified("after the rollback");
-                let expected = self.taken[at].verified.get_or_insert(after.clone());
-                assert_eq!(&after, expected, "the digest after the rollback");
+                if let Some(expected) = &self.taken[at].verified {
+                    assert_eq!(&after, expected, "the digest after the rollback");
+                }
                 self.keep();
             }
             REFUSED => {

@@ -1,6 +1,7 @@
 //! Capturing an address space, and what is kept of it as long as any checkpoint of it lives.
 
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -10,7 +11,7 @@ use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
 use crate::kernel::maps::Vma;
 use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
 use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
-use crate::kernel::{pidfd, procfs, remote_memory, smaps};
+use crate::kernel::{pidfd, procfs, smaps};
 use crate::outcome::Refusal;
 use crate::record::{Context, Kind};
 
@@ -323,11 +324,10 @@ impl Space {
     ) -> Result<u64> {
         let pid = self.pid;
         let lacking = lacking(image, populated)?;
-        let target = stopped
-            .tree_mut()
-            .member_mut(pid)
-            .and_then(|member| member.window.as_mut());
-        let target = target.ok_or(freeze::Error::Gone(pid))?;
+        let member = stopped.tree_mut().member_mut(pid);
+        let member = member.ok_or(freeze::Error::Gone(pid))?;
+        let (window, memory) = (member.window.as_mut(), &member.memory);
+        let target = window.ok_or(freeze::Error::Gone(pid))?;
         for span in lacking.spans() {
             let mut at = span.start;
             while at < span.end {
@@ -338,15 +338,13 @@ impl Space {
                         "it holds more of it than the page store has room for",
                     )
                 })?;
-                let range = remote_memory::Range {
-                    start: at,
-                    len: PAGE as usize,
-                };
                 let page = target
                     .window
                     .store_mut(Self::slot_offset(slot), PAGE as usize);
-                remote_memory::read(pid, &[range], page)
-                    .map_err(|errno| system(pid, "read a page", errno))?;
+                // Not process_vm_readv(2), which obeys PROT_NONE.
+                memory
+                    .read_exact_at(page, at)
+                    .map_err(|error| system(pid, "read a page", error))?;
                 image.slots.insert(at, slot);
                 at += PAGE;
             }
@@ -372,7 +370,8 @@ impl Space {
 
 /// The populated pages that fork has not given to the shadow of an image.
 ///
-/// `MADV_DONTFORK` leaves out the VMA, `MADV_WIPEONFORK` all pages of it: so the first page of each tells of the rest.
+/// `MADV_DONTFORK` leaves out the VMA, `MADV_WIPEONFORK` all pages of it, as does a VMA that was only read, which has but
+/// the zero page: so the first page of each tells of the rest.
 fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
     let shadow = &image.shadow;
     let text = std::fs::read(procfs::path(shadow.pid, "maps"))

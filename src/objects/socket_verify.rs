@@ -139,10 +139,10 @@ pub(super) fn verify(record: &State, live: &Live<'_>) -> Result<Vec<String>, Err
         let data = seen.unwrap_or_default().data;
         let same = data.is_empty() == first.data.is_empty() && first.data.starts_with(&data);
         expect(
-            "queued data",
+            &format!("queued data of {}", record.describe()),
             same,
             format!("{} bytes", first.data.len()),
-            "other bytes".into(),
+            format!("{} bytes or others", data.len()),
         );
     }
     let options = match record.role {
