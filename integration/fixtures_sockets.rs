@@ -6,6 +6,8 @@ use crate::support::fixture::{Fixture, build_directory};
 use crate::support::session::{Answer, REFUSED, Session};
 
 crate::support::fixture_tests! {
+    orphan_datagrams,
+    socket_buffers,
     socket_options,
     tcp_closed,
     tcp_inside,

@@ -29,6 +29,9 @@ pub struct Effects {
     pub reset_connections: usize,
     /// What was left as it is because it belongs to the outside too, in words.
     pub kept: Vec<String>,
+    /// Messages that could not be put back: the socket, and the index each had in its queue once those before it that are
+    /// lost were taken out.
+    pub(super) lost: Vec<(ObjectId, usize)>,
 }
 
 /// The live objects, for changes to them.
@@ -113,7 +116,20 @@ pub fn execute(
     work.watch(recorded, &plan.watch)?;
     work.lock(&reach, &plan.locks)?;
     socket_diag::close();
+    forget_lost(&mut capture.recorded, &effects.lost);
     Ok(effects)
+}
+
+/// The next rollback knows nothing any more of messages that this one could not put back.
+fn forget_lost(recorded: &mut Recorded, lost: &[(ObjectId, usize)]) {
+    for (id, index) in lost {
+        if let Some(description) = recorded.descriptions.get_mut(id)
+            && let State::Socket(socket) = &mut description.state
+            && *index < socket.queue.len()
+        {
+            socket.queue.remove(*index);
+        }
+    }
 }
 
 struct Work<'a, 't> {

@@ -53,6 +53,7 @@ pub mod socket_make;
 pub mod socket_options;
 pub mod socket_plan;
 mod socket_queue;
+mod socket_substitute;
 mod socket_verify;
 pub mod state;
 pub mod survey;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::errno::Errno;
@@ -13,7 +13,9 @@ use super::model::ObjectId;
 use super::socket::{Role, State, own};
 use super::socket_options::Options;
 use super::socket_queue::{drain, fill};
+use super::socket_substitute::substitute;
 use super::tcp_queue::{drain_tcp, fill_tcp};
+use super::udp;
 use crate::kernel::sock_diag::SockDiag;
 use crate::kernel::socket::{
     Address, Message, SO_COOKIE, accept, bind, connect, int_option, listen, local_address,
@@ -93,7 +95,7 @@ pub fn apply(
             Step::DrainBacklog => effects.reset_connections += drain_backlog(fd)?,
             Step::Backlog(backlog) => listen(fd, *backlog as i32).map_err(own("listen"))?,
             Step::Connect => connect_again(fd, record, reach, id)?,
-            Step::Queue(senders) => refill(fd, record, senders, reach, effects)?,
+            Step::Queue(senders) => refill(fd, id, record, senders, reach, effects)?,
             Step::Shutdown(ended) => {
                 for (bit, how) in [(1, libc::SHUT_RD), (2, libc::SHUT_WR)] {
                     if ended & bit != 0 {
@@ -232,9 +234,14 @@ fn address_for_us(address: &Address, pid: Option<i32>) -> Result<(Option<File>, 
     Ok((Some(pin), Address::unix(through.as_bytes())))
 }
 
+fn is_inet(record: &State) -> bool {
+    matches!(record.sort.family, libc::AF_INET | libc::AF_INET6)
+}
+
 /// Empties the queue and fills it as recorded.
 fn refill(
     fd: BorrowedFd<'_>,
+    id: ObjectId,
     record: &State,
     senders: &[Option<ObjectId>],
     reach: &Reach<'_>,
@@ -249,19 +256,47 @@ fn refill(
             .map(drop)
             .map_err(own("recvmsg"))?,
     }
+    let udp = is_inet(record) && record.sort.kind == libc::SOCK_DGRAM && !record.queue.is_empty();
+    // A connected socket takes only what comes from its peer; what came before it was connected waits all the same.
+    let strangers = udp
+        && !record.peer.0.is_empty()
+        && record
+            .queue
+            .iter()
+            .any(|message| message.source != record.peer);
+    if udp {
+        udp::make_room(fd).map_err(own("setsockopt"))?;
+    }
+    if strangers {
+        let alone = State {
+            peer: Address::default(),
+            ..record.clone()
+        };
+        connect_again(fd, &alone, reach, id)?;
+    }
+    let pid = |id: ObjectId| reach.place(id).map(|place| place.pid);
     let mut lost = 0;
-    for (message, sender) in record.queue.iter().zip(senders) {
+    for (index, (message, sender)) in record.queue.iter().zip(senders).enumerate() {
+        let (sender, sender_pid) = match sender {
+            Some(sender) => (Some(reach.duplicate(*sender)?), pid(*sender)),
+            None => match pid(id) {
+                Some(home) => (substitute(record, message, home)?, Some(home)),
+                None => (None, None),
+            },
+        };
         match sender {
-            Some(sender) => put_back(
-                fd,
-                record,
-                message,
-                &reach.duplicate(*sender)?,
-                reach,
-                *sender,
-            )?,
-            None => lost += 1,
+            Some(sender) => put_back(fd, record, message, sender.as_fd(), sender_pid)?,
+            None => {
+                effects.lost.push((id, index - lost));
+                lost += 1;
+            }
         }
+    }
+    if strangers {
+        connect_again(fd, record, reach, id)?;
+    }
+    if udp {
+        restore_options(&record.options, fd, record)?;
     }
     if lost > 0 {
         effects.kept.push(format!(
@@ -276,11 +311,9 @@ fn put_back(
     reader: BorrowedFd<'_>,
     record: &State,
     message: &Message,
-    sender: &OwnedFd,
-    reach: &Reach<'_>,
-    sender_id: ObjectId,
+    sender: BorrowedFd<'_>,
+    sender_pid: Option<i32>,
 ) -> Result<(), Error> {
-    let sender = sender.as_fd();
     let mut sort = record.sort;
     sort.family =
         int_option(sender, libc::SOL_SOCKET, libc::SO_DOMAIN).map_err(own("getsockopt"))?;
@@ -291,9 +324,13 @@ fn put_back(
         }
         (_, libc::SOCK_DGRAM) => {
             let to = destination(record, message);
-            let (_pin, to) = address_for_us(&to, reach.place(sender_id).map(|place| place.pid))?;
-            fill(sender, std::slice::from_ref(message), &to)
-                .map_err(own("putting a datagram back"))?;
+            let (_pin, to) = address_for_us(&to, sender_pid)?;
+            let fill = || fill(sender, std::slice::from_ref(message), &to);
+            match is_inet(record) {
+                true => udp::deliver(reader, fill),
+                false => fill(),
+            }
+            .map_err(own("putting a datagram back"))?;
         }
         _ => fill(sender, std::slice::from_ref(message), &Address::default())
             .map_err(own("putting queued data back"))?,

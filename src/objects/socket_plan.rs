@@ -426,10 +426,23 @@ impl<'a> Planner<'a> {
             self.step(id, Step::Connect);
         }
         if !socket_queue::same(&record.queue, &now.queue, record.shape()) {
+            if Self::has_lost_its_peer(record) && !record.queue.is_empty() {
+                return self.make(id, Recipe::PeerGone);
+            }
             let senders = self.senders(id, record);
             self.step(id, Step::Queue(senders));
         }
         Ok(())
+    }
+
+    /// Whether it is the last of a pair of datagram sockets, to which nobody can send any more.
+    fn has_lost_its_peer(record: &State) -> bool {
+        matches!(record.role, Role::Unix { peer: 0, .. })
+            && record.local.unix_name().is_none()
+            && record
+                .queue
+                .iter()
+                .all(|message| message.source.unix_name().is_none())
     }
 
     fn make_datagram(
@@ -445,6 +458,9 @@ impl<'a> Planner<'a> {
         let unnamed_outside = matches!(record.role, Role::Unix { .. })
             && other.is_none()
             && record.peer.unix_name().is_none();
+        if unnamed_outside && Self::has_lost_its_peer(record) {
+            return self.make(id, Recipe::PeerGone);
+        }
         if unnamed_outside {
             return self.make(id, Recipe::Reset);
         }

@@ -152,7 +152,8 @@ pub(super) fn fill(
             match send(sender, rest, address, message.credentials, &[]) {
                 Ok(sent) if sent >= rest.len() => break,
                 Ok(sent) => rest = &rest[sent..],
-                Err(Errno::EAGAIN) => enlarge(sender)?,
+                // EMSGSIZE: a message larger than the buffer is by now (unix(7)).
+                Err(error @ (Errno::EAGAIN | Errno::EMSGSIZE)) => enlarge(sender, error)?,
                 Err(error) => return Err(error),
             }
         }
@@ -160,12 +161,12 @@ pub(super) fn fill(
     Ok(())
 }
 
-/// Doubles the send buffer, up to 64 MiB.
-fn enlarge(sender: BorrowedFd<'_>) -> nix::Result<()> {
+/// Doubles the send buffer, up to 64 MiB; then `full` is the error.
+fn enlarge(sender: BorrowedFd<'_>, full: Errno) -> nix::Result<()> {
     // The kernel doubles what it is told (socket(7)), so this asks for twice the size there is.
     let size = int_option(sender, libc::SOL_SOCKET, libc::SO_SNDBUF)?;
     if size as usize > LARGEST_ROOM {
-        return Err(Errno::EAGAIN);
+        return Err(full);
     }
     set_option(
         sender,

@@ -1,12 +1,22 @@
 //! UDP sockets: bound and connected addresses, and the datagrams that wait.
 
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
 
 use super::Error;
 use super::live::Live;
 use super::socket::{State, capture_queue};
 use super::socket_queue::{Shape, peek};
-use crate::kernel::socket::{local_address, peer_address};
+use crate::kernel::socket::{local_address, option, peer_address, set_option};
+
+/// How long a datagram may take over the loopback interface.
+const DEADLINE: Duration = Duration::from_secs(2);
+/// `SO_MEMINFO` (Linux 4.12), whose first number is what the receive queue takes.
+const SO_MEMINFO: i32 = 55;
+/// More than any queue took that a program has been given.
+const ROOMY: i32 = 512 << 20;
 
 /// Records what only UDP has.
 pub(super) fn capture(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Result<State, Error> {
@@ -26,4 +36,42 @@ pub(super) fn observe(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Resu
         queue: peek(fd, Shape::Messages).map_err(live.failed("recvmsg"))?,
         ..state
     })
+}
+
+/// Makes room for any queue: what does not fit is dropped without a word. The program may have made the buffer smaller
+/// since, or when the queue was full already. The caller puts the options back.
+///
+/// # Errors
+/// As setsockopt(2).
+pub(super) fn make_room(reader: BorrowedFd<'_>) -> nix::Result<()> {
+    let name = libc::SO_RCVBUFFORCE;
+    set_option(reader, libc::SOL_SOCKET, name, &ROOMY.to_ne_bytes())
+}
+
+/// Has a datagram sent to `reader` and waits until it is there, so that the next one comes after it.
+///
+/// # Errors
+/// That of `send`; `ETIMEDOUT` if it does not arrive.
+pub(super) fn deliver(
+    reader: BorrowedFd<'_>,
+    send: impl FnOnce() -> nix::Result<()>,
+) -> nix::Result<()> {
+    let before = queued(reader)?;
+    send()?;
+    let started = Instant::now();
+    while queued(reader)? <= before {
+        if started.elapsed() > DEADLINE {
+            return Err(Errno::ETIMEDOUT);
+        }
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
+/// Bytes of memory that the receive queue takes.
+fn queued(fd: BorrowedFd<'_>) -> nix::Result<u32> {
+    let mut bytes = [0; 36];
+    option(fd, libc::SOL_SOCKET, SO_MEMINFO, &mut bytes)?;
+    let [a, b, c, d, ..] = bytes;
+    Ok(u32::from_ne_bytes([a, b, c, d]))
 }
