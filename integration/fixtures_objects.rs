@@ -10,6 +10,7 @@ fixture_tests!(
     deleted_file,
     directory_stream,
     epoll,
+    epoll_alike,
     epoll_edge,
     epoll_missed_edge,
     eventfd,

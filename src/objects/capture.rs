@@ -4,8 +4,6 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
-use nix::unistd::Pid;
-
 use super::live::{Holder, Live};
 use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Slot, Table};
 use super::pipe::Pipe;
@@ -13,7 +11,7 @@ use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
-use super::{Error, epoll, file, locks, pipe, records, socket, socket_diag};
+use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 use crate::outcome::Refusal;
@@ -288,47 +286,12 @@ fn resolve(
     lives: &[Live<'_>],
     states: &mut [State],
 ) -> Result<Vec<Vec<usize>>, Error> {
-    let mut looks: BTreeMap<(u64, u64), usize> = BTreeMap::new();
-    for live in lives {
-        *looks
-            .entry((epoll::kernel_device(live.common.dev), live.common.ino))
-            .or_default() += 1;
-    }
     let mut watched = vec![Vec::new(); states.len()];
     for (index, state) in states.iter_mut().enumerate() {
         let State::Epoll(state) = state else { continue };
-        let tables: Vec<(i32, &Table<usize>)> = found
-            .tables
-            .iter()
-            .filter_map(|table| {
-                let slot = table.slots.iter().find(|slot| slot.description == index)?;
-                Some((slot.fd, table))
-            })
-            .collect();
-        let mut nth = BTreeMap::<i32, u32>::new();
-        for entry in &mut state.entries {
-            let occurrence = nth.entry(entry.fd).or_default();
-            let mut target = None;
-            for (epoll_fd, table) in &tables {
-                let Some(slot) = table.at(entry.fd) else {
-                    continue;
-                };
-                let live = &lives[slot.description];
-                let look = (epoll::kernel_device(live.common.dev), live.common.ino);
-                if look != entry.inode {
-                    continue;
-                }
-                let at = |fd| (Pid::from_raw(table.pid()), fd);
-                if looks[&look] == 1
-                    || kcmp::epoll_watches(at(*epoll_fd), entry.fd, *occurrence, at(entry.fd))
-                        .map_err(lives[index].failed("kcmp"))?
-                {
-                    target = Some((slot.description, table.pid()));
-                    break;
-                }
-            }
-            *occurrence += 1;
-            let Some((description, pid)) = target else {
+        let targets = epoll_watch::watched(index, state, lives, &found.tables)?;
+        for (entry, target) in state.entries.iter_mut().zip(targets) {
+            let (Some(live), Some(at)) = (target.live, target.at) else {
                 let what = format!(
                     "epoll entry for fd {}, which is closed but lives on elsewhere",
                     entry.fd
@@ -336,8 +299,8 @@ fn resolve(
                 let remedy = "delete the entry before closing the number";
                 return Err(lives[index].refuse(&what, remedy).into());
             };
-            entry.pid = pid;
-            watched[index].push(description);
+            entry.pid = at.pid;
+            watched[index].push(live);
         }
     }
     Ok(watched)

@@ -11,6 +11,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::epoll_watch::Watched;
 use super::fdinfo::Fdinfo;
 use super::live::Live;
 use super::model::{ObjectId, Place};
@@ -54,21 +55,13 @@ impl Entry {
     fn is_same(&self, other: &Self) -> bool {
         (self.fd, self.inode) == (other.fd, other.inode)
     }
-
-    /// Its place in the table it was added through.
-    pub fn place(&self) -> Place {
-        Place {
-            pid: self.pid,
-            fd: self.fd,
-        }
-    }
 }
 
 /// What must be done to an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Change {
-    /// Entries to delete while the numbers are still as they were found.
-    pub delete: Vec<Place>,
+    /// Entries to delete while the numbers are still as they were found: a place of the instance, and the number.
+    pub delete: Vec<(Place, i32)>,
     /// Entries to set when the numbers are as recorded.
     pub set: Vec<Entry>,
 }
@@ -110,27 +103,27 @@ pub fn capture(live: &Live<'_>) -> Result<State, Error> {
 impl State {
     /// What must change in `now`; `None` if the instance must be replaced by a new one.
     ///
-    /// `intact` says whether a recorded description is still there and stays; `deletable` whether the number of an entry
-    /// found now still is what it watches, and in which process; `survives` whether the inode of an entry found now is that
-    /// of a description that stays.
+    /// `watched` tells what each entry of `now` watches, `is` which recorded description a live one is and stays.
     pub fn difference(
         &self,
         now: &Self,
-        intact: impl Fn(ObjectId) -> bool,
-        deletable: impl Fn(&Entry) -> Option<i32>,
-        survives: impl Fn(&Entry) -> bool,
+        watched: &[Watched],
+        is: impl Fn(usize) -> Option<ObjectId>,
     ) -> Option<Change> {
         let mut change = Change::default();
-        let mut left = now.entries.clone();
+        let mut left: Vec<(&Entry, Watched)> =
+            now.entries.iter().zip(watched.iter().copied()).collect();
         for recorded in &self.entries {
-            let found = left.iter().position(|entry| entry.is_same(recorded));
-            let entry = match found {
-                Some(index) if recorded.watches.is_some_and(&intact) => left.remove(index),
-                _ => {
-                    change.set.push(*recorded);
-                    continue;
-                }
+            let is_it = |(entry, watched): &(&Entry, Watched)| {
+                entry.fd == recorded.fd
+                    && recorded.watches.is_some()
+                    && watched.live.and_then(&is) == recorded.watches
             };
+            let Some(index) = left.iter().position(is_it) else {
+                change.set.push(*recorded);
+                continue;
+            };
+            let (entry, _) = left.remove(index);
             let unchanged = (entry.events, entry.data) == (recorded.events, recorded.data);
             let must_look_again = recorded.events & EDGE_TRIGGERED != 0
                 || (recorded.events & ONE_SHOT != 0 && !recorded.is_fired_one_shot());
@@ -138,19 +131,13 @@ impl State {
                 change.set.push(*recorded);
             }
         }
-        for extra in left {
-            if self
-                .entries
-                .iter()
-                .any(|entry| entry.is_same(&extra) && entry.watches.is_some_and(&intact))
-            {
-                // Two entries that look the same: which one is ours can't be told.
-                return None;
-            }
-            match deletable(&extra) {
-                Some(pid) => change.delete.push(Place { pid, fd: extra.fd }),
-                None if survives(&extra) => return None,
-                None => {}
+        for (extra, watched) in left {
+            let goes = |live: usize| is(live).is_none();
+            match watched.at {
+                Some(instance) => change.delete.push((instance, extra.fd)),
+                // With what it watches.
+                None if watched.live.is_some_and(goes) => {}
+                None => return None,
             }
         }
         Some(change)
@@ -290,12 +277,25 @@ mod tests {
     }
 
     const IN: u32 = libc::EPOLLIN as u32;
+    const INSTANCE: Place = Place { pid: 7, fd: 3 };
 
-    fn plan(recorded: &[Entry], now: &[Entry], intact: bool) -> Option<Change> {
-        let state = |entries: &[Entry]| State {
+    fn state(entries: &[Entry]) -> State {
+        State {
             entries: entries.to_vec(),
-        };
-        state(recorded).difference(&state(now), |_| intact, |_| Some(7), |_| true)
+        }
+    }
+
+    /// Of entries that watch what they say; live descriptions have the numbers of the recorded ones.
+    fn plan(recorded: &[Entry], now: &[Entry], stays: bool) -> Option<Change> {
+        let watched: Vec<Watched> = now
+            .iter()
+            .map(|entry| Watched {
+                live: entry.watches.map(|id| id.raw() as usize),
+                at: Some(INSTANCE),
+            })
+            .collect();
+        let is = |live: usize| ObjectId::from_raw(live as u64).filter(|_| stays);
+        state(recorded).difference(&state(now), &watched, is)
     }
 
     #[test]
@@ -319,7 +319,7 @@ mod tests {
         assert_eq!(
             change,
             Change {
-                delete: vec![new.place()],
+                delete: vec![(INSTANCE, new.fd)],
                 set: vec![gone]
             }
         );
@@ -332,19 +332,25 @@ mod tests {
     }
 
     #[test]
+    fn the_same_number_for_another_description_is_another_entry() {
+        let (recorded, now) = (entry(4, IN, 1), entry(4, IN, 2));
+        let change = plan(&[recorded], &[now], true).unwrap();
+        assert_eq!(change.delete, [(INSTANCE, 4)]);
+        assert_eq!(change.set, [recorded]);
+    }
+
+    #[test]
     fn a_stale_entry_of_a_survivor_needs_another_instance() {
-        let state = |entries: &[Entry]| State {
-            entries: entries.to_vec(),
+        let (kept, stale) = (entry(4, IN, 1), entry(9, IN, 2));
+        let live = |live: Option<usize>, at: Option<Place>| Watched { live, at };
+        let plan = |watched: Watched| {
+            let all = [live(Some(1), Some(INSTANCE)), watched];
+            state(&[kept]).difference(&state(&[kept, stale]), &all, |live| {
+                ObjectId::from_raw(live as u64).filter(|_| live < 3)
+            })
         };
-        let (kept, stale) = (entry(4, IN, 1), entry(9, IN, 1));
-        let (recorded, now) = (state(&[kept]), state(&[kept, stale]));
-        assert_eq!(
-            recorded.difference(&now, |_| true, |_| None, |_| true),
-            None
-        );
-        assert_eq!(
-            recorded.difference(&now, |_| true, |_| None, |_| false),
-            Some(Change::default())
-        );
+        assert_eq!(plan(live(Some(2), None)), None);
+        assert_eq!(plan(live(None, None)), None);
+        assert_eq!(plan(live(Some(3), None)), Some(Change::default()));
     }
 }

@@ -29,6 +29,7 @@
 
 pub mod capture;
 pub mod epoll;
+pub mod epoll_watch;
 pub mod eventfd;
 pub mod execute;
 pub mod fdinfo;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::epoll_watch::Watched;
 use super::live::describe;
 use super::locks::Lock;
 use super::pipe::Pipe;
@@ -278,6 +279,8 @@ pub struct Observed {
     pub limits: Vec<u64>,
     /// The descriptions behind their numbers.
     pub descriptions: Vec<LiveDescription>,
+    /// What the entries of the recorded epoll instances watch, in the order of their states.
+    pub watched: BTreeMap<ObjectId, Vec<Watched>>,
     /// Of recorded descriptions that are not among them: how they can be had again.
     pub gone: BTreeMap<ObjectId, Source>,
     /// The recorded internal pipes that are still there: capacity and content.

@@ -6,6 +6,7 @@ use nix::unistd::Pid;
 
 use super::Error;
 use super::capture::{Capture, every_number, find_locks, holders, lives, owner};
+use super::epoll_watch;
 use super::file::{self, Form};
 use super::live::{Holder, Live};
 use super::locks;
@@ -99,6 +100,12 @@ pub fn observe(
             is,
             state,
         });
+    }
+    for (index, live) in observed.descriptions.iter().enumerate() {
+        if let (Some(id), Some(State::Epoll(state))) = (live.is, &live.state) {
+            let watched = epoll_watch::watched(index, state, &lives, &observed.tables)?;
+            observed.watched.insert(id, watched);
+        }
     }
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;

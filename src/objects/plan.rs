@@ -296,47 +296,14 @@ fn plan_epolls(
                 continue;
             }
         };
-        let stays = |id: ObjectId| found.contains_key(&id) && !replaced.contains(&id);
-        let inode =
-            |live: &LiveDescription| (epoll::kernel_device(live.common.dev), live.common.ino);
-        // Tables in which the instance is, and its number there.
-        let places: Vec<_> = observed
-            .tables
-            .iter()
-            .filter_map(|table| {
-                let is_it = |live: usize| observed.descriptions[live].is == Some(*id);
-                let slot = table.slots.iter().find(|slot| is_it(slot.description))?;
-                Some((
-                    Place {
-                        pid: table.pid(),
-                        fd: slot.fd,
-                    },
-                    table,
-                ))
-            })
-            .collect();
-        let deletable = |entry: &epoll::Entry| {
-            let at = places.iter().find(|(_, table)| {
-                let slot = table.at(entry.fd);
-                slot.is_some_and(|slot| {
-                    inode(&observed.descriptions[slot.description]) == entry.inode
-                })
-            });
-            at.map(|(place, _)| place.pid)
+        let is = |live: usize| {
+            let live: &LiveDescription = &observed.descriptions[live];
+            live.is.filter(|id| !replaced.contains(id))
         };
-        let survives = |entry: &epoll::Entry| {
-            let mut live = observed.descriptions.iter();
-            live.any(|live| live.is.is_some_and(stays) && inode(live) == entry.inode)
-        };
-        match then.difference(now, stays, deletable, survives) {
+        let watched = observed.watched.get(id).map_or(&[][..], Vec::as_slice);
+        match then.difference(now, watched, is) {
             Some(change) => {
-                for entry in change.delete {
-                    if let Some((place, _)) =
-                        places.iter().find(|(place, _)| place.pid == entry.pid)
-                    {
-                        plan.forget.push((*place, entry.fd));
-                    }
-                }
+                plan.forget.extend(change.delete);
                 plan.watch
                     .extend(change.set.into_iter().map(|entry| (*id, entry)));
             }
