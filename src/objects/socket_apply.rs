@@ -174,7 +174,7 @@ fn destroy(fd: BorrowedFd<'_>, pid: i32) -> nix::Result<()> {
 }
 
 /// Accepts whatever waits and drops it; a TCP client sees a reset, a unix client the end.
-fn drain_backlog(listener: BorrowedFd<'_>) -> Result<usize, Error> {
+pub(super) fn drain_backlog(listener: BorrowedFd<'_>) -> Result<usize, Error> {
     let mut taken = 0;
     while let Some(connection) = accept(listener).map_err(own("accept4"))? {
         reset_at_close(connection.as_fd())?;

@@ -1,7 +1,7 @@
 //! Makes sockets again that are gone or can't be changed back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ use super::Error;
 use super::execute::{Effects, Reach};
 use super::model::ObjectId;
 use super::socket::{Role, State, own};
-use super::socket_apply::reset_at_close;
+use super::socket_apply::{drain_backlog, reset_at_close};
 use super::socket_inside::Maker;
 use super::socket_plan::{Plan, Recipe};
 use super::socket_queue::fill;
 use super::unix::{BoundFile, file_at, path_for_us};
-use super::{tcp, tcp_join};
+use super::{socket_diag, tcp, tcp_join};
 use crate::kernel::sock_diag::{SockDiag, state};
 use crate::kernel::socket::{
     Address, accept, as_seen_by, bind, connect, create, listen, local_address, peer_address, poll,
@@ -124,18 +124,13 @@ pub fn make(
                     Some(new) => new.try_clone().map_err(|_| own("dup")(Errno::EMFILE))?,
                     None => reach.duplicate(listener)?,
                 };
+                // Whoever came since must go, and may leave no room.
+                effects.reset_connections += drain_backlog(listening.as_fd())?;
                 // The server's end was told who connected.
                 let client = who_made(recorded[&server], home, maker);
                 let client_end =
                     maker.connected(client, record.sort.kind, &recorded[&listener].local)?;
-                // The backlog was empty, so that this is the connection just made.
-                let server_end =
-                    accept(listening.as_fd())
-                        .map_err(own("accept4"))?
-                        .ok_or(Error::Own {
-                            call: "accept4",
-                            errno: Errno::ECONNABORTED,
-                        })?;
+                let server_end = accept_from(listening.as_fd(), &client_end, home)?;
                 made.insert(id, client_end);
                 made.insert(server, server_end);
             }
@@ -151,6 +146,26 @@ pub fn make(
         }
     }
     Ok(made)
+}
+
+/// Accepts the connection of a client of ours. Others come at any time from outside the tree: they are dropped.
+fn accept_from(listener: BorrowedFd<'_>, client: &OwnedFd, home: i32) -> Result<OwnedFd, Error> {
+    let inode = |fd: &OwnedFd| {
+        let at = nix::sys::stat::fstat(fd.as_raw_fd()).map_err(own("fstat"))?;
+        Ok::<_, Error>(at.st_ino)
+    };
+    let client = inode(client)?;
+    loop {
+        let accepted = accept(listener).map_err(own("accept4"))?;
+        let server = accepted.ok_or(Error::Own {
+            call: "accept4",
+            errno: Errno::ECONNABORTED,
+        })?;
+        let found = socket_diag::unix(home, inode(&server)?)?;
+        if found.is_some_and(|found| found.peer == Some(client as u32)) {
+            return Ok(server);
+        }
+    }
 }
 
 /// A socket without a connection: bound, and listening if it did.
