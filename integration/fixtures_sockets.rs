@@ -6,6 +6,7 @@ use crate::support::fixture::{Fixture, build_directory};
 use crate::support::session::{Answer, REFUSED, Session};
 
 crate::support::fixture_tests! {
+    ended_connections,
     orphan_datagrams,
     socket_buffers,
     socket_options,

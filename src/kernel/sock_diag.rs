@@ -34,6 +34,7 @@ pub(crate) mod state {
     pub(crate) const ESTABLISHED: u8 = 1;
     pub(crate) const FIN_WAIT1: u8 = 4;
     pub(crate) const FIN_WAIT2: u8 = 5;
+    pub(crate) const TIME_WAIT: u8 = 6;
     pub(crate) const CLOSE: u8 = 7;
     pub(crate) const CLOSE_WAIT: u8 = 8;
     pub(crate) const LISTEN: u8 = 10;

@@ -16,12 +16,13 @@ use super::socket_apply::{drain_backlog, reset_at_close};
 use super::socket_inside::Maker;
 use super::socket_plan::{Plan, Recipe};
 use super::socket_queue::fill;
+use super::tcp_queue::fill_tcp;
 use super::unix::{BoundFile, file_at, path_for_us};
-use super::{socket_diag, tcp, tcp_join};
+use super::{socket_diag, tcp, tcp_join, udp};
 use crate::kernel::sock_diag::{SockDiag, state};
 use crate::kernel::socket::{
     Address, accept, as_seen_by, bind, connect, create, listen, local_address, peer_address, poll,
-    send, set_option,
+    send, set_option, shutdown,
 };
 
 /// How long a reset may take over the loopback interface.
@@ -95,7 +96,7 @@ pub fn make(
 ) -> Result<BTreeMap<ObjectId, OwnedFd>, Error> {
     let mut made = BTreeMap::new();
     // Connections with a name need their listener, which may itself be new.
-    let late = |recipe: &Recipe| matches!(recipe, Recipe::Through(..));
+    let late = |recipe: &Recipe| matches!(recipe, Recipe::Through(..) | Recipe::PeerGoneThrough(_));
     let (last, first): (Vec<_>, Vec<_>) = plan.make.iter().partition(|(_, recipe)| late(recipe));
     for (&id, recipe) in first.into_iter().chain(last) {
         let record = recorded[&id];
@@ -120,19 +121,32 @@ pub fn make(
                 made.insert(other, two);
             }
             Recipe::Through(listener, server) => {
-                let listening = match made.get(&listener) {
-                    Some(new) => new.try_clone().map_err(|_| own("dup")(Errno::EMFILE))?,
-                    None => reach.duplicate(listener)?,
-                };
-                // Whoever came since must go, and may leave no room.
-                effects.reset_connections += drain_backlog(listening.as_fd())?;
                 // The server's end was told who connected.
                 let client = who_made(recorded[&server], home, maker);
-                let client_end =
-                    maker.connected(client, record.sort.kind, &recorded[&listener].local)?;
-                let server_end = accept_from(listening.as_fd(), &client_end, home)?;
+                let listening = listening(&made, listener, reach)?;
+                let (client_end, server_end) =
+                    through(listening, recorded[&listener], client, home, maker, effects)?;
                 made.insert(id, client_end);
                 made.insert(server, server_end);
+            }
+            Recipe::PeerGoneThrough(listener) => {
+                let listening = listening(&made, listener, reach)?;
+                let is_server = record.local.unix_name().is_some();
+                let client = match is_server {
+                    true => who_made(record, home, maker),
+                    false => home,
+                };
+                let (client_end, server_end) =
+                    through(listening, recorded[&listener], client, home, maker, effects)?;
+                let (ours, theirs) = match is_server {
+                    true => (server_end, client_end),
+                    false => (client_end, server_end),
+                };
+                fill(theirs.as_fd(), &record.queue, &Address::default()).map_err(own("sendmsg"))?;
+                made.insert(id, ours);
+            }
+            Recipe::PeerGone if record.sort.family != libc::AF_UNIX => {
+                made.insert(id, tcp_last(record, home)?);
             }
             Recipe::PeerGone => {
                 let (one, two) = maker.pair(who_made(record, home, maker), record.sort.kind)?;
@@ -146,6 +160,34 @@ pub fn make(
         }
     }
     Ok(made)
+}
+
+/// A duplicate of a listener, which may be a new one.
+fn listening(
+    made: &BTreeMap<ObjectId, OwnedFd>,
+    listener: ObjectId,
+    reach: &Reach<'_>,
+) -> Result<OwnedFd, Error> {
+    match made.get(&listener) {
+        Some(new) => new.try_clone().map_err(|_| own("dup")(Errno::EMFILE)),
+        None => reach.duplicate(listener),
+    }
+}
+
+/// A unix connection with a name: the client's end, made by `client`, and the server's.
+fn through(
+    listening: OwnedFd,
+    record: &State,
+    client: i32,
+    home: i32,
+    maker: &mut dyn Maker,
+    effects: &mut Effects,
+) -> Result<(OwnedFd, OwnedFd), Error> {
+    // Whoever came since must go, and may leave no room.
+    effects.reset_connections += drain_backlog(listening.as_fd())?;
+    let client_end = maker.connected(client, record.sort.kind, &record.local)?;
+    let server_end = accept_from(listening.as_fd(), &client_end, home)?;
+    Ok((client_end, server_end))
 }
 
 /// Accepts the connection of a client of ours. Others come at any time from outside the tree: they are dropped.
@@ -421,6 +463,46 @@ fn tcp_pair(one: &State, two: &State, home: i32) -> Result<(OwnedFd, OwnedFd), E
         Ok((first, second))
     })
     .map_err(own("entering the process's namespaces"))?
+}
+
+/// The end of a TCP connection whose other end was closed, with what waits; closed itself if the recorded one was.
+fn tcp_last(record: &State, home: i32) -> Result<OwnedFd, Error> {
+    let mut ours = record.clone();
+    if ours.peer.0.is_empty() {
+        // Nobody can ask any more who it was.
+        ours.peer = free_address(record.sort.family, home)?;
+    }
+    let theirs = State {
+        local: ours.peer.clone(),
+        peer: ours.local.clone(),
+        ..record.clone()
+    };
+    let (one, other) = tcp_pair(&ours, &theirs, home)?;
+    // More than the first window.
+    udp::make_room(one.as_fd()).map_err(own("setsockopt"))?;
+    for message in &record.queue {
+        fill_tcp(other.as_fd(), one.as_fd(), &message.data)
+            .map_err(own("putting queued TCP data back"))?;
+    }
+    shutdown(other.as_fd(), libc::SHUT_WR).map_err(own("shutdown"))?;
+    wait_for(|| Ok(poll(one.as_fd())?.1.then_some(())), "poll")?;
+    if matches!(record.role, Role::Plain { .. }) {
+        shutdown(one.as_fd(), libc::SHUT_WR).map_err(own("shutdown"))?;
+        let closed = || Ok((tcp::info(one.as_fd())?.state == state::CLOSE).then_some(()));
+        wait_for(closed, "TCP_INFO")?;
+    }
+    Ok(one)
+}
+
+/// A loopback address of a port that is free.
+fn free_address(family: i32, home: i32) -> Result<Address, Error> {
+    as_seen_by(home, || {
+        let socket = create(family, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
+        bind(socket.as_fd(), &loopback(family))?;
+        local_address(socket.as_fd())
+    })
+    .map_err(own("entering the process's namespaces"))?
+    .map_err(own("bind"))
 }
 
 fn create_repairing(record: &State) -> Result<OwnedFd, Error> {

@@ -19,8 +19,10 @@ pub enum Recipe {
     Pair(ObjectId),
     /// The client end of a connection with a name: through the listener, with the other end accepted.
     Through(ObjectId, ObjectId),
-    /// A unix socket whose peer was gone.
+    /// One whose peer was gone: its end, and what waits before it.
     PeerGone,
+    /// A unix socket whose peer was gone, of a connection with a name: through the listener.
+    PeerGoneThrough(ObjectId),
     /// A connection to the outside that can't be had back: one that is reset.
     Reset,
 }
@@ -102,14 +104,18 @@ impl<'a> Planner<'a> {
             (Role::Reset, ..) => self.make(id, Recipe::Reset),
             (_, _, libc::SOCK_DGRAM) => self.datagram(id, record),
             (Role::Unix { peer, ended }, ..) => self.unix_connection(id, record, *peer, *ended),
-            (Role::Plain { .. }, ..) => {
-                let same = self
-                    .now(id)
-                    .is_some_and(|now| (&now.role, &now.local) == (&record.role, &record.local));
-                if same {
-                    Ok(())
-                } else {
-                    self.make(id, Recipe::Alone)
+            (Role::Plain { ended }, ..) => {
+                let same = self.now(id).is_some_and(|now| {
+                    (&now.role, &now.local) == (&record.role, &record.local)
+                        && socket_queue::same(&record.queue, &now.queue, record.shape())
+                });
+                match (
+                    same,
+                    record.sort.protocol == libc::IPPROTO_TCP && *ended != 0,
+                ) {
+                    (true, _) => Ok(()),
+                    (false, true) => self.make(id, Recipe::PeerGone),
+                    (false, false) => self.make(id, Recipe::Alone),
                 }
             }
         }
@@ -161,7 +167,7 @@ impl<'a> Planner<'a> {
             return;
         }
         self.step(id, Step::Options);
-        if recipe == Recipe::PeerGone {
+        if matches!(recipe, Recipe::PeerGone | Recipe::PeerGoneThrough(_)) {
             return;
         }
         let ends = match &record.role {
@@ -302,7 +308,7 @@ impl<'a> Planner<'a> {
         }
         match (as_it_was && queue_same, peer == 0 && ended == 3) {
             (true, _) => Ok(()),
-            (false, true) => self.make(id, Recipe::PeerGone),
+            (false, true) => self.make_unix_last(id, record),
             (false, false) if now.is_none() => self.make(id, Recipe::Reset),
             (false, false) => {
                 self.step(id, Step::Abort);
@@ -325,29 +331,45 @@ impl<'a> Planner<'a> {
             (None, Some(name)) => (id, other, name),
             (Some(name), None) => (other, id, name),
             (Some(_), Some(_)) => {
-                return Err(refuse(
-                    id,
-                    "both ends of it have names; it can't be connected again",
-                ));
+                return Err(refuse(id, TWO_NAMES));
             }
         };
-        let listener = self.recorded.iter().find(|(_, state)| {
-            state.listens()
-                && state.namespace == record.namespace
-                && state.sort == record.sort
-                && name(state).as_ref() == Some(&listener_name)
-        });
+        let listener = self.listener_called(&listener_name, record);
         match listener {
-            Some((&listener, state)) => {
-                self.nobody_inside_waited(listener, state)?;
+            Some(listener) => {
+                self.nobody_inside_waited(listener, self.recorded[&listener])?;
                 self.make(client, Recipe::Through(listener, server))
             }
-            None => Err(refuse(
-                id,
-                "the connection ended since the checkpoint, and its listener is not in the tree, so that it can't be \
-                 connected again",
-            )),
+            None => Err(refuse(id, NO_LISTENER)),
         }
+    }
+
+    /// The last end of a unix connection.
+    fn make_unix_last(&mut self, id: ObjectId, record: &State) -> Result<(), Obstacle> {
+        let name = match (record.local.unix_name(), record.peer.unix_name()) {
+            (None, None) => return self.make(id, Recipe::PeerGone),
+            (Some(name), None) | (None, Some(name)) => name,
+            (Some(_), Some(_)) => return Err(refuse(id, TWO_NAMES)),
+        };
+        match self.listener_called(name, record) {
+            Some(listener) => {
+                self.nobody_inside_waited(listener, self.recorded[&listener])?;
+                self.make(id, Recipe::PeerGoneThrough(listener))
+            }
+            None => Err(refuse(id, NO_LISTENER)),
+        }
+    }
+
+    /// The recorded unix listener of a name at which `client` or its peer can have connected.
+    fn listener_called(&self, name: &[u8], client: &State) -> Option<ObjectId> {
+        let is_it = |state: &State| {
+            state.listens()
+                && state.namespace == client.namespace
+                && state.sort == client.sort
+                && state.local.unix_name() == Some(name)
+        };
+        let mut all = self.recorded.iter();
+        all.find(|(_, state)| is_it(state)).map(|(&id, _)| id)
     }
 
     fn tcp(&mut self, id: ObjectId, record: &'a State) -> Result<(), Obstacle> {
@@ -372,6 +394,17 @@ impl<'a> Planner<'a> {
                     Ok(())
                 }
                 _ => self.make(id, Recipe::Pair(other)),
+            };
+        }
+        if before.peer_gone {
+            let same = now.is_some_and(|(now, connection)| {
+                connection.phase() == before.phase()
+                    && socket_queue::same(&record.queue, &now.queue, record.shape())
+            });
+            return if same {
+                Ok(())
+            } else {
+                self.make(id, Recipe::PeerGone)
             };
         }
         let kept = now.is_some_and(|(_, connection)| {
@@ -581,6 +614,10 @@ impl Plan {
         }
     }
 }
+
+const TWO_NAMES: &str = "both ends of it have names; it can't be connected again";
+const NO_LISTENER: &str = "the connection ended since the checkpoint, and its listener is not in the tree, so that it \
+                           can't be connected again";
 
 fn refuse(id: ObjectId, remedy: &str) -> Obstacle {
     Obstacle {

@@ -1,15 +1,18 @@
 //! TCP sockets: listeners with their backlog, and connections by how far each side has read and written.
 
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::live::Live;
-use super::socket::{Role, State};
+use super::socket::{Role, State, capture_queue};
 use super::socket_diag;
+use super::socket_ends::canonical;
+use super::socket_queue::{Shape, peek};
 use crate::kernel::sock_diag::{InetSocket, state};
-use crate::kernel::socket::{local_address, option, peer_address, unread, unsent};
+use crate::kernel::socket::{local_address, option, peer_address, poll, unread, unsent};
 
 /// A TCP connection as the program at this end sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +29,8 @@ pub struct Connection {
     pub unsent: u32,
     /// Of those, bytes that have not been sent at all.
     pub not_sent: u32,
+    /// The other end was of this network namespace and has been closed: all that it sent is here.
+    pub peer_gone: bool,
 }
 
 impl Connection {
@@ -111,7 +116,13 @@ fn role(live: &Live<'_>, fd: BorrowedFd<'_>, own: &State) -> Result<Role, Error>
                 waiting,
             })
         }
-        state::CLOSE => Ok(Role::Plain { ended: 0 }),
+        state::CLOSE => {
+            // The end of a connection can be read, and what waits before it; one that never was can't.
+            let ended = poll(fd).map_err(live.failed("poll"))?.0;
+            Ok(Role::Plain {
+                ended: if ended { 3 } else { 0 },
+            })
+        }
         _ => connection(fd)
             .map(Role::Tcp)
             .map_err(live.failed("getsockopt")),
@@ -132,6 +143,7 @@ fn connection(fd: BorrowedFd<'_>) -> nix::Result<Connection> {
                 unread,
                 unsent,
                 not_sent: found.not_sent,
+                peer_gone: false,
             });
         }
     }
@@ -159,36 +171,79 @@ pub(super) fn waiting(live: &Live<'_>, listener: &State) -> Result<Vec<InetSocke
     Ok(found)
 }
 
+/// Whether the other end of a connection that it has ended was of this namespace and belongs to nobody any more.
+fn peer_is_gone(live: &Live<'_>, own: &State, now: &Connection) -> Result<bool, Error> {
+    let (Some(local), Some(peer)) = (canonical(&own.local), canonical(&own.peer)) else {
+        return Ok(false);
+    };
+    if now.state != state::CLOSE_WAIT || !(peer.ip().is_loopback() || peer.ip() == local.ip()) {
+        return Ok(false);
+    }
+    let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let all = socket_diag::inet(live.holder.pid, family, libc::IPPROTO_TCP)?;
+        let is_peer = |socket: &&InetSocket| {
+            (plain(socket.local), plain(socket.remote)) == (peer, local) && socket.inode != 0
+        };
+        if all.iter().any(|socket| is_peer(&socket)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Records what only TCP has.
 pub(super) fn capture(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Result<State, Error> {
-    let role = role(live, fd, &state)?;
-    Ok(match role {
-        Role::Tcp(_) => State {
-            options: state.options.of_connection(state.sort),
+    Ok(match role(live, fd, &state)? {
+        Role::Tcp(mut connection) => {
+            connection.peer_gone = peer_is_gone(live, &state, &connection)?;
+            let queue = match connection.peer_gone {
+                true => capture_queue(live, fd, Shape::Stream)?,
+                false => Vec::new(),
+            };
+            State {
+                options: state.options.of_connection(state.sort),
+                role: Role::Tcp(connection),
+                queue,
+                ..state
+            }
+        }
+        role @ Role::Plain { ended: 1.. } => State {
             role,
+            queue: capture_queue(live, fd, Shape::Stream)?,
             ..state
         },
-        _ => State { role, ..state },
+        role => State { role, ..state },
     })
 }
 
 /// The state now. An idle connection costs three calls.
 pub(super) fn observe(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Result<State, Error> {
     let role = role(live, fd, &state)?;
-    if matches!(role, Role::Tcp(_)) && matches!(state.role, Role::Tcp(_)) {
+    if let (Role::Tcp(_), Role::Tcp(before)) = (&role, &state.role) {
+        let queue = match before.peer_gone {
+            true => peek(fd, Shape::Stream).map_err(live.failed("recvmsg"))?,
+            false => Vec::new(),
+        };
         // Neither address of a connection can change.
         return Ok(State {
             role,
             options: state.options.of_connection(state.sort),
+            queue,
             ..state
         });
     }
+    let queue = match role {
+        Role::Plain { ended: 1.. } => peek(fd, Shape::Stream).map_err(live.failed("recvmsg"))?,
+        _ => Vec::new(),
+    };
     Ok(State {
         local: local_address(fd).map_err(live.failed("getsockname"))?,
         peer: peer_address(fd)
             .map_err(live.failed("getpeername"))?
             .unwrap_or_default(),
         role,
+        queue,
         ..state
     })
 }
