@@ -143,10 +143,13 @@ impl Fixture {
     #[track_caller]
     pub(crate) fn send(&mut self, command: &[u8]) {
         if let Err(error) = self.commands.write_all(command) {
+            let mut last = std::mem::take(&mut self.unread);
+            let _ = self.answers.read_to_end(&mut last);
             panic!(
-                "{} is gone at command {}: {error}; stderr: {}",
+                "{} is gone at command {}: {error}; last words: {}; stderr: {}",
                 self.name,
                 String::from_utf8_lossy(command),
+                String::from_utf8_lossy(&last),
                 self.stderr()
             );
         }

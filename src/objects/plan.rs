@@ -96,12 +96,25 @@ pub fn prepare(
     let recorded = &capture.recorded;
     let plan = plan(recorded, &observed)?;
     if !plan.sockets.make.is_empty() {
-        let inside = observed
+        let mut inside: BTreeSet<u64> = observed
             .descriptions
             .iter()
             .filter(|live| live.common.file_type() == libc::S_IFSOCK)
             .map(|live| live.common.ino)
             .collect();
+        // Those of processes born since go with them.
+        let known = |pid: i32| {
+            recorded
+                .tables
+                .iter()
+                .any(|table| table.holders.contains(&pid))
+        };
+        for process in stopped.processes() {
+            let pid = process.pid.as_raw();
+            if !known(pid) {
+                inside.extend(socket_make::sockets_of(pid));
+            }
+        }
         let sockets = recorded.sockets();
         let checked = socket_make::check_names(&plan.sockets, &sockets, &homes(recorded), &inside);
         checked.map_err(|(id, remedy)| {

@@ -18,7 +18,7 @@ use super::socket_plan::{Plan, Recipe};
 use super::socket_queue::fill;
 use super::tcp_queue::fill_tcp;
 use super::unix::{BoundFile, file_at, path_for_us};
-use super::{socket_diag, tcp, tcp_join, udp};
+use super::{socket_diag, survey, tcp, tcp_join, udp};
 use crate::kernel::sock_diag::{SockDiag, state};
 use crate::kernel::socket::{
     Address, accept, as_seen_by, bind, connect, create, listen, local_address, peer_address, poll,
@@ -82,6 +82,18 @@ pub fn check_names(
     Ok(())
 }
 
+/// The inodes of a process's sockets; none of one that is about to end.
+pub(super) fn sockets_of(pid: i32) -> Vec<u64> {
+    let numbers = survey::numbers(pid).unwrap_or_default();
+    let found = numbers
+        .into_iter()
+        .filter_map(|fd| std::fs::metadata(format!("/proc/{pid}/fd/{fd}")).ok());
+    found
+        .filter(|at| at.mode() & libc::S_IFMT == libc::S_IFSOCK)
+        .map(|at| at.ino())
+        .collect()
+}
+
 /// Makes all sockets of the plan, in the keeper: one description each, to be passed into the tables.
 ///
 /// # Errors
@@ -95,10 +107,16 @@ pub fn make(
     effects: &mut Effects,
 ) -> Result<BTreeMap<ObjectId, OwnedFd>, Error> {
     let mut made = BTreeMap::new();
-    // Connections with a name need their listener, which may itself be new.
-    let late = |recipe: &Recipe| matches!(recipe, Recipe::Through(..) | Recipe::PeerGoneThrough(_));
-    let (last, first): (Vec<_>, Vec<_>) = plan.make.iter().partition(|(_, recipe)| late(recipe));
-    for (&id, recipe) in first.into_iter().chain(last) {
+    // A listener can't have its port while a new connection has it, but the other way round it can. Connections with a name
+    // need their listener, which may itself be new.
+    let turn = |recipe: &Recipe| match recipe {
+        Recipe::Alone => 0,
+        Recipe::Pair(_) | Recipe::PeerGone | Recipe::Reset => 1,
+        Recipe::Through(..) | Recipe::PeerGoneThrough(_) => 2,
+    };
+    let mut todo: Vec<_> = plan.make.iter().collect();
+    todo.sort_by_key(|(_, recipe)| turn(recipe));
+    for (&id, recipe) in todo {
         let record = recorded[&id];
         let home = homes.get(&id).copied().ok_or(Error::Own {
             call: "finding a process",
