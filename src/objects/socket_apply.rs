@@ -22,6 +22,9 @@ use crate::kernel::socket::{
     set_option, shutdown, u64_option,
 };
 
+/// Linux 6.5, `asm-generic/socket.h`.
+const SO_PASSPIDFD: i32 = 76;
+
 /// What must be done to a socket that is there, or there again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
@@ -318,6 +321,15 @@ fn put_back(
     sort.family =
         int_option(sender, libc::SOL_SOCKET, libc::SO_DOMAIN).map_err(own("getsockopt"))?;
     let before = Options::read(sender, sort).map_err(own("getsockopt"))?;
+    if sort.family == libc::AF_UNIX {
+        // With one of these a socket without a name is given one when it sends (unix(7)).
+        for name in [libc::SO_PASSCRED, SO_PASSPIDFD] {
+            match set_option(sender, libc::SOL_SOCKET, name, &0i32.to_ne_bytes()) {
+                Ok(()) | Err(Errno::ENOPROTOOPT) => {}
+                Err(errno) => return Err(own("setsockopt")(errno)),
+            }
+        }
+    }
     match (record.sort.family, record.sort.kind) {
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM) => {
             fill_tcp(sender, reader, &message.data).map_err(own("putting queued TCP data back"))?;

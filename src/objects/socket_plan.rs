@@ -281,7 +281,9 @@ impl<'a> Planner<'a> {
         ended: u8,
     ) -> Result<(), Obstacle> {
         let now = self.now(id);
-        let as_it_was = now.is_some_and(|now| now.role == record.role);
+        // A connected socket can get a name: by bind(2), or when it sends with SO_PASSCRED (unix(7)).
+        let as_it_was =
+            now.is_some_and(|now| (&now.role, &now.local) == (&record.role, &record.local));
         let queue_same =
             now.is_some_and(|now| socket_queue::same(&record.queue, &now.queue, record.shape()));
         if let Some(other) = self.ends.of(record) {
@@ -383,11 +385,9 @@ impl<'a> Planner<'a> {
         if let Some(other) = self.ends.of(record) {
             let same = |now: &State| socket_queue::same(&record.queue, &now.queue, record.shape());
             return match now {
-                Some((now, connection)) if connection.phase() == before.phase() && same(now) => {
-                    Ok(())
-                }
+                Some((now, connection)) if connection.is_open_like(before) && same(now) => Ok(()),
                 Some((_, connection))
-                    if connection.state == before.state && before.state == state::ESTABLISHED =>
+                    if connection.is_open_like(before) && before.state == state::ESTABLISHED =>
                 {
                     // Named also if nothing waited: what is on the way from it must be taken.
                     self.step(id, Step::Queue(vec![Some(other)]));
@@ -398,7 +398,7 @@ impl<'a> Planner<'a> {
         }
         if before.peer_gone {
             let same = now.is_some_and(|(now, connection)| {
-                connection.phase() == before.phase()
+                connection.is_open_like(before)
                     && socket_queue::same(&record.queue, &now.queue, record.shape())
             });
             return if same {
@@ -408,7 +408,8 @@ impl<'a> Planner<'a> {
             };
         }
         let kept = now.is_some_and(|(_, connection)| {
-            connection.is_where(before) || connection.is_idle() && before.is_idle()
+            let idle = connection.is_idle() && before.is_idle();
+            connection.is_where(before) || idle && connection.is_open_like(before)
         });
         if let Some(listener) = self.waits_for(record) {
             let still = kept

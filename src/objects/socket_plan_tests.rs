@@ -58,6 +58,7 @@ fn tcp_pair(index: usize) -> [State; 2] {
             unread: 0,
             unsent: 0,
             not_sent: 0,
+            reading_ended: false,
             peer_gone: false,
         });
         State {

@@ -29,6 +29,8 @@ pub struct Connection {
     pub unsent: u32,
     /// Of those, bytes that have not been sent at all.
     pub not_sent: u32,
+    /// The program has shut down reading, of which the other end knows nothing.
+    pub reading_ended: bool,
     /// The other end was of this network namespace and has been closed: all that it sent is here.
     pub peer_gone: bool,
 }
@@ -42,16 +44,22 @@ impl Connection {
 
     /// Which directions are shut down, as `RCV_SHUTDOWN` (1) and `SEND_SHUTDOWN` (2): the peer's end shows by itself.
     pub(super) fn ended(&self) -> u8 {
-        match self.state {
+        let writing = match self.state {
             state::ESTABLISHED | state::CLOSE_WAIT => 0,
             _ => 2,
-        }
+        };
+        writing | u8::from(self.reading_ended)
     }
 
     /// Whether the program has neither read nor written since `before`, nor has the state changed: whatever is under
     /// way then is what would have been under way had nothing run.
     pub(super) fn is_where(&self, before: &Self) -> bool {
-        (self.phase(), self.read, self.written) == (before.phase(), before.read, before.written)
+        self.is_open_like(before) && (self.read, self.written) == (before.read, before.written)
+    }
+
+    /// Whether the same directions are shut down.
+    pub(super) fn is_open_like(&self, before: &Self) -> bool {
+        (self.phase(), self.reading_ended) == (before.phase(), before.reading_ended)
     }
 
     /// The state as far as the program can tell: whether its own end was acknowledged is no difference.
@@ -136,6 +144,11 @@ fn connection(fd: BorrowedFd<'_>) -> nix::Result<Connection> {
         let found = info(fd)?;
         let (unread, unsent) = (unread(fd)?, unsent(fd)?);
         if (unread, unsent) == (unread_before, unsent_before) {
+            // Once the peer has ended it there is no difference.
+            let may_read = matches!(
+                found.state,
+                state::ESTABLISHED | state::FIN_WAIT1 | state::FIN_WAIT2
+            );
             return Ok(Connection {
                 state: found.state,
                 read: found.bytes_received.wrapping_sub(u64::from(unread)),
@@ -143,6 +156,7 @@ fn connection(fd: BorrowedFd<'_>) -> nix::Result<Connection> {
                 unread,
                 unsent,
                 not_sent: found.not_sent,
+                reading_ended: may_read && poll(fd)?.1,
                 peer_gone: false,
             });
         }

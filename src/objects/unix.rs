@@ -125,8 +125,9 @@ pub(super) fn capture(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Resu
 /// one end shows at the other.
 pub(super) fn observe(live: &Live<'_>, fd: BorrowedFd<'_>, now: State) -> Result<State, Error> {
     let (readable, ended) = poll(fd).map_err(live.failed("poll"))?;
+    let local = local_address(fd).map_err(live.failed("getsockname"))?;
     if now.inner && !readable && !ended {
-        return Ok(now);
+        return Ok(State { local, ..now });
     }
     let role = role(&report(live, now.inode)?);
     let queue = match role {
@@ -135,11 +136,16 @@ pub(super) fn observe(live: &Live<'_>, fd: BorrowedFd<'_>, now: State) -> Result
         _ => peek(fd, now.shape()).map_err(live.failed("recvmsg"))?,
     };
     if now.sort.kind != libc::SOCK_DGRAM && matches!(now.role, Role::Unix { .. }) {
-        // Neither name of a connection can change.
-        return Ok(State { role, queue, ..now });
+        // The peer's name is its own affair.
+        return Ok(State {
+            local,
+            role,
+            queue,
+            ..now
+        });
     }
     Ok(State {
-        local: local_address(fd).map_err(live.failed("getsockname"))?,
+        local,
         peer: peer_address(fd)
             .map_err(live.failed("getpeername"))?
             .unwrap_or_default(),
