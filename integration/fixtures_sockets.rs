@@ -86,7 +86,11 @@ fn what_cannot_be_recorded_is_refused_by_name() {
 
 #[test]
 fn what_cannot_be_brought_back_is_refused_before_anything_is_touched() {
-    for (which, name) in [("netlink", "netlink socket"), ("waiting", "accepted since")] {
+    for (which, name) in [
+        ("netlink", "netlink socket"),
+        ("waiting", "accepted since"),
+        ("credentials", "SO_PASSCRED"),
+    ] {
         let mut session = Session::new();
         let mut fixture = start(which);
         session.checkpoint(fixture.pid());

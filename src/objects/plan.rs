@@ -12,7 +12,7 @@ use super::observe::{Asked, observe};
 use super::pipe::Content;
 use super::state::{Change, State, Verdict};
 use super::table::{self, TablePlan};
-use super::{Error, epoll, locks, socket_diag, socket_make, socket_plan};
+use super::{Error, epoll, locks, socket_diag, socket_make, socket_plan, socket_substitute};
 use crate::freeze::{Outputs, Stopped};
 use crate::outcome::Refusal;
 
@@ -95,6 +95,21 @@ pub fn prepare(
     let observed = observe(stopped, capture, asked, outputs)?;
     let recorded = &capture.recorded;
     let plan = plan(recorded, &observed)?;
+    // Processes born since go, and their sockets with them.
+    let is_born = |pid: i32| {
+        let mut tables = recorded.tables.iter();
+        !tables.any(|table| table.holders.contains(&pid))
+    };
+    let born: BTreeSet<i32> = stopped
+        .processes()
+        .map(|process| process.pid.as_raw())
+        .filter(|&pid| is_born(pid))
+        .collect();
+    let sockets = recorded.sockets();
+    let refuse = |(id, remedy): (ObjectId, String)| {
+        let object = sockets.get(&id).map(|state| state.describe());
+        recorded.refuse(id, (object.unwrap_or_default(), remedy))
+    };
     if !plan.sockets.make.is_empty() {
         let mut inside: BTreeSet<u64> = observed
             .descriptions
@@ -102,29 +117,11 @@ pub fn prepare(
             .filter(|live| live.common.file_type() == libc::S_IFSOCK)
             .map(|live| live.common.ino)
             .collect();
-        // Those of processes born since go with them.
-        let known = |pid: i32| {
-            recorded
-                .tables
-                .iter()
-                .any(|table| table.holders.contains(&pid))
-        };
-        for process in stopped.processes() {
-            let pid = process.pid.as_raw();
-            if !known(pid) {
-                inside.extend(socket_make::sockets_of(pid));
-            }
-        }
-        let sockets = recorded.sockets();
-        let checked = socket_make::check_names(&plan.sockets, &sockets, &homes(recorded), &inside);
-        checked.map_err(|(id, remedy)| {
-            let object = sockets
-                .get(&id)
-                .map(|state| state.describe())
-                .unwrap_or_default();
-            recorded.refuse(id, (object, remedy))
-        })?;
+        inside.extend(born.iter().flat_map(|&pid| socket_make::sockets_of(pid)));
+        socket_make::check_names(&plan.sockets, &sockets, &homes(recorded), &inside)
+            .map_err(refuse)?;
     }
+    socket_substitute::check_senders(&plan.sockets, &sockets, &born).map_err(refuse)?;
     socket_diag::close();
     Ok(plan)
 }
