@@ -25,6 +25,7 @@ crate::support::fixture_tests! {
     scheduling,
     sigaction,
     sigmask,
+    thread_exits,
     threads_born,
     thread_storm,
     tid_address,

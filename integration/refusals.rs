@@ -56,5 +56,4 @@ macro_rules! refused {
 refused! {
     child_execs,
     child_exits,
-    thread_exits,
 }

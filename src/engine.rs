@@ -185,6 +185,7 @@ impl Engine {
             copied_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
             header_bytes: header_bytes(&checkpoint),
             killed: 0,
+            revived: 0,
             reset_connections: 0,
             refused: None,
         };
@@ -254,6 +255,7 @@ impl Engine {
             copied_bytes: done.copied.bytes,
             header_bytes,
             killed: done.killed,
+            revived: done.revived,
             reset_connections: done.reset_connections,
             refused: None,
         })

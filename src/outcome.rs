@@ -66,6 +66,8 @@ pub struct Report {
     pub header_bytes: u64,
     /// Processes and threads born since the checkpoint that were killed.
     pub killed: usize,
+    /// Threads made again that had ended since the checkpoint.
+    pub revived: usize,
     /// Connections that could not be kept and were reset.
     pub reset_connections: usize,
     /// Set when `outcome` is [`Outcome::Refused`].

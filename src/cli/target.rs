@@ -125,6 +125,7 @@ struct Printed {
     copied_bytes: u64,
     header_bytes: u64,
     killed: usize,
+    revived: usize,
     reset_connections: usize,
     refused: Option<Refusal>,
     error: Option<String>,
@@ -148,6 +149,7 @@ impl Printed {
             copied_bytes: report.copied_bytes,
             header_bytes: report.header_bytes,
             killed: report.killed,
+            revived: report.revived,
             reset_connections: report.reset_connections,
             refused: report.refused,
             error: None,
@@ -210,6 +212,9 @@ fn sentence(name: &str, report: &Report) -> String {
     );
     if report.killed > 0 {
         text += &format!("\n  killed, born since the checkpoint: {}", report.killed);
+    }
+    if report.revived > 0 {
+        text += &format!("\n  threads brought back: {}", report.revived);
     }
     if report.reset_connections > 0 {
         text += &format!("\n  connections reset: {}", report.reset_connections);
@@ -275,6 +280,7 @@ mod tests {
             copied_bytes: 4 << 20,
             header_bytes: 9000,
             killed: 2,
+            revived: 1,
             reset_connections: 0,
             refused: None,
         }
@@ -285,7 +291,7 @@ mod tests {
         assert_eq!(
             sentence("default", &rolled_back()),
             "rolled back \"default\": 3 processes, 1 thread, 1,024 pages in 0.81 ms (stop 0.74 ms)\n  \
-             killed, born since the checkpoint: 2\n"
+             killed, born since the checkpoint: 2\n  threads brought back: 1\n"
         );
     }
 

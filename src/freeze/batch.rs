@@ -122,6 +122,14 @@ impl Batch {
         Output(at..at + len)
     }
 
+    /// Room for results that begins as these bytes; 8-byte aligned.
+    pub fn filled(&mut self, bytes: &[u8]) -> Output {
+        let at = self.data.len();
+        self.data.extend_from_slice(bytes);
+        self.align();
+        Output(at..at + bytes.len())
+    }
+
     /// Has byte `offset` (a multiple of 8) of `holder` hold the address of `pointee` when the batch starts.
     pub fn point(&mut self, holder: &Output, offset: usize, pointee: &Output) {
         assert!(offset + 8 <= holder.0.len() && offset.is_multiple_of(8));

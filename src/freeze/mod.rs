@@ -8,6 +8,7 @@ mod discover;
 mod inject;
 mod kill;
 mod pass;
+mod revive;
 mod stopped;
 mod tree;
 

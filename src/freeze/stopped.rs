@@ -55,6 +55,13 @@ impl Thread {
         }
     }
 
+    /// One that was made by a batch and is stopped.
+    pub(super) fn born(tid: Pid) -> Self {
+        let mut thread = Self::new(tid);
+        thread.state.stopped = true;
+        thread
+    }
+
     /// The registers it will run on with.
     pub fn registers(&mut self) -> Result<&Registers> {
         if self.state.registers.is_none() {
@@ -138,6 +145,14 @@ impl Process {
     /// One of its threads.
     pub(super) fn thread_mut(&mut self, tid: Pid) -> Option<&mut Thread> {
         self.threads.iter_mut().find(|thread| thread.tid == tid)
+    }
+
+    /// Adds a thread in its place.
+    pub(super) fn add_thread(&mut self, thread: Thread) {
+        self.threads.push(thread);
+        let pid = self.pid;
+        self.threads
+            .sort_by_key(|thread| (thread.tid != pid, thread.tid));
     }
 
     /// Its command name, for messages.
@@ -279,10 +294,7 @@ impl<'t> Stopped<'t> {
             let Some(process) = self.processes.get_mut(&pid) else {
                 continue;
             };
-            process.threads.push(Thread::new(tid));
-            process
-                .threads
-                .sort_by_key(|thread| (thread.tid != pid, thread.tid));
+            process.add_thread(Thread::new(tid));
             fresh.push((pid, tid));
         }
         Ok(())
@@ -455,9 +467,8 @@ impl<'t> Stopped<'t> {
                 {
                     continue;
                 }
-                let mut thread = Thread::new(child);
-                thread.state.stopped = true;
-                self.note_process(child, pid).threads.push(thread);
+                self.note_process(child, pid)
+                    .add_thread(Thread::born(child));
             }
             let threads = self
                 .processes

@@ -48,6 +48,7 @@ fn report(outcome: Outcome) -> Report {
         copied_bytes: 0,
         header_bytes: 0,
         killed: 0,
+        revived: 0,
         reset_connections: 0,
         refused: None,
     }

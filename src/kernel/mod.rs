@@ -5,6 +5,7 @@ pub mod confined;
 pub mod disposition;
 pub mod kcmp;
 pub mod keyring;
+pub mod last_pid;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;

@@ -21,6 +21,8 @@ pub struct Done {
     pub copied: Copied,
     /// Processes and threads killed.
     pub killed: usize,
+    /// Threads made again that had ended.
+    pub revived: usize,
     /// Connections reset.
     pub reset_connections: usize,
 }
@@ -59,11 +61,17 @@ pub fn run(
         .map_err(|error| untouched(error.into()))?;
     phases.end("stop");
     fault::point("rollback.stopped");
-    let plan = observe(&mut stopped, &checkpoints[to], phases).map_err(untouched)?;
+    let mut plan = observe(&mut stopped, &checkpoints[to], phases).map_err(untouched)?;
     fault::point("rollback.planned");
 
-    let done = execute(&mut stopped, spaces, &mut checkpoints[to], &plan, phases)
-        .map_err(Failure::HalfWay)?;
+    let done = execute(
+        &mut stopped,
+        spaces,
+        &mut checkpoints[to],
+        &mut plan,
+        phases,
+    )
+    .map_err(Failure::HalfWay)?;
     for other in checkpoints
         .iter_mut()
         .enumerate()
@@ -213,15 +221,17 @@ fn execute(
     stopped: &mut Stopped,
     spaces: &mut Spaces,
     checkpoint: &mut Checkpoint,
-    plan: &Plan,
+    plan: &mut Plan,
     phases: &mut Phases,
 ) -> Result<Done> {
     fault::point("rollback.mutating");
     let recorded = task::Recorded::read(&checkpoint.context)?;
     let killed = task::kill_born(stopped, &recorded)?;
+    fault::point("rollback.killed");
+    let revived = task::revive(stopped, &recorded, &mut plan.tasks)?;
+    fault::point("rollback.revived");
     task::loosen(stopped, &recorded, &plan.tasks)?;
     phases.end("kill");
-    fault::point("rollback.killed");
     for (image, (pid, plan)) in checkpoint.spaces.iter().zip(&plan.memory) {
         space(spaces, *pid)?.restore_layout(stopped, image, plan)?;
     }
@@ -264,6 +274,7 @@ fn execute(
     Ok(Done {
         copied,
         killed,
+        revived,
         reset_connections: effects.reset_connections,
     })
 }

@@ -1,6 +1,6 @@
 //! Observes the live state and refuses what can't be undone, before anything is touched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nix::unistd::{Pid, getpgid, getsid};
 
@@ -13,6 +13,7 @@ use super::layout::{LIMITS, Rights, ThreadState};
 use super::posix_timers;
 use super::probe::{self, Leader, ProcessProbe};
 use super::recorded::{Recorded, RecordedProcess};
+use super::revive::check_ended;
 use super::{About, Result, capture};
 
 /// The live state of the recorded processes and threads before a rollback, for [`restore`](super::restore) to compare.
@@ -20,9 +21,11 @@ use super::{About, Result, capture};
 pub struct Observed {
     pub(super) processes: BTreeMap<Pid, ProcessProbe>,
     pub(super) threads: BTreeMap<Pid, ThreadState>,
+    /// Threads that have ended, with their processes.
+    pub(super) ended: Vec<(Pid, Pid)>,
 }
 
-/// Observes the tree, and refuses what a rollback could not undo: ended processes and threads, changed credentials,
+/// Observes the tree, and refuses what a rollback could not undo: ended processes, changed credentials,
 /// filters, parents, sessions, lowered hard limits, a working directory that is gone.
 ///
 /// Nothing is changed. `leaders` are the answers of the recorded processes' leaders to [`Questions`](probe::Questions);
@@ -49,7 +52,7 @@ pub fn check(
     Ok(observed)
 }
 
-/// Refuses if a recorded process or thread is not there any more.
+/// Refuses if a recorded process is not there any more.
 pub fn check_presence(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<()> {
     recorded
         .processes()
@@ -57,7 +60,11 @@ pub fn check_presence(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<
 }
 
 /// A refusal about a recorded process that is still there.
-fn refuse(process: &RecordedProcess<'_>, object: impl Into<String>, remedy: String) -> Refusal {
+pub(super) fn refuse(
+    process: &RecordedProcess<'_>,
+    object: impl Into<String>,
+    remedy: String,
+) -> Refusal {
     Refusal {
         object: object.into(),
         holder: holder(process),
@@ -83,7 +90,7 @@ pub(super) fn comm(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
-const TAKE_ANOTHER: &str = "it can't be brought back; take a new checkpoint";
+pub(super) const TAKE_ANOTHER: &str = "it can't be brought back; take a new checkpoint";
 
 fn check_is_there(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Result<()> {
     let pid = recorded.pid();
@@ -118,12 +125,6 @@ fn check_is_there(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Resu
     };
     if !same {
         return gone("exited");
-    }
-    for tid in recorded.threads.keys() {
-        if !live.threads.iter().any(|thread| thread.tid == *tid) {
-            let remedy = format!("it has ended since the checkpoint; {TAKE_ANOTHER}");
-            return Err(refuse(recorded, format!("thread {tid}"), remedy).into());
-        }
     }
     Ok(())
 }
@@ -194,7 +195,18 @@ fn observe(
     check_state(process, &live)?;
     check_directory(stopped, process, &live)?;
     observed.processes.insert(pid, live);
+    let live: BTreeSet<Pid> = stopped
+        .process(pid)
+        .into_iter()
+        .flat_map(|process| &process.threads)
+        .map(|thread| thread.tid)
+        .collect();
     for (tid, thread) in &process.threads {
+        if !live.contains(tid) {
+            check_ended(stopped, process, thread, &leader)?;
+            observed.ended.push((pid, *tid));
+            continue;
+        }
         let state = if *tid == pid {
             leader
         } else {
@@ -212,7 +224,7 @@ fn observe(
     Ok(())
 }
 
-fn check_thread_rights(
+pub(super) fn check_thread_rights(
     process: &RecordedProcess<'_>,
     tid: Pid,
     was: &Rights,

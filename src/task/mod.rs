@@ -9,6 +9,7 @@
 //! | [`Recorded::read`] | rollback | a view of the records, in place |
 //! | [`check_presence`], [`Questions`], [`check`] | rollback, before anything is touched | observes the live state, and refuses what can't be undone |
 //! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
+//! | [`revive`] | rollback | makes threads again that have ended |
 //! | [`loosen`] | rollback, before memory and descriptors | what would be in the way of those: limits, rseq areas |
 //! | [`restore`] | rollback, after memory and descriptors | puts back what differs |
 //! | [`verify`] | after a rollback | compares live and recorded state by other means |
@@ -37,6 +38,7 @@ mod prepare;
 pub mod probe;
 mod recorded;
 mod restore;
+mod revive;
 mod verify;
 
 pub use born::kill_born;
@@ -50,6 +52,7 @@ pub use prepare::prepare;
 pub use probe::{Leader, Questions};
 pub use recorded::{Recorded, RecordedProcess, RecordedThread};
 pub use restore::{loosen, restore};
+pub use revive::revive;
 pub use verify::verify;
 
 use nix::errno::Errno;
