@@ -11,6 +11,7 @@ crate::support::fixture_tests! {
     socket_buffers,
     socket_options,
     tcp_closed,
+    tcp_flooded,
     tcp_inside,
     tcp_listener,
     tcp_listener_later,

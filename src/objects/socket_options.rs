@@ -267,6 +267,11 @@ impl Options {
         })
     }
 
+    /// Whether the program has set `SO_RCVBUF`, so that the kernel does not make it larger.
+    pub(super) fn sets_receive_buffer(&self) -> bool {
+        self.locks & RCVBUF_LOCKED != 0
+    }
+
     /// Whether nothing a program can have set differs.
     pub(super) fn same(&self, other: &Self) -> bool {
         self.values == other.values

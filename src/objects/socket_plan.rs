@@ -386,9 +386,16 @@ impl<'a> Planner<'a> {
             let same = |now: &State| socket_queue::same(&record.queue, &now.queue, record.shape());
             return match now {
                 Some((now, connection)) if connection.is_open_like(before) && same(now) => Ok(()),
-                Some((_, connection))
+                Some((now, connection))
                     if connection.is_open_like(before) && before.state == state::ESTABLISHED =>
                 {
+                    // What does not fit into a small window now would come only bit by bit.
+                    if now.options.sets_receive_buffer()
+                        && record.irreplaceable.is_none()
+                        && self.is_blocked(other)
+                    {
+                        return self.make(id, Recipe::Pair(other));
+                    }
                     // Named also if nothing waited: what is on the way from it must be taken.
                     self.step(id, Step::Queue(vec![Some(other)]));
                     Ok(())
@@ -430,6 +437,13 @@ impl<'a> Planner<'a> {
             }
             (false, false) => self.make(id, Recipe::Reset),
         }
+    }
+
+    /// Whether this end of a TCP connection, which can be replaced, now has written what its reader has no room for.
+    fn is_blocked(&self, writer: ObjectId) -> bool {
+        let role = self.now(writer).map(|now| &now.role);
+        let has_more = matches!(role, Some(Role::Tcp(connection)) if connection.not_sent > 0);
+        has_more && self.recorded[&writer].irreplaceable.is_none()
     }
 
     fn datagram(&mut self, id: ObjectId, record: &'a State) -> Result<(), Obstacle> {

@@ -68,10 +68,11 @@ impl Connection {
     }
 }
 
-/// `FIN_WAIT1` becomes `FIN_WAIT2` by itself.
+/// `FIN_WAIT1` becomes `FIN_WAIT2` by itself; of a connection that both have ended nobody can tell who was first.
 pub(super) fn phase(state: u8) -> u8 {
     match state {
         state::FIN_WAIT1 => state::FIN_WAIT2,
+        state::LAST_ACK => state::CLOSING,
         other => other,
     }
 }
