@@ -18,6 +18,7 @@ crate::support::fixture_tests! {
     mremap_grow,
     mremap_move,
     munmap,
+    private_file_dropped,
     private_file_map,
     remap_same_address,
     shared_anon,
