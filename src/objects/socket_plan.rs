@@ -387,7 +387,9 @@ impl<'a> Planner<'a> {
             return match now {
                 Some((now, connection)) if connection.is_open_like(before) && same(now) => Ok(()),
                 Some((now, connection))
-                    if connection.is_open_like(before) && before.state == state::ESTABLISHED =>
+                    if connection.is_open_like(before)
+                        && before.state == state::ESTABLISHED
+                        && self.may_write(other) =>
                 {
                     // What does not fit into a small window now would come only bit by bit.
                     if now.options.sets_receive_buffer()
@@ -437,6 +439,12 @@ impl<'a> Planner<'a> {
             }
             (false, false) => self.make(id, Recipe::Reset),
         }
+    }
+
+    /// Whether this end of a TCP connection is open: its own end may be under way still, so that the other does not show it.
+    fn may_write(&self, writer: ObjectId) -> bool {
+        let role = self.now(writer).map(|now| &now.role);
+        matches!(role, Some(Role::Tcp(connection)) if connection.state == state::ESTABLISHED)
     }
 
     /// Whether this end of a TCP connection, which can be replaced, now has written what its reader has no room for.
