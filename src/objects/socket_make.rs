@@ -477,6 +477,16 @@ fn tcp_pair(one: &State, two: &State, home: i32) -> Result<(OwnedFd, OwnedFd), E
             &two.peer,
         )
         .map_err(own("joining a TCP connection"))?;
+        for (fd, state) in ends.iter().zip([one, two]) {
+            // What had arrived has to arrive again, more than the first window; options go back afterwards.
+            let queued: usize = state.queue.iter().map(|message| message.data.len()).sum();
+            if let Role::Tcp(connection) = &state.role
+                && queued == connection.unread as usize
+                && queued > 0
+            {
+                udp::make_room(fd.as_fd()).map_err(own("setsockopt"))?;
+            }
+        }
         let [first, second] = ends;
         Ok((first, second))
     })
