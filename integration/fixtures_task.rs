@@ -25,10 +25,16 @@ crate::support::fixture_tests! {
     scheduling,
     sigaction,
     sigmask,
-    thread_exits,
     threads_born,
+    thread_exits,
     thread_storm,
     tid_address,
     umask,
     xstate,
+}
+
+/// Threads are made again without a privilege of the program's own.
+#[test]
+fn thread_exits_unprivileged() {
+    crate::support::fixture::unprivileged_run("thread_exits");
 }

@@ -236,8 +236,24 @@ pub(crate) fn control_run(program: &str) {
 /// Wrecked and rolled back twice, run on in between.
 #[track_caller]
 pub(crate) fn rollback_run(program: &str) {
+    comes_back(Fixture::start(program));
+}
+
+/// The same in a PID namespace of its own, as nobody, without any privilege: what a container's processes may do at most.
+#[track_caller]
+pub(crate) fn unprivileged_run(program: &str) {
+    let mut command = Command::new("unshare");
+    command
+        .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+        .args(["setpriv", "--reuid=65534", "--regid=65534"])
+        .args(["--clear-groups", "--bounding-set=-all", "--no-new-privs"])
+        .arg(build_directory().join(program));
+    comes_back(Fixture::launch(program, command));
+}
+
+#[track_caller]
+fn comes_back(mut fixture: Fixture) {
     let mut session = Session::new();
-    let mut fixture = Fixture::start(program);
     session.checkpoint(fixture.pid());
     fixture.verify("after the checkpoint");
     fixture.mutate();

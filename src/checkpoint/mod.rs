@@ -100,6 +100,8 @@ pub struct Checkpoint {
     pub shared: Vec<SharedImage>,
     /// Descriptors.
     pub objects: objects::Capture,
+    /// Threads that were made again since with another TID in our namespace.
+    pub renamed: task::Renamed,
     /// Number of processes.
     pub processes: usize,
     /// Number of threads.
@@ -236,6 +238,7 @@ fn capture(
         spaces: Vec::new(),
         shared,
         objects,
+        renamed: task::Renamed::new(),
         processes: stopped.processes().count(),
         threads: stopped.thread_count(),
         resident_pages,

@@ -1,6 +1,7 @@
 //! Threads of a stopped process that have ended, made again under their numbers.
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -19,8 +20,8 @@ const THREAD: i32 = libc::CLONE_VM
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM;
 
-/// How often another task may get the number first.
-const ATTEMPTS: usize = 200;
+/// How long others may get the number first.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// `struct clone_args` of Linux 5.7 (clone(2)).
 #[repr(C)]
@@ -40,20 +41,22 @@ struct CloneArguments {
 }
 
 impl Stopped<'_> {
-    /// Makes a thread with the TID `tid` in our namespace and `inside` in its own. It is stopped, before its first
-    /// instruction, and has the credentials, filters and namespaces of the process's leader; registers and signal mask are
-    /// to be set.
-    pub fn make_thread(&mut self, pid: Pid, tid: Pid, inside: i32) -> Result<()> {
+    /// Makes a thread with the TID `inside` in its own PID namespace, and in ours with `tid` if that is the same one or can
+    /// be had; returns which it has. It is stopped, before its first instruction, and has the credentials, filters and
+    /// namespaces of the process's leader; registers and signal mask are to be set.
+    pub fn make_thread(&mut self, pid: Pid, tid: Pid, inside: i32) -> Result<Pid> {
         let text = procfs::text_held(&self.member(pid)?.status)
             .context(|| format!("read /proc/{pid}/status"))?;
         let levels = procfs::namespace_pids(&text).len();
         let ids = match levels {
-            1 => vec![tid.as_raw()],
+            1 => vec![inside],
             2 => vec![inside, tid.as_raw()],
             _ => Vec::new(),
         };
-        if !ids.is_empty() && self.clone_with_ids(pid, tid, &ids)? {
-            return Ok(());
+        if !ids.is_empty()
+            && let Some(made) = self.clone_with_ids(pid, &ids)?
+        {
+            return Ok(made);
         }
         // It takes a privilege that processes of containers do not have. So the number is asked for from outside.
         let namespace = match levels {
@@ -63,12 +66,13 @@ impl Stopped<'_> {
                     .context(|| format!("open /proc/{pid}/ns/pid"))?,
             ),
         };
-        for _ in 0..ATTEMPTS {
-            if let Some(namespace) = &namespace {
-                last_pid::set_next_in(namespace.as_fd(), inside)
-                    .context(|| format!("ask for TID {inside} in the namespace of {pid}"))?;
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            match &namespace {
+                Some(namespace) => last_pid::set_next_in(namespace.as_fd(), inside),
+                None => last_pid::set_next(inside),
             }
-            last_pid::set_next(tid.as_raw()).context(|| format!("ask for TID {tid}"))?;
+            .context(|| format!("ask for TID {inside} in the namespace of {pid}"))?;
             let mut batch = Batch::new();
             let zero = 0.into();
             let clone = batch.call(libc::SYS_clone, &[THREAD.into(), zero, zero, zero, zero]);
@@ -80,11 +84,9 @@ impl Stopped<'_> {
                 return Err(Error::Gone(pid));
             };
             self.adopt(pid, born)?;
-            let born_inside = self.id_inside(pid, born)?;
-            if (born, born_inside) == (tid, inside) {
-                return Ok(());
+            if self.id_inside(pid, born)? == inside {
+                return Ok(born);
             }
-            tracing::debug!(%born, born_inside, %tid, inside, "a thread got another number");
             self.end_thread(pid, born)?;
         }
         Err(failed(
@@ -94,8 +96,8 @@ impl Stopped<'_> {
         ))
     }
 
-    /// Whether the kernel lets the process choose the numbers (`set_tid` of clone3(2), Linux 5.5).
-    fn clone_with_ids(&mut self, pid: Pid, tid: Pid, ids: &[i32]) -> Result<bool> {
+    /// The same with numbers that the process chooses (`set_tid` of clone3(2), Linux 5.5), if the kernel lets it.
+    fn clone_with_ids(&mut self, pid: Pid, ids: &[i32]) -> Result<Option<Pid>> {
         let mut batch = Batch::new();
         let set_tid = batch.filled(ids.as_bytes());
         let arguments = batch.filled(
@@ -119,9 +121,11 @@ impl Stopped<'_> {
                     return Err(Error::Gone(pid));
                 };
                 self.adopt(pid, born)?;
-                Ok(born == tid)
+                Ok(Some(born))
             }
-            Err(Errno::EPERM | Errno::ENOSYS | Errno::EINVAL | Errno::E2BIG) => Ok(false),
+            Err(Errno::EPERM | Errno::ENOSYS | Errno::EINVAL | Errno::E2BIG) => Ok(None),
+            // Ours is taken; it does not matter to the program.
+            Err(Errno::EEXIST) if ids.len() > 1 => Ok(None),
             Err(errno) => Err(failed(pid, "clone3", errno)),
         }
     }

@@ -21,8 +21,8 @@ pub struct Done {
     pub copied: Copied,
     /// Processes and threads killed.
     pub killed: usize,
-    /// Threads made again that had ended.
-    pub revived: usize,
+    /// Threads made again that had ended: their TIDs in our namespace, as they were and as they are now.
+    pub revived: Vec<(Pid, Pid)>,
     /// Connections reset.
     pub reset_connections: usize,
 }
@@ -78,6 +78,9 @@ pub fn run(
         .filter(|(index, _)| *index != to)
         .map(|(_, other)| other)
     {
+        for (was, is) in &done.revived {
+            task::rename(&mut other.renamed, *was, *is);
+        }
         for image in &mut other.spaces {
             if let Some((_, plan)) = plan.memory.iter().find(|(pid, _)| *pid == image.pid) {
                 image.stale = image.stale.union(&plan.copy);
@@ -111,7 +114,7 @@ struct Plan {
 fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) -> Result<Plan> {
     // It may write to the tree's memory, so it precedes the scan.
     task::prepare(stopped)?;
-    let recorded = task::Recorded::read(&checkpoint.context)?;
+    let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
     task::check_presence(stopped, &recorded)?;
     let context = &checkpoint.context;
     let mut maps = Vec::with_capacity(checkpoint.spaces.len());
@@ -225,10 +228,17 @@ fn execute(
     phases: &mut Phases,
 ) -> Result<Done> {
     fault::point("rollback.mutating");
-    let recorded = task::Recorded::read(&checkpoint.context)?;
+    let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
     let killed = task::kill_born(stopped, &recorded)?;
     fault::point("rollback.killed");
     let revived = task::revive(stopped, &recorded, &mut plan.tasks)?;
+    for (was, is) in &revived {
+        task::rename(&mut checkpoint.renamed, *was, *is);
+    }
+    let recorded = match revived.is_empty() {
+        true => recorded,
+        false => task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?,
+    };
     fault::point("rollback.revived");
     task::loosen(stopped, &recorded, &plan.tasks)?;
     phases.end("kill");
@@ -284,7 +294,7 @@ fn compare(
     spaces: &mut Spaces,
     checkpoint: &Checkpoint,
 ) -> Result<Vec<Difference>> {
-    let recorded = task::Recorded::read(&checkpoint.context)?;
+    let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
     let mut differences = Vec::new();
     // Memory first: the others run code in the tree, upon which the kernel writes to the threads' rseq areas.
     let areas = recorded.rseq_areas();

@@ -50,9 +50,9 @@ pub use layout::{
 pub use posix_timers::PosixTimer;
 pub use prepare::prepare;
 pub use probe::{Leader, Questions};
-pub use recorded::{Recorded, RecordedProcess, RecordedThread};
+pub use recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
 pub use restore::{loosen, restore};
-pub use revive::revive;
+pub use revive::{rename, revive};
 pub use verify::verify;
 
 use nix::errno::Errno;

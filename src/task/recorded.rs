@@ -42,6 +42,8 @@ pub struct RecordedProcess<'c> {
 /// A recorded thread.
 #[derive(Debug, Clone, Copy)]
 pub struct RecordedThread<'c> {
+    /// Its TID in our namespace: as recorded, or as it was made again.
+    pub tid: Pid,
     /// Registers and other state.
     pub record: &'c ThreadRecord,
     /// Its extended state, XSAVE layout.
@@ -72,7 +74,7 @@ impl RecordedProcess<'_> {
 impl RecordedThread<'_> {
     /// Its TID in our namespace.
     pub fn tid(&self) -> Pid {
-        Pid::from_raw(self.record.tid as i32)
+        self.tid
     }
 
     /// The registers to run on with.
@@ -81,20 +83,25 @@ impl RecordedThread<'_> {
     }
 }
 
+/// Threads that were made again with another TID in our namespace: from the recorded to the one they have now.
+pub type Renamed = BTreeMap<Pid, Pid>;
+
 impl<'c> Recorded<'c> {
     /// Finds the records of a context that is kept or was loaded.
     ///
     /// # Errors
     ///
     /// [`Error::Payload`] if a record is missing or not what its kind promises.
-    pub fn read(context: &'c Context) -> Result<Self> {
+    pub fn read(context: &'c Context, renamed: &Renamed) -> Result<Self> {
         let mut of_process: HashMap<u64, Vec<RecordedThread<'c>>> = HashMap::new();
         for record in context.records_of(Kind::Thread) {
             let (thread, xstate) = record.fixed::<ThreadRecord>()?;
+            let tid = Pid::from_raw(thread.tid as i32);
             of_process
                 .entry(thread.process)
                 .or_default()
                 .push(RecordedThread {
+                    tid: renamed.get(&tid).copied().unwrap_or(tid),
                     record: thread,
                     xstate,
                     pending: pending(context, record.id())?,

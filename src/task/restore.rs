@@ -275,9 +275,9 @@ fn restore_timers(
     let pid = process.pid();
     let live = posix_timers::list(pid)?;
     let namespace_tid = |target: i32| {
-        process
-            .threads
-            .get(&Pid::from_raw(target))
+        let mut threads = process.threads.values();
+        threads
+            .find(|thread| thread.record.tid == target as u64)
             .map_or(0, |thread| thread.record.state.namespace_tid)
     };
     let named = posix_timers::restore(&mut steps.batch, &live, process.posix_timers, namespace_tid);

@@ -10,7 +10,7 @@ use super::Result;
 use super::check::{Observed, TAKE_ANOTHER, check_thread_rights, refuse};
 use super::layout::ThreadState;
 use super::probe;
-use super::recorded::{Recorded, RecordedProcess, RecordedThread};
+use super::recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
 
 /// Whether a thread that has ended can be made again: with the credentials and filters that the leader has now, under its
 /// number.
@@ -26,7 +26,9 @@ pub(super) fn check_ended(
         return Err(refuse(process, "its main thread", remedy).into());
     }
     check_thread_rights(process, tid, &thread.record.state.rights, &leader.rights)?;
-    if let Some(other) = taken_by(stopped, tid) {
+    // In a PID namespace of its own its number is free, as what was born since is ended before.
+    let is_ours = thread.record.state.namespace_tid as i32 == tid.as_raw();
+    if let Some(other) = taken_by(stopped, tid).filter(|_| is_ours) {
         return Err(Refusal {
             object: format!("thread {tid}"),
             holder: super::check::holder(process),
@@ -50,22 +52,34 @@ fn taken_by(stopped: &Stopped<'_>, tid: Pid) -> Option<String> {
         .then(|| format!("pid {pid} ({})", procfs::comm(pid)))
 }
 
-/// Makes the threads again that have ended, to be restored like the others. Returns how many.
+/// Makes the threads again that have ended, to be restored like the others. Returns their TIDs in our namespace, as they
+/// were and as they are now.
 pub fn revive(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded<'_>,
     observed: &mut Observed,
-) -> Result<usize> {
-    let ended = std::mem::take(&mut observed.ended);
-    for &(pid, tid) in &ended {
+) -> Result<Vec<(Pid, Pid)>> {
+    let mut revived = Vec::with_capacity(observed.ended.len());
+    for (pid, was) in std::mem::take(&mut observed.ended) {
         let thread = recorded
             .process(pid)
-            .and_then(|process| process.threads.get(&tid));
+            .and_then(|process| process.threads.get(&was));
         let Some(thread) = thread else { continue };
         let inside = thread.record.state.namespace_tid as i32;
-        stopped.make_thread(pid, tid, inside)?;
+        let tid = stopped.make_thread(pid, was, inside)?;
         let state = probe::thread(stopped, pid, tid)?;
         observed.threads.insert(tid, state);
+        revived.push((was, tid));
     }
-    Ok(ended.len())
+    Ok(revived)
+}
+
+/// Notes in what a checkpoint knows of its threads that one has another TID in our namespace.
+pub fn rename(renamed: &mut Renamed, was: Pid, is: Pid) {
+    match renamed.values_mut().find(|tid| **tid == was) {
+        Some(tid) => *tid = is,
+        None => {
+            renamed.insert(was, is);
+        }
+    }
 }

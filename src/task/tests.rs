@@ -86,7 +86,7 @@ impl Subject {
     }
 
     fn differences(&mut self, context: &Context) -> Vec<String> {
-        let recorded = Recorded::read(context).expect("records");
+        let recorded = Recorded::read(context, &Renamed::new()).expect("records");
         let mut stopped = self.stop();
         let found = verify(&mut stopped, &recorded).expect("verify");
         stopped.resume().expect("resume");
@@ -95,7 +95,7 @@ impl Subject {
 
     /// Returns how many processes and threads were killed.
     fn roll_back(&mut self, context: &Context) -> usize {
-        let recorded = Recorded::read(context).expect("records");
+        let recorded = Recorded::read(context, &Renamed::new()).expect("records");
         let mut stopped = self.stop();
         let observed = observe(&mut stopped, &recorded).expect("check");
         let killed = kill_born(&mut stopped, &recorded).expect("kill what was born");
@@ -109,7 +109,7 @@ impl Subject {
     }
 
     fn refusal(&mut self, context: &Context) -> Refusal {
-        let recorded = Recorded::read(context).expect("records");
+        let recorded = Recorded::read(context, &Renamed::new()).expect("records");
         let mut stopped = self.stop();
         let result = observe(&mut stopped, &recorded);
         stopped.resume().expect("resume");
