@@ -13,6 +13,7 @@ pub mod namespaces;
 pub mod pagemap;
 pub mod pidfd;
 pub mod probe;
+pub mod proc_events;
 pub mod procfs;
 pub mod ptrace;
 pub mod registers;

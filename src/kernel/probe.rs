@@ -14,6 +14,7 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, pause};
 use serde::Serialize;
 
 use super::pagemap::{self, Backing, Scan};
+use super::proc_events::ProcEvents;
 use super::sock_diag::SockDiag;
 use super::userfaultfd::{USER_MODE_ONLY, WriteTracker};
 use super::{kcmp, pidfd, procfs, ptrace, remote_memory};
@@ -209,6 +210,11 @@ const TESTS: &[Test] = &[
         "INET_DIAG_DESTROY",
         "a connection that must be reset makes a rollback refuse",
         |_| socket_destroy(),
+    ),
+    wants(
+        "process events connector",
+        "processes of a tree taken with --pid that leave their parents (daemons) are not found",
+        |_| told(ProcEvents::open(1 << 16), ""),
     ),
     wants("cgroup.freeze", "no pause and resume", |_| cgroup_freeze()),
 ];
