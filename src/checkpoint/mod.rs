@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use nix::unistd::Pid;
 
-use crate::freeze::{self, OnTracerDeath, Stopped, Tree};
+use crate::freeze::{self, OnTracerDeath, Process, Stopped, Tree};
 use crate::kernel::kcmp;
 use crate::memory::{self, SharedImage, Space, SpaceImage};
 use crate::outcome::Refusal;
@@ -108,6 +108,8 @@ pub struct Checkpoint {
     pub threads: usize,
     /// Pages that were populated when it was taken.
     pub resident_pages: u64,
+    /// [`Tree::losses`] when it was taken.
+    pub losses: u64,
 }
 
 /// Takes a checkpoint. `others` are the tree's other checkpoints, which learn what was written since.
@@ -242,6 +244,7 @@ fn capture(
         processes: stopped.processes().count(),
         threads: stopped.thread_count(),
         resident_pages,
+        losses: stopped.tree().losses(),
     })
 }
 
@@ -256,20 +259,24 @@ fn memfds(objects: &objects::Capture) -> Vec<(Pid, RawFd)> {
 
 /// Refuses processes that share an address space without being threads of one process.
 fn check_spaces(stopped: &Stopped) -> Result<()> {
-    for process in stopped.processes().filter(|process| !process.is_zombie()) {
-        let Some(parent) = stopped
-            .process(process.parent)
-            .filter(|parent| !parent.is_zombie())
-        else {
-            continue;
+    let living = || stopped.processes().filter(|process| !process.is_zombie());
+    for process in living().filter(|process| process.pid != stopped.root()) {
+        let shares = |other: &&Process| {
+            other.pid != process.pid
+                && kcmp::same(process.pid, other.pid, kcmp::Shared::Memory) == Ok(true)
         };
-        if kcmp::same(process.pid, parent.pid, kcmp::Shared::Memory).unwrap_or(false) {
+        let sharer = match stopped.process(process.parent) {
+            Some(parent) => Some(parent).filter(|parent| !parent.is_zombie() && shares(parent)),
+            // Whoever made an orphan has ended; it may share with anybody.
+            None => living().find(shares),
+        };
+        if let Some(sharer) = sharer {
             return Err(Refusal {
                 object: "its address space".into(),
                 holder: process.holder(),
                 remedy: format!(
-                    "it shares it with its parent {} (vfork or CLONE_VM); try again when it has executed its program",
-                    parent.holder()
+                    "it shares it with {} (vfork or CLONE_VM); try again when it has executed its program",
+                    sharer.holder()
                 ),
             }
             .into());

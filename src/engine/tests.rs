@@ -114,3 +114,33 @@ fn any_of_several_checkpoints_is_a_target() {
         Err(Error::Failed(_))
     ));
 }
+
+#[test]
+fn lost_process_events_are_refused_until_the_next_checkpoint() {
+    let mut program = Program::start();
+    let before = program.ask("add 3");
+    let mut engine = Engine::attach(Target::of_pid(program.child.id() as i32)).unwrap();
+    engine.checkpoint("before").unwrap();
+    engine.tree.lose_events();
+    let wrecked = program.ask("add 4");
+    for _ in 0..2 {
+        match engine.rollback("before", RollbackOptions::default()) {
+            Err(Error::Refused(refusal)) => {
+                assert!(refusal.remedy.contains("may have been missed"), "{refusal}")
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(program.ask("show"), wrecked);
+    }
+    engine.checkpoint("after").unwrap();
+    program.ask("add 5");
+    engine
+        .rollback("after", RollbackOptions { verify: true })
+        .unwrap();
+    assert_eq!(program.ask("show"), wrecked);
+    assert_ne!(before, wrecked);
+    assert!(matches!(
+        engine.rollback("before", RollbackOptions::default()),
+        Err(Error::Refused(_))
+    ));
+}

@@ -7,10 +7,13 @@ mod batch;
 mod discover;
 mod inject;
 mod kill;
+mod lineage;
+mod orphans;
 mod pass;
 mod revive;
 mod stopped;
 mod tree;
+mod watch;
 
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
 pub use inject::{PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING};
@@ -91,3 +94,6 @@ pub(crate) fn refuse(pid: Pid, object: impl Into<String>, remedy: impl Into<Stri
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod orphans_tests;

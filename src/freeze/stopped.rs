@@ -236,6 +236,8 @@ impl<'t> Stopped<'t> {
                 .filter(|member| member.is_alive())
                 .map(|member| member.pid),
         );
+        let mut orphans = BTreeSet::new();
+        let mut looked_at = 0;
         loop {
             let mut fresh = Vec::new();
             for pid in &found {
@@ -245,12 +247,17 @@ impl<'t> Stopped<'t> {
             for (pid, tid) in &fresh {
                 self.await_stop(*pid, *tid, deadline)?;
             }
-            if fresh.is_empty() {
-                // All that runs was stopped before the children were listed: the lists are complete.
+            if fresh.is_empty() && looked_at == found.len() {
+                // All that runs was stopped before the children were listed and the births were told: both are complete.
+                // One that ended before it could be stopped may have left children, hence the look at the number.
+                self.know_all();
                 return Ok(());
             }
+            self.catch_up(&mut found, &mut orphans);
             self.open_members()?;
+            looked_at = found.len();
             self.add_children(&mut found)?;
+            self.add_orphans(&mut found, &mut orphans);
         }
     }
 
@@ -279,7 +286,9 @@ impl<'t> Stopped<'t> {
                 Seized::Taken => {}
                 Seized::Gone => continue,
                 Seized::Zombie { parent } => {
-                    self.note_process(pid, parent);
+                    if !self.is_reaped_outside(pid, parent) {
+                        self.note_process(pid, parent);
+                    }
                     continue;
                 }
             }
@@ -614,15 +623,9 @@ impl<'t> Stopped<'t> {
         self.finish_all();
         let mut first_error = Ok(());
         for process in std::mem::take(&mut self.processes).values_mut() {
-            for thread in &mut process.threads {
-                if !thread.state.stopped {
-                    self.tree.stragglers.push(thread.tid);
-                    continue;
-                }
-                let result = thread.release();
-                if first_error.is_ok() {
-                    first_error = result;
-                }
+            let result = self.release_threads(process);
+            if first_error.is_ok() {
+                first_error = result;
             }
             if let Some(window) = self
                 .tree
@@ -634,6 +637,29 @@ impl<'t> Stopped<'t> {
             }
         }
         first_error
+    }
+
+    fn release_threads(&mut self, process: &mut Process) -> Result<()> {
+        let mut first_error = Ok(());
+        for thread in &mut process.threads {
+            if !thread.state.stopped {
+                self.tree.stragglers.push(thread.tid);
+                continue;
+            }
+            let result = thread.release();
+            if first_error.is_ok() {
+                first_error = result;
+            }
+        }
+        first_error
+    }
+
+    /// Lets a process run on that is none of the tree's.
+    pub(super) fn let_go(&mut self, pid: Pid) {
+        if let Some(mut process) = self.processes.remove(&pid) {
+            // Nothing was changed in it, so there is nothing that could fail but that it is gone.
+            let _ = self.release_threads(&mut process);
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use crate::kernel::{pidfd, procfs};
 
 use super::inject::TargetWindow;
 use super::stopped::Stopped;
+use super::watch::Watch;
 use super::{Context, Result, discover, refuse};
 
 /// What becomes of stopped tasks if the thread that stopped them dies.
@@ -115,24 +116,44 @@ pub struct Tree {
     pub(super) stragglers: Vec<Pid>,
     /// Address spaces seen so far.
     pub(super) generations: u64,
+    /// Tells of descendants that have left their parents. None: it is not needed or can't be had.
+    pub(super) watch: Option<Watch>,
 }
 
 impl Tree {
     /// Takes note of the tree below `root`, a process; nothing is stopped.
     ///
-    /// The tree is `root` and its descendants; if `root` is the init of a PID namespace of its own, every process of
+    /// The tree is `root` and its descendants, those too that leave their parents from now on; if `root` is the init of a PID namespace of its own, every process of
     /// that namespace, wherever its parent is.
     pub fn new(root: Pid) -> Result<Self> {
         discover::check_root(root)?;
         let member = Member::open(root)?;
+        let scope = discover::Scope::of(root)?;
+        let watch = match scope {
+            discover::Scope::Descendants => Watch::start(root),
+            discover::Scope::Namespace { .. } => None,
+        };
         Ok(Self {
             root,
-            scope: discover::Scope::of(root)?,
+            scope,
             members: BTreeMap::from([(root, member)]),
             shadows: BTreeMap::new(),
             stragglers: Vec::new(),
             generations: 0,
+            watch,
         })
+    }
+
+    /// How often process events were lost so far. Processes of the tree that left their parents between a checkpoint and
+    /// a later loss may not be known.
+    pub fn losses(&self) -> u64 {
+        self.watch.as_ref().map_or(0, Watch::losses)
+    }
+
+    /// Makes it lose process events.
+    #[cfg(test)]
+    pub(crate) fn lose_events(&self) {
+        self.watch.as_ref().expect("process events").overflow();
     }
 
     /// The root's PID.

@@ -111,7 +111,22 @@ struct Plan {
     objects: objects::Plan,
 }
 
+/// Refuses if processes born since the checkpoint may be missing from the stopped tree.
+fn check_complete(stopped: &Stopped, checkpoint: &Checkpoint) -> Result<()> {
+    if stopped.tree().losses() == checkpoint.losses {
+        return Ok(());
+    }
+    let root = stopped.process(stopped.root());
+    Err(Refusal {
+        object: "the tree".into(),
+        holder: root.map_or_else(String::new, |root| root.holder()),
+        remedy: "processes that have left their parents since the checkpoint may have been missed, as the kernel's process events did not all arrive; take a new checkpoint".into(),
+    }
+    .into())
+}
+
 fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) -> Result<Plan> {
+    check_complete(stopped, checkpoint)?;
     // It may write to the tree's memory, so it precedes the scan.
     task::prepare(stopped)?;
     let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;

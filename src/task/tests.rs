@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 use super::*;
 use crate::freeze::{OnTracerDeath, Stopped, Tree};
+use crate::kernel::procfs;
 use crate::outcome::Difference;
 use crate::record::Context;
 
@@ -276,6 +277,24 @@ fn children_born_since_are_killed_and_reaped() {
         subject.ask("if (!fork) { POSIX::_exit(0) } 1");
         assert!(subject.roll_back(&context) >= 1);
         assert_eq!(subject.ask("waitpid -1, WNOHANG"), "-1");
+    }
+}
+
+#[test]
+fn orphans_born_since_are_killed() {
+    let mut subject = Subject::start();
+    // The variables are made before the checkpoint, as memory does not go back here.
+    subject.ask("our ($r, $w, $middle, $orphan); pipe $r, $w; 1");
+    let context = subject.checkpoint();
+    for _ in 0..3 {
+        let orphan = subject.ask(
+            r#"if (!($middle = fork)) { if ($orphan = fork) { syswrite $w, "$orphan\n"; POSIX::_exit(0) } sleep 1000 } waitpid $middle, 0; sysread $r, $orphan, 16; 0 + $orphan"#,
+        );
+        let orphan = Pid::from_raw(orphan.parse().expect("a PID"));
+        let killed = subject.roll_back(&context);
+        let lives = procfs::Stat::read(orphan).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'));
+        let _ = kill(orphan, Signal::SIGKILL);
+        assert_eq!((killed, lives), (1, false));
     }
 }
 
