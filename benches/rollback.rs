@@ -23,7 +23,7 @@ fn main() {
 fn against_others(program: &Path) {
     let mut rows = Vec::new();
     // Negative: other pages each time.
-    for pages in [10, 100, 1000, -10, -1000] {
+    for pages in [10i32, 100, 1000, -10, -1000] {
         let order = format!("d {pages}");
         let start = |mode: &str| Program::start(program, &[mode.to_owned(), "100".to_owned()]);
         let mut floor = start("floor");
