@@ -131,6 +131,7 @@ macro_rules! leak_tests {
 leak_tests! {
     children_born,
     munmap,
+    orphan_born,
     pending_signals,
     shared_anon,
 }

@@ -12,6 +12,7 @@ mod fixtures_sockets;
 mod fixtures_task;
 mod honesty;
 mod leaks;
+mod orphans;
 mod real_programs;
 mod refusals;
 mod runtime;
