@@ -17,10 +17,12 @@ use crate::kernel::proc_events::{Event, Lost, ProcEvents};
 
 use super::lineage::Lineage;
 
-/// Room for some 40,000 events; memory is used by those only that are queued.
-const BUFFER: usize = 16 << 20;
+/// Room for some 80,000 events; memory is used by those only that are queued.
+const BUFFER: usize = 32 << 20;
 /// How long events may queue up before they are taken, in milliseconds: a busy machine would mean a wake-up for each.
 const REST: u8 = 20;
+/// Having taken so many in one go it does not rest.
+const MANY: usize = 4096;
 
 /// The descendants of a root, kept up to date by a thread that ends with this.
 #[derive(Debug)]
@@ -124,7 +126,8 @@ struct Followed {
 }
 
 impl Followed {
-    fn follow(&mut self, extent: Extent) -> Result<(), Lost> {
+    /// Returns how many events there were.
+    fn follow(&mut self, extent: Extent) -> Result<usize, Lost> {
         if let Some(lost) = self.lost {
             return Err(lost);
         }
@@ -192,13 +195,16 @@ impl Drop for Listening {
 fn keep_following(followed: &Mutex<Followed>, socket: &OwnedFd, end: &UnixStream) {
     // Signals are for the threads of whoever uses us.
     let _ = SigSet::all().thread_block();
+    let mut count = 0;
     loop {
         let [ended, told] = ready([end.as_fd(), socket.as_fd()], PollTimeout::NONE);
-        if ended || told && ready([end.as_fd()], REST.into())[0] {
+        if ended || told && count < MANY && ready([end.as_fd()], REST.into())[0] {
             return;
         }
-        if followed.lock().follow(Extent::Queued).is_err() {
-            return;
+        let followed = followed.lock().follow(Extent::Queued);
+        match followed {
+            Ok(events) => count = events,
+            Err(_) => return,
         }
     }
 }

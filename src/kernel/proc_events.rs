@@ -38,6 +38,8 @@ const INITIAL_PID_NAMESPACE: u64 = 0xefff_fffc;
 /// Messages taken by one call, and room for one: a message has 76 bytes.
 const AT_ONCE: usize = 64;
 const ROOM: usize = 128;
+/// About as many are taken by [`ProcEvents::receive`].
+const MOST: usize = 4096;
 
 /// What the kernel has told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,13 +111,14 @@ impl ProcEvents {
         Ok(opened)
     }
 
-    /// Appends all events that are queued. Does not wait.
+    /// Appends the events that are queued, some thousands at most, and returns how many there were, of any kind. Does
+    /// not wait.
     ///
     /// # Errors
     ///
     /// [`Lost`]; what came before the loss has been appended.
-    pub fn receive(&mut self, events: &mut Vec<Event>) -> Result<(), Lost> {
-        self.receive_all(events, |_| ())
+    pub fn receive(&mut self, events: &mut Vec<Event>) -> Result<usize, Lost> {
+        self.receive_all(events, |_, count| count >= MOST)
     }
 
     /// As [`ProcEvents::receive`], and makes sure that nothing is missing of what has happened before the call: gives the
@@ -124,14 +127,17 @@ impl ProcEvents {
     /// # Errors
     ///
     /// As [`ProcEvents::receive`], and if our own event is not there.
-    pub fn receive_until_now(&mut self, events: &mut Vec<Event>) -> Result<(), Lost> {
+    pub fn receive_until_now(&mut self, events: &mut Vec<Event>) -> Result<usize, Lost> {
         let own = gettid();
         prctl::get_name()
             .and_then(|name| prctl::set_name(&name))
             .map_err(Lost::Unreadable)?;
         let mut seen = false;
-        self.receive_all(events, |renamed| seen |= renamed == own)?;
-        if seen { Ok(()) } else { Err(Lost::Silence) }
+        let count = self.receive_all(events, |renamed, _| {
+            seen |= renamed == Some(own);
+            seen
+        })?;
+        if seen { Ok(count) } else { Err(Lost::Silence) }
     }
 
     /// The socket, to be polled.
@@ -147,20 +153,24 @@ impl ProcEvents {
         (0..64).for_each(|_| prctl::set_name(&name).expect("an event"));
     }
 
+    /// Until the queue is empty or, as more may come all the time, `is_enough`: told of each message whom it renames, and
+    /// how many there were before those taken with it.
     fn receive_all(
         &mut self,
         events: &mut Vec<Event>,
-        mut renamed: impl FnMut(Pid),
-    ) -> Result<(), Lost> {
+        mut is_enough: impl FnMut(Option<Pid>, usize) -> bool,
+    ) -> Result<usize, Lost> {
         let mut messages = [[0; ROOM]; AT_ONCE];
+        let mut count = 0;
         loop {
             let lens = match receive_some(self.socket.as_fd(), &mut messages) {
                 Ok(lens) => lens,
-                Err(Errno::EAGAIN) => return Ok(()),
+                Err(Errno::EAGAIN) => return Ok(count),
                 Err(Errno::EINTR) => continue,
                 Err(Errno::ENOBUFS) => return Err(Lost::Overflow),
                 Err(errno) => return Err(Lost::Unreadable(errno)),
             };
+            let mut enough = false;
             for (message, len) in messages.iter().zip(&lens) {
                 let Some(len) = *len else { continue };
                 let message = Message::parse(message.get(..len).unwrap_or_default())
@@ -169,15 +179,20 @@ impl ProcEvents {
                 if last.is_some_and(|last| last.wrapping_add(1) != message.sequence) {
                     return Err(Lost::Gap);
                 }
-                match message.what {
-                    What::Event(event) => events.push(event),
-                    What::Renamed(tid) => renamed(tid),
-                    What::Other => {}
-                }
+                let renamed = match message.what {
+                    What::Event(event) => {
+                        events.push(event);
+                        None
+                    }
+                    What::Renamed(tid) => Some(tid),
+                    What::Other => None,
+                };
+                enough |= is_enough(renamed, count);
             }
+            count += lens.len();
             // Fewer than asked for: the queue was empty.
-            if lens.len() < AT_ONCE {
-                return Ok(());
+            if enough || lens.len() < AT_ONCE {
+                return Ok(count);
             }
         }
     }
