@@ -13,7 +13,6 @@ crate::support::fixture_tests! {
     hundred_processes,
     hundred_threads,
     itimers,
-    orphan_born,
     pending_signals,
     posix_timers,
     posix_timers_deleted,

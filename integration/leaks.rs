@@ -131,7 +131,28 @@ macro_rules! leak_tests {
 leak_tests! {
     children_born,
     munmap,
-    orphan_born,
     pending_signals,
     shared_anon,
+}
+
+mod orphan_born {
+    use crate::orphans::PROCESS_EVENTS;
+    use crate::support::session::Session;
+    use crate::support::skip;
+
+    #[test]
+    fn stays_flat_over_rollbacks() {
+        if !Session::new().has(PROCESS_EVENTS) {
+            skip!("no {PROCESS_EVENTS}");
+        }
+        super::rollbacks("orphan_born");
+    }
+
+    #[test]
+    fn stays_flat_over_checkpoints() {
+        if !Session::new().has(PROCESS_EVENTS) {
+            skip!("no {PROCESS_EVENTS}");
+        }
+        super::checkpoints("orphan_born");
+    }
 }

@@ -2,6 +2,23 @@
 
 use crate::support::fixture::{self, Fixture};
 use crate::support::session::{DONE, Session};
+use crate::support::skip;
+
+/// What the kernel has to have.
+pub(crate) const PROCESS_EVENTS: &str = "process events connector";
+
+#[test]
+fn an_orphan_born_is_noticed() {
+    fixture::control_run("orphan_born");
+}
+
+#[test]
+fn orphans_born_since_are_gone() {
+    if !Session::new().has(PROCESS_EVENTS) {
+        skip!("no {PROCESS_EVENTS}");
+    }
+    fixture::rollback_run("orphan_born");
+}
 
 #[test]
 fn a_change_of_an_orphan_is_noticed() {
@@ -12,6 +29,9 @@ fn a_change_of_an_orphan_is_noticed() {
 #[test]
 fn an_orphan_comes_back_or_goes() {
     let mut session = Session::new();
+    if !session.has(PROCESS_EVENTS) {
+        skip!("no {PROCESS_EVENTS}");
+    }
     let mut fixture = Fixture::start("orphan_there");
     let pid = fixture.pid().to_string();
     session.will_release(fixture.pid());

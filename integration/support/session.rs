@@ -127,6 +127,12 @@ impl Session {
         finish(command)
     }
 
+    /// Whether `snapback check` finds this.
+    pub(crate) fn has(&self, feature: &str) -> bool {
+        let found = |line: &str| line.starts_with("present") && line.contains(feature);
+        self.run(&["check"]).out.lines().any(found)
+    }
+
     /// `checkpoint --pid`; keeps in mind that there is something to release.
     #[track_caller]
     pub(crate) fn try_checkpoint(&mut self, pid: i32) -> Answer {
