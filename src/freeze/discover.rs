@@ -65,6 +65,20 @@ impl Scope {
     }
 }
 
+/// The root and its descendants as lists of children tell of them while they run.
+pub(super) fn descendants(root: Pid) -> BTreeSet<Pid> {
+    let mut found = BTreeSet::from([root]);
+    let mut pending = vec![root];
+    while let Some(pid) = pending.pop() {
+        // What has ended meanwhile has no children any more.
+        for tid in procfs::tasks(pid).unwrap_or_default() {
+            let children = procfs::children(pid, tid).unwrap_or_default();
+            pending.extend(children.into_iter().filter(|child| found.insert(*child)));
+        }
+    }
+    found
+}
+
 /// Refuses roots that can't be stopped, by name.
 pub(super) fn check_root(root: Pid) -> Result<()> {
     if root.as_raw() <= 0 {

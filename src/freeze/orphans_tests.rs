@@ -47,6 +47,11 @@ impl Shell {
 
     fn orphan(&mut self) -> Pid {
         let orphan = self.ask();
+        self.wait_until_orphan(orphan);
+        orphan
+    }
+
+    fn wait_until_orphan(&self, orphan: Pid) {
         while parent(orphan) == self.pid() || procfs::comm(orphan) != "sleep" {
             std::thread::yield_now();
         }
@@ -54,7 +59,6 @@ impl Shell {
         while procfs::Stat::read(parent(orphan)).is_ok_and(|stat| stat.parent() == self.pid()) {
             std::thread::yield_now();
         }
-        orphan
     }
 }
 
@@ -111,11 +115,13 @@ fn orphans_born_since_are_stopped_with_the_tree() {
 
 #[test]
 fn a_tree_that_leaves_orphans_all_the_time_is_stopped_whole() {
-    let shell = Shell::start("while :; do ( (/bin/true; /bin/true) & ); done");
+    let mut shell = Shell::start("read line; while :; do ( (/bin/true; /bin/true) & ); done");
     let group = shell.pid();
     let Some(mut tree) = watched(shell.pid()) else {
         return;
     };
+    // Those that are orphans already when the tree becomes known would be none of it.
+    writeln!(shell.child.stdin.as_mut().expect("a pipe")).expect("tell");
     let mut orphans = 0;
     for _ in 0..200 {
         let stopped = tree.stop(OnTracerDeath::RunOn).expect("stop");
@@ -137,13 +143,27 @@ fn a_tree_that_leaves_orphans_all_the_time_is_stopped_whole() {
 }
 
 #[test]
+fn one_that_becomes_an_orphan_before_the_first_stop_is_known() {
+    let mut shell =
+        Shell::start("while read line; do (sleep 1000 > /dev/null & echo $!; read line); done");
+    let orphan = shell.ask();
+    let Some(mut tree) = watched(shell.pid()) else {
+        return;
+    };
+    writeln!(shell.child.stdin.as_mut().expect("a pipe")).expect("tell");
+    shell.wait_until_orphan(orphan);
+    let stopped = tree.stop(OnTracerDeath::RunOn).expect("stop");
+    assert!(stopped.process(orphan).is_some());
+}
+
+#[test]
 fn a_loss_is_counted_and_the_next_orphan_is_found() {
     let mut shell = Shell::of_orphans();
     let Some(mut tree) = watched(shell.pid()) else {
         return;
     };
     assert_eq!(tree.losses(), 0);
-    tree.lose_events();
+    assert!(tree.lose_events());
     let stopped = tree.stop(OnTracerDeath::RunOn).expect("stop");
     assert_eq!(stopped.tree().losses(), 1);
     stopped.resume().expect("resume");

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use crate::kernel::proc_events::{Event, Lost, ProcEvents};
 
+use super::discover;
 use super::lineage::Lineage;
 
 /// Room for some 80,000 events; memory is used by those only that are queued.
@@ -35,7 +36,7 @@ impl Watch {
     /// Begins to listen. `None`, and a warning the first time, where process events can't be had: processes are known
     /// by their parents only then.
     pub(super) fn start(root: Pid) -> Option<Self> {
-        let listening = Listening::start([root].into_iter())
+        let listening = Listening::start(|| discover::descendants(root))
             .inspect_err(warn_once)
             .ok()?;
         Some(Self {
@@ -60,9 +61,7 @@ impl Watch {
         tracing::warn!("{lost}: processes that have left their parents may have been missed");
         self.losses += 1;
         self.listening = None;
-        self.listening = Listening::start(std::iter::empty())
-            .inspect_err(warn_once)
-            .ok();
+        self.listening = Listening::start(BTreeSet::new).inspect_err(warn_once).ok();
     }
 
     /// Whether a PID is known as that of a descendant.
@@ -155,11 +154,12 @@ struct Listening {
 }
 
 impl Listening {
-    fn start(known: impl Iterator<Item = Pid>) -> io::Result<Self> {
+    /// `known` is asked once births are told: those of the children of whom it names are not missed.
+    fn start(known: impl FnOnce() -> BTreeSet<Pid>) -> io::Result<Self> {
         let listener = ProcEvents::open(BUFFER)?;
         let socket = listener.as_fd().try_clone_to_owned()?;
         let mut lineage = Lineage::default();
-        lineage.set(known);
+        lineage.set(known().into_iter());
         let followed = Arc::new(Mutex::new(Followed {
             listener,
             lineage,
