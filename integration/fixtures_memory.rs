@@ -5,6 +5,7 @@ crate::support::fixture_tests! {
     brk_shrink,
     dirty_pages,
     dontfork,
+    guard_markers,
     guard_pages,
     jit,
     jit_dual_map,

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
@@ -21,6 +22,14 @@ impl Categories {
     /// Swapped out, under migration, or a userfaultfd marker.
     pub const SWAPPED: Self = Self(1 << 4);
 
+    /// A guard (`MADV_GUARD_INSTALL` of madvise(2), Linux 6.13; told since 6.15). It is [`Categories::SWAPPED`] too.
+    pub const GUARD: Self = Self(1 << 8);
+
+    /// In memory or swapped out, and not a guard.
+    pub fn is_populated(self) -> bool {
+        !self.has(Self::GUARD) && (self.has(Self::PRESENT) || self.has(Self::SWAPPED))
+    }
+
     /// Whether all bits of `other` are set.
     pub fn has(self, other: Self) -> bool {
         self.0 & other.0 == other.0
@@ -39,8 +48,33 @@ const RETURNED: Categories = Categories(
     Categories::WP_ALLOWED.0
         | Categories::WRITTEN.0
         | Categories::PRESENT.0
-        | Categories::SWAPPED.0,
+        | Categories::SWAPPED.0
+        | Categories::GUARD.0,
 );
+
+/// What this kernel can tell: one that does not know of a category refuses to be asked for it.
+fn known() -> Categories {
+    static KNOWN: OnceLock<Categories> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let all = Categories(u64::MAX);
+        let here = &raw const KNOWN as u64 & !4095;
+        let asked = std::fs::File::open("/proc/self/pagemap").is_ok_and(|pagemap| {
+            scan_with(
+                pagemap,
+                Scan::Suspect,
+                all,
+                here,
+                here + 4096,
+                &mut Vec::new(),
+            )
+            .is_ok()
+        });
+        match asked {
+            true => all,
+            false => Categories(!Categories::GUARD.0),
+        }
+    })
+}
 
 impl std::fmt::Debug for Categories {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -50,6 +84,7 @@ impl std::fmt::Debug for Categories {
             (Self::FILE, "file"),
             (Self::PRESENT, "present"),
             (Self::SWAPPED, "swapped"),
+            (Self::GUARD, "guard"),
         ];
         f.debug_set()
             .entries(
@@ -101,8 +136,10 @@ const PM_SCAN_WP_MATCHING: u64 = 1;
 pub enum Scan {
     /// Anonymous pages that are in memory or swapped out.
     Populated(Backing),
-    /// Pages that are neither in memory nor swapped out.
+    /// Pages that are neither in memory nor swapped out, and guards.
     Holes,
+    /// Guards.
+    Guards,
     /// All but the pages that are in memory, still armed, in a VMA that is registered. So it reports holes too, and is
     /// several times faster than [`Scan::Populated`] where most pages are like that, since the kernel passes over those
     /// without noting each. It does not tell page cache from anonymous pages: see [`Scan::Populated`] for these.
@@ -149,7 +186,11 @@ impl Scan {
             },
             Self::Holes => Filter {
                 inverted: Categories::PRESENT | Categories::SWAPPED,
-                all: Categories::PRESENT | Categories::SWAPPED,
+                all: Categories::PRESENT,
+                any: Categories::SWAPPED | Categories::GUARD,
+            },
+            Self::Guards => Filter {
+                all: Categories::GUARD,
                 ..everything
             },
             Self::Suspect => Filter {
@@ -178,6 +219,22 @@ pub fn scan(
     end: u64,
     found: &mut Vec<Region>,
 ) -> Result<(), Errno> {
+    let known = known();
+    if what == Scan::Guards && !known.has(Categories::GUARD) {
+        return Ok(());
+    }
+    scan_with(pagemap, what, known, start, end, found)
+}
+
+/// The same without asking for categories that are not `known`.
+fn scan_with(
+    pagemap: impl AsFd,
+    what: Scan,
+    known: Categories,
+    start: u64,
+    end: u64,
+    found: &mut Vec<Region>,
+) -> Result<(), Errno> {
     const ROOM: usize = 1024;
     let filter = what.filter();
     let mut arguments = ScanArguments {
@@ -188,8 +245,8 @@ pub fn scan(
         vec_len: ROOM as u64,
         category_inverted: filter.inverted.0,
         category_mask: filter.all.0,
-        category_anyof_mask: filter.any.0,
-        return_mask: RETURNED.0,
+        category_anyof_mask: filter.any.0 & known.0,
+        return_mask: RETURNED.0 & known.0,
         ..ScanArguments::default()
     };
     while arguments.start < end {
@@ -253,10 +310,15 @@ mod tests {
         }
 
         #[test]
-        fn a_page_is_populated_or_a_hole(bits in 0u64..32) {
-            let page = Categories(bits);
-            let populated = reports(Scan::Populated(Backing::Nothing).filter(), page);
-            prop_assert_eq!(reports(Scan::Holes.filter(), page), !populated);
+        fn a_page_is_populated_or_a_hole(bits in 0u64..64) {
+            // A guard is never in memory, and looks swapped out.
+            let is_guard = bits & 32 != 0;
+            let page = match is_guard {
+                true => Categories(bits & 7) | Categories::SWAPPED | Categories::GUARD,
+                false => Categories(bits),
+            };
+            prop_assert_eq!(reports(Scan::Holes.filter(), page), !page.is_populated());
+            prop_assert_eq!(reports(Scan::Guards.filter(), page), is_guard);
         }
     }
 

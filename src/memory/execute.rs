@@ -24,6 +24,9 @@ use super::{PAGE, Result};
 
 /// Page tables are re-armed in blocks of what one of them maps.
 const BLOCK: u64 = 2 << 20;
+/// Linux 6.13; it drops what is there.
+const MADV_GUARD_INSTALL: i32 = 102;
+const MADV_GUARD_REMOVE: i32 = 103;
 /// As `MADV_DONTNEED`, also in memory that mlock2(2) keeps once it is touched (Linux 5.18).
 const MADV_DONTNEED_LOCKED: i32 = 24;
 /// Most bytes fetched from a shadow or copied past the page store at once.
@@ -78,16 +81,16 @@ impl Space {
             }
         }
         self.run_all(stopped, &mut batch, "mprotect", |_| true)?;
-        for span in plan.drop.spans() {
-            self.make_room(stopped, &mut batch)?;
-            batch.call(
-                libc::SYS_madvise,
-                &[
-                    span.start.into(),
-                    span.len().into(),
-                    MADV_DONTNEED_LOCKED.into(),
-                ],
-            );
+        for (pages, advice) in [
+            (&plan.unguard, MADV_GUARD_REMOVE),
+            (&plan.guard, MADV_GUARD_INSTALL),
+            (&plan.drop, MADV_DONTNEED_LOCKED),
+        ] {
+            for span in pages.spans() {
+                self.make_room(stopped, &mut batch)?;
+                let arguments = [span.start.into(), span.len().into(), advice.into()];
+                batch.call(libc::SYS_madvise, &arguments);
+            }
         }
         self.run_all(stopped, &mut batch, "madvise", |_| true)?;
         plan.register

@@ -5,12 +5,14 @@ use std::cell::OnceCell;
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::kernel::pagemap::Scan;
 use crate::record::{Context, Kind, ObjectId};
 
 use super::advice::{self, Advised};
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
+use super::space::system;
 use super::store::Slots;
 use super::{Error, Result};
 
@@ -48,6 +50,7 @@ pub struct SpaceImage {
     pub kept: Ranges,
     pub(super) slots: Slots,
     pub(super) advice: OnceCell<Vec<Advised>>,
+    guards: OnceCell<Ranges>,
     /// Which of the process's address spaces it is of.
     pub(super) generation: u64,
 }
@@ -69,6 +72,7 @@ impl SpaceImage {
             kept: Ranges::new(),
             slots: Slots::default(),
             advice: OnceCell::new(),
+            guards: OnceCell::new(),
             generation,
         }
     }
@@ -86,6 +90,20 @@ impl SpaceImage {
             return Ok(self.advice.get_or_init(|| read));
         }
         Ok(self.advice.get().map_or(&[], Vec::as_slice))
+    }
+
+    /// Its guards (`MADV_GUARD_INSTALL`), which fork gives to the shadow. Read from there when first asked for: ask before
+    /// the tree is stopped.
+    pub fn guards(&self) -> Result<&Ranges> {
+        if self.guards.get().is_none() {
+            let mut found = Vec::new();
+            self.layout
+                .scan(&self.shadow.pagemap, Scan::Guards, Span::ALL, &mut found)
+                .map_err(|errno| system(self.shadow.pid, "scan a shadow for guards", errno))?;
+            let found = found.iter().map(Span::from).collect();
+            return Ok(self.guards.get_or_init(|| found));
+        }
+        Ok(self.guards.get_or_init(Ranges::new))
     }
 
     /// The spans that were locked in RAM.

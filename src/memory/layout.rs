@@ -148,6 +148,7 @@ impl Layout {
                 scan(Scan::Populated(Backing::File))?;
                 regions
                     .iter()
+                    .filter(|region| region.categories.is_populated())
                     .for_each(|region| found.push(Span::from(region)));
             }
         }

@@ -1,7 +1,7 @@
 //! What an address space is like now, as far as it can have changed.
 
 use crate::freeze::Stopped;
-use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
+use crate::kernel::pagemap::{self, Backing, Region, Scan};
 use crate::record::Context;
 
 use super::image::SpaceImage;
@@ -43,9 +43,9 @@ impl Observed {
         live.scan(pagemap, Scan::Suspect, Span::ALL, &mut suspect)
             .map_err(failed)?;
 
-        let there = suspect.iter().filter(|region| {
-            region.categories.has(Categories::PRESENT) || region.categories.has(Categories::SWAPPED)
-        });
+        let there = suspect
+            .iter()
+            .filter(|region| region.categories.is_populated());
         let files = live.private().filter(|vma| !vma.is_anonymous());
         let in_question = there
             .map(Span::from)

@@ -17,6 +17,10 @@ pub struct Plan {
     pub layout: Vec<LayoutChange>,
     /// The program break to set, if the VMA list changes.
     pub brk: Option<u64>,
+    /// Guards to remove, and guards to set.
+    pub unguard: Ranges,
+    /// See `unguard`.
+    pub guard: Ranges,
     /// Pages that were not there.
     pub drop: Ranges,
     /// Pages to be copied back.
@@ -36,6 +40,8 @@ pub struct Recorded<'a> {
     pub layout: &'a Layout,
     /// Its populated pages.
     pub populated: &'a Ranges,
+    /// Its guards.
+    pub guards: &'a Ranges,
     /// Pages that may differ though they were not written since armed last.
     pub stale: &'a Ranges,
 }
@@ -69,13 +75,11 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         })
         .collect();
 
-    let is_there = |categories: Categories| {
-        categories.has(Categories::PRESENT) || categories.has(Categories::SWAPPED)
-    };
     // Swapped out and still armed. In a file's VMA a page that was dropped leaves a marker that looks like one.
     let is_swapped = |categories: Categories| {
         categories.has(Categories::WP_ALLOWED | Categories::SWAPPED)
             && !categories.has(Categories::WRITTEN)
+            && !categories.has(Categories::GUARD)
     };
     let is_clean_in_file = |categories: Categories| {
         categories.has(Categories::WP_ALLOWED | Categories::PRESENT)
@@ -98,10 +102,10 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         !categories.has(Categories::WP_ALLOWED)
     });
     let there = populated(live, &observed.suspect, |vma, categories| {
-        vma.is_anonymous() && is_there(categories)
+        vma.is_anonymous() && categories.is_populated()
     })
     .union(&populated(live, &observed.of_files, |vma, categories| {
-        !vma.is_anonymous() && is_there(categories)
+        !vma.is_anonymous() && categories.is_populated()
     }));
     let private: Ranges = recorded.layout.private().map(Span::from).collect();
     let copy = recorded
@@ -116,6 +120,10 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         !vma.is_anonymous() && categories.has(Categories::PRESENT)
     });
     let arm = copy.union(&cache.difference(&replaced).difference(&drop));
+    let guards = populated(live, &observed.suspect, |_, categories| {
+        categories.has(Categories::GUARD)
+    })
+    .difference(&replaced);
     let to_register = unregistered.union(&replaced);
     let mut register: Vec<Span> = recorded.layout.private().map(Span::from).collect();
     register.retain(|span| to_register.touches(*span));
@@ -127,6 +135,8 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
     Ok(Plan {
         layout,
         brk,
+        unguard: guards.difference(recorded.guards),
+        guard: recorded.guards.difference(&guards),
         drop,
         copy,
         arm,
@@ -215,6 +225,7 @@ mod tests {
             header: &header(),
             layout: &was,
             populated,
+            guards: &Ranges::new(),
             stale,
         };
         plan(recorded, observed).unwrap()
@@ -361,6 +372,7 @@ mod tests {
             header: &header(),
             layout: &was,
             populated: &Ranges::new(),
+            guards: &Ranges::new(),
             stale: &Ranges::new(),
         };
         assert!(

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::freeze::Stopped;
 use crate::kernel::maps::Vma;
-use crate::kernel::pagemap::{self, Backing, Scan};
+use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
 use crate::kernel::procfs;
 use crate::outcome::Difference;
 use crate::record::Context;
@@ -76,6 +76,7 @@ pub fn verify(
 
     // Where neither has an anonymous page both show zeroes or the same file.
     let mut pages = image.kept.clone();
+    let mut guards = Vec::new();
     for of in [pid, image.shadow.pid] {
         let mut regions = Vec::new();
         pagemap::scan(
@@ -86,9 +87,29 @@ pub fn verify(
             &mut regions,
         )
         .map_err(|errno| system(of, "scan its pages", errno))?;
+        let is_guard = |region: &&Region| region.categories.has(Categories::GUARD);
+        guards.push(
+            regions
+                .iter()
+                .filter(is_guard)
+                .map(Span::from)
+                .collect::<Ranges>(),
+        );
         let there = regions.iter().map(Span::from).collect();
         pages = pages.union(&there);
     }
+    if let [found, expected] = &guards[..]
+        && found != expected
+    {
+        differences.push(Difference {
+            what: format!("pid {pid}: guard regions"),
+            expected: format!("{:x?}", expected.spans()),
+            found: format!("{:x?}", found.spans()),
+        });
+    }
+    let pages = guards
+        .iter()
+        .fold(pages, |pages, guards| pages.difference(guards));
     let ours: Ranges = live.private().map(Span::from).collect();
     let pages = pages.intersection(&ours);
     let (memory, shadow) = (open(pid, "mem")?, open(image.shadow.pid, "mem")?);

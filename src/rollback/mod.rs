@@ -54,6 +54,7 @@ pub fn run(
     for image in &checkpoints[to].spaces {
         image
             .advice(&checkpoints[to].context)
+            .and_then(|_| image.guards())
             .map_err(|error| untouched(error.into()))?;
     }
     let mut stopped = tree
@@ -222,6 +223,7 @@ fn plan_memory(
             header: image.header(&checkpoint.context)?,
             layout: &image.layout,
             populated,
+            guards: image.guards()?,
             stale: &image.stale,
         };
         let plan = memory::plan(recorded, observed).map_err(|refusal| Refusal {
