@@ -217,19 +217,22 @@ impl Batch {
 pub struct Outputs {
     pub(super) results: Vec<u64>,
     pub(super) data: Vec<u8>,
+    /// How the step failed that cut the batch short, one of those that must succeed.
+    pub cut_short: Option<Errno>,
     /// Processes that the batch's steps made; they are seized and stopped.
     pub born: Vec<nix::unistd::Pid>,
+}
+
+/// The error in what a system call returned, if it is one.
+pub(super) fn failure(result: u64) -> Option<Errno> {
+    (result > -4096i64 as u64).then(|| Errno::from_raw(-(result as i64) as i32))
 }
 
 impl Outputs {
     /// What the step returned.
     pub fn result(&self, step: StepId) -> Result<u64, Errno> {
         let raw = self.results[step.0];
-        if raw > -4096i64 as u64 {
-            Err(Errno::from_raw(-(raw as i64) as i32))
-        } else {
-            Ok(raw)
-        }
+        failure(raw).map_or(Ok(raw), Err)
     }
 
     /// The bytes of an output.
@@ -271,6 +274,7 @@ mod tests {
         let outputs = Outputs {
             results: vec![3, -2i64 as u64],
             data: vec![],
+            cut_short: None,
             born: vec![],
         };
         assert_eq!(outputs.result(StepId(0)), Ok(3));

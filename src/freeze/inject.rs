@@ -10,11 +10,11 @@ use nix::unistd::Pid;
 use zerocopy::IntoBytes;
 
 use crate::kernel::ptrace::{self, Event, Registers};
-use crate::kernel::runner::{self, CODE_SIZE, Control, LIVENESS_OFFSET, Step};
+use crate::kernel::runner::{self, CODE_SIZE, Control, LIVENESS_OFFSET, REQUIRED, Step};
 use crate::kernel::window::Window;
 use crate::kernel::{maps, pidfd, procfs, remote_memory};
 
-use super::batch::{Batch, MOST_STEPS, Outputs};
+use super::batch::{Batch, MOST_STEPS, Outputs, failure};
 use super::stopped::{Stopped, Thread};
 use super::{Context, Error, Result, refuse};
 
@@ -421,6 +421,10 @@ fn finish(thread: &mut Thread, target: &mut TargetWindow) -> Result<Outputs> {
     let mut outputs = vec![0; data];
     target.window.read(DATA_OFFSET, &mut outputs);
     Ok(Outputs {
+        cut_short: results
+            .iter()
+            .filter(|step| step.flags & REQUIRED != 0)
+            .find_map(|step| failure(step.result)),
         results: results.iter().map(|step| step.result).collect(),
         data: outputs,
         born,

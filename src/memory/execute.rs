@@ -81,18 +81,6 @@ impl Space {
             }
         }
         self.run_all(stopped, &mut batch, "mprotect", |_| true)?;
-        for (pages, advice) in [
-            (&plan.unguard, MADV_GUARD_REMOVE),
-            (&plan.guard, MADV_GUARD_INSTALL),
-            (&plan.drop, MADV_DONTNEED_LOCKED),
-        ] {
-            for span in pages.spans() {
-                self.make_room(stopped, &mut batch)?;
-                let arguments = [span.start.into(), span.len().into(), advice.into()];
-                batch.call(libc::SYS_madvise, &arguments);
-            }
-        }
-        self.run_all(stopped, &mut batch, "madvise", |_| true)?;
         plan.register
             .iter()
             .filter_map(|span| image.layout.at(span.start))
@@ -131,23 +119,35 @@ impl Space {
         }
     }
 
-    /// Sets what madvise(2) and mlock(2) had set, and copies pages back, inside the target where it may write to them. The
-    /// last batch of it is only started: [`Space::finish_copy`] waits for it, so that many processes copy at the same time.
+    /// Drops pages that were not there, sets guards and what else madvise(2) and mlock(2) had set, and copies pages back,
+    /// inside the target where it may write to them. The last batch of it is only started: [`Space::finish_copy`] waits for
+    /// it, so that many processes copy at the same time.
     pub fn start_copy(
         &mut self,
         stopped: &mut Stopped,
         image: &mut SpaceImage,
         context: &Context,
-        pages: &Ranges,
+        plan: &Plan,
     ) -> Result<Copied> {
         let pid = self.pid;
+        let pages = &plan.copy;
         let (cached, missing) = runs(pages, &image.slots);
         let (fetched, overflow) = self.fetch(stopped, image, &missing)?;
         let mut batch = Batch::new();
-        for advised in image.advice(context)? {
-            if !batch.has_room(Advised::STEPS, 0) {
-                stopped.run(pid, &std::mem::take(&mut batch))?;
+        for (pages, advice) in [
+            (&plan.unguard, MADV_GUARD_REMOVE),
+            (&plan.guard, MADV_GUARD_INSTALL),
+            (&plan.drop, MADV_DONTNEED_LOCKED),
+        ] {
+            for span in pages.spans() {
+                self.flush(stopped, &mut batch, 1)?;
+                let arguments = [span.start.into(), span.len().into(), advice.into()];
+                let step = batch.call(libc::SYS_madvise, &arguments);
+                batch.must_succeed(step);
             }
+        }
+        for advised in image.advice(context)? {
+            self.flush(stopped, &mut batch, Advised::STEPS)?;
             advised.apply(&mut batch);
         }
         let window = stopped.member(pid)?.window.as_ref();
@@ -161,9 +161,7 @@ impl Space {
         };
         for run in cached.iter().chain(&fetched) {
             if writable(run.span) {
-                if !batch.has_room(1, 0) {
-                    stopped.run(pid, &std::mem::take(&mut batch))?;
-                }
+                self.flush(stopped, &mut batch, 1)?;
                 let from = address + Self::slot_offset(run.slot) as u64;
                 batch.copy(run.span.start.into(), from.into(), run.span.len() as usize);
             } else {
@@ -192,10 +190,28 @@ impl Space {
 
     /// Waits until what [`Space::start_copy`] has started is done.
     pub fn finish_copy(&self, stopped: &mut Stopped) -> Result<()> {
-        // Copies can't fail but by a signal, which is an error of the batch; kinds of memory that know nothing of an
-        // advice refuse it.
-        stopped.finish(self.pid)?;
-        Ok(())
+        let outputs = stopped.finish(self.pid)?;
+        self.check(&outputs)
+    }
+
+    /// Runs what a batch has so far if it has no room for `steps` more.
+    fn flush(&self, stopped: &mut Stopped, batch: &mut Batch, steps: usize) -> Result<()> {
+        if batch.has_room(steps, 0) {
+            return Ok(());
+        }
+        let outputs = stopped.run(self.pid, &std::mem::take(batch))?;
+        self.check(&outputs)
+    }
+
+    /// Whether pages were dropped and guards set. Copies can't fail but by a signal, which is an error of the batch; and
+    /// kinds of memory that know nothing of an advice refuse it.
+    fn check(&self, outputs: &freeze::Outputs) -> Result<()> {
+        let pid = self.pid;
+        let what = "madvise";
+        match outputs.cut_short {
+            None => Ok(()),
+            Some(errno) => Err(freeze::Error::Call { pid, what, errno }.into()),
+        }
     }
 
     /// Fetches pre-images from the shadow into the page store. What does not fit is returned as the second value.

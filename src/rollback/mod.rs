@@ -279,7 +279,7 @@ fn execute(
     phases.end("shared");
     let context = &checkpoint.context;
     for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
-        copied.add(space(spaces, *pid)?.start_copy(stopped, image, context, &plan.copy)?);
+        copied.add(space(spaces, *pid)?.start_copy(stopped, image, context, plan)?);
     }
     for (pid, _) in &plan.memory {
         space(spaces, *pid)?.finish_copy(stopped)?;
