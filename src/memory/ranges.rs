@@ -135,52 +135,74 @@ impl Ranges {
 
     /// What is in either.
     pub fn union(&self, other: &Self) -> Self {
-        match (self.is_empty(), other.is_empty()) {
-            (_, true) => return self.clone(),
-            (true, _) => return other.clone(),
-            _ => {}
+        let (mut ours, mut theirs) = (self.0.iter().peekable(), other.0.iter().peekable());
+        let mut spans: Vec<Span> = Vec::with_capacity(self.0.len() + other.0.len());
+        loop {
+            let span = match (ours.peek(), theirs.peek()) {
+                (Some(one), Some(two)) if one.start <= two.start => ours.next(),
+                (_, Some(_)) => theirs.next(),
+                (_, None) => ours.next(),
+            };
+            let Some(span) = span else {
+                return Self(spans);
+            };
+            match spans.last_mut() {
+                Some(last) if last.end >= span.start => last.end = last.end.max(span.end),
+                _ => spans.push(*span),
+            }
         }
-        self.combine(other, |a, b| a || b)
     }
 
     /// What is in both.
     pub fn intersection(&self, other: &Self) -> Self {
-        if self.is_empty() || other.is_empty() {
-            return Self::new();
+        let (mut i, mut j) = (0, 0);
+        let mut spans = Vec::new();
+        while let (Some(one), Some(two)) = (self.0.get(i), other.0.get(j)) {
+            let span = Span {
+                start: one.start.max(two.start),
+                end: one.end.min(two.end),
+            };
+            if !span.is_empty() {
+                spans.push(span);
+            }
+            if one.end < two.end {
+                i += 1;
+            } else {
+                j += 1;
+            }
         }
-        self.combine(other, |a, b| a && b)
+        Self(spans)
     }
 
     /// What is in this and not in the other.
     pub fn difference(&self, other: &Self) -> Self {
-        if self.is_empty() || other.is_empty() {
-            return self.clone();
-        }
-        self.combine(other, |a, b| a && !b)
-    }
-
-    /// Sweeps over both and keeps what `keep` says; `keep(false, false)` must be false.
-    fn combine(&self, other: &Self, keep: impl Fn(bool, bool) -> bool) -> Self {
-        let mut result = Self::new();
-        let (mut i, mut j) = (0, 0);
-        let mut at = 0;
-        while i < self.0.len() || j < other.0.len() {
-            let a = self.0.get(i);
-            let b = other.0.get(j);
-            let in_a = a.is_some_and(|span| span.start <= at);
-            let in_b = b.is_some_and(|span| span.start <= at);
-            let next = |span: Option<&Span>, inside: bool| {
-                span.map_or(u64::MAX, |span| if inside { span.end } else { span.start })
-            };
-            let to = next(a, in_a).min(next(b, in_b));
-            if keep(in_a, in_b) {
-                result.push(Span { start: at, end: to });
+        let mut spans = Vec::with_capacity(self.0.len());
+        let mut rest = other.0.iter().peekable();
+        for span in &self.0 {
+            let mut at = span.start;
+            while rest.next_if(|cut| cut.end <= at).is_some() {}
+            while let Some(cut) = rest.peek().filter(|cut| cut.start < span.end) {
+                if cut.start > at {
+                    spans.push(Span {
+                        start: at,
+                        end: cut.start,
+                    });
+                }
+                at = cut.end;
+                // One that reaches further cuts the next span too.
+                if cut.end >= span.end {
+                    break;
+                }
+                rest.next();
             }
-            at = to;
-            i += usize::from(a.is_some_and(|span| span.end <= at));
-            j += usize::from(b.is_some_and(|span| span.end <= at));
+            if at < span.end {
+                spans.push(Span {
+                    start: at,
+                    end: span.end,
+                });
+            }
         }
-        result
+        Self(spans)
     }
 }
 
