@@ -15,7 +15,8 @@ use crate::kernel::window::Window;
 use crate::kernel::{maps, pidfd, procfs, remote_memory};
 
 use super::batch::{Batch, MOST_STEPS, Outputs, failure};
-use super::stopped::{Stopped, Thread};
+use super::stopped::Stopped;
+use super::thread::Thread;
 use super::{Context, Error, Result, refuse};
 
 /// Where, from the start of a window, its page store begins.

@@ -12,12 +12,14 @@ mod orphans;
 mod pass;
 mod revive;
 mod stopped;
+mod thread;
 mod tree;
 mod watch;
 
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
 pub use inject::{PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING};
-pub use stopped::{Process, Stopped, Thread};
+pub use stopped::{Process, Stopped};
+pub use thread::Thread;
 pub use tree::{Member, OnTracerDeath, Tree};
 
 use std::io;

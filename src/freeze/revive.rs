@@ -9,7 +9,8 @@ use zerocopy::{Immutable, IntoBytes};
 
 use crate::kernel::{last_pid, procfs};
 
-use super::stopped::{Stopped, Thread};
+use super::stopped::Stopped;
+use super::thread::Thread;
 use super::{Batch, Context, Error, Result};
 
 /// What threads share (clone(2)).

@@ -7,7 +7,7 @@ use crate::record::Context;
 use super::image::SpaceImage;
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
-use super::space::{read_maps, refuse, system, window_span};
+use super::space::{parse_map, read_maps, refuse, system, window_span};
 use super::{PAGE, Result};
 
 /// The live state of an address space.
@@ -105,14 +105,7 @@ pub fn look_at_map(
     }
     let window = window_span(stopped, pid)?;
     check_window(pid, &text, window)?;
-    let layout = Layout::parse(&text, Some(window)).ok_or_else(|| {
-        refuse(
-            pid,
-            "its memory map",
-            "/proc/PID/maps does not read as documented",
-        )
-    })?;
-    Ok(Some(layout))
+    parse_map(pid, &text, window).map(Some)
 }
 
 /// Refuses if the program has unmapped or replaced the window: no code can be run through it then.

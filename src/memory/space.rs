@@ -276,13 +276,7 @@ impl Space {
         let member = stopped.member(pid)?;
         let window = window_span(stopped, pid)?;
         let text = read_maps(member)?;
-        let layout = Layout::parse(&text, Some(window)).ok_or_else(|| {
-            refuse(
-                pid,
-                "its memory map",
-                "/proc/PID/maps does not read as documented",
-            )
-        })?;
+        let layout = parse_map(pid, &text, window)?;
         self.register(&layout)?;
         let failed = |errno| system(pid, "scan its pages", errno);
         let mut written = Vec::new();
@@ -435,6 +429,17 @@ pub(super) fn window_span(stopped: &Stopped, pid: Pid) -> Result<Span> {
 pub(super) fn read_maps(member: &freeze::Member) -> Result<Vec<u8>> {
     procfs::read_held(&member.maps)
         .map_err(|error| system(member.pid, "read its memory map", error))
+}
+
+/// The VMAs in that text, without the window.
+pub(super) fn parse_map(pid: Pid, text: &[u8], window: Span) -> Result<Layout> {
+    Layout::parse(text, Some(window)).ok_or_else(|| {
+        refuse(
+            pid,
+            "its memory map",
+            "/proc/PID/maps does not read as documented",
+        )
+    })
 }
 
 /// The pages that regions cover in the private VMAs of a layout and for which `wanted` says yes.
