@@ -91,6 +91,7 @@ fn what_cannot_be_brought_back_is_refused_before_anything_is_touched() {
         ("netlink", "netlink socket"),
         ("waiting", "accepted since"),
         ("credentials", "SO_PASSCRED"),
+        ("nameless", "without a name"),
     ] {
         let mut session = Session::new();
         let mut fixture = start(which);

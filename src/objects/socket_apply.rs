@@ -208,7 +208,12 @@ fn connect_again(
         record.peer.clone()
     };
     let (_pin, to) = address_for_us(&to, reach.place(id).map(|place| place.pid))?;
-    connect(fd, &to).map_err(own("connect"))?;
+    connect(fd, &to).map_err(|errno| Error::Descriptor {
+        what: record.describe(),
+        pid: reach.place(id).map_or(0, |place| place.pid),
+        call: "connect",
+        errno,
+    })?;
     // A port that the kernel chose is lost with the connection (udp_disconnect of the kernel).
     let now = local_address(fd).map_err(own("getsockname"))?;
     match now == record.local {

@@ -64,7 +64,7 @@ pub fn plan(
     for (&id, &record) in recorded {
         planner.socket(id, record)?;
     }
-    planner.follow_replaced();
+    planner.follow_replaced()?;
     Ok(planner.plan)
 }
 
@@ -479,6 +479,7 @@ impl<'a> Planner<'a> {
             if paired.is_some() {
                 return self.make_datagram(id, record, other, paired);
             }
+            Self::check_peer_has_a_name(id, record)?;
             self.step(id, Step::Connect);
         }
         if !socket_queue::same(&record.queue, &now.queue, record.shape()) {
@@ -520,9 +521,25 @@ impl<'a> Planner<'a> {
         if unnamed_outside {
             return self.make(id, Recipe::Reset);
         }
+        Self::check_peer_has_a_name(id, record)?;
         self.make(id, Recipe::Alone)?;
         if !record.peer.0.is_empty() {
             self.step(id, Step::Connect);
+        }
+        Ok(())
+    }
+
+    /// A unix socket without a name can't be connected to; socketpair(2) does it for both ends only.
+    fn check_peer_has_a_name(id: ObjectId, record: &State) -> Result<(), Obstacle> {
+        let is_nameless = record.sort.family == libc::AF_UNIX
+            && !record.peer.0.is_empty()
+            && record.peer.unix_name().is_none();
+        if is_nameless {
+            return Err(refuse(
+                id,
+                "it was connected to a socket without a name that was not connected to it; the connection or that socket is \
+                 gone since, and it can't be connected again",
+            ));
         }
         Ok(())
     }
@@ -575,7 +592,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Datagram sockets that are connected to one that is made again connect again.
-    fn follow_replaced(&mut self) {
+    fn follow_replaced(&mut self) -> Result<(), Obstacle> {
         let followers: Vec<_> = self
             .recorded
             .iter()
@@ -591,12 +608,14 @@ impl<'a> Planner<'a> {
             .map(|(&id, _)| id)
             .collect();
         for id in followers {
+            Self::check_peer_has_a_name(id, self.recorded[&id])?;
             self.step(id, Step::Connect);
         }
         // Connections and options come before the messages that need them.
         for change in self.plan.changes.values_mut() {
             change.steps.sort_by_key(Step::order);
         }
+        Ok(())
     }
 }
 
