@@ -85,6 +85,8 @@ impl Redis {
             ])
             .args(["--port", &port.to_string()])
             .stdout(Stdio::null())
+            // As for the other programs: not a file of ours.
+            .stderr(Stdio::null())
             .spawn()?;
         let redis = Redis { child, port, root };
         let mut connection = (0..1000)

@@ -72,6 +72,8 @@ impl Program {
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // Ours may be a file, whose offset a rollback would take back under what we have printed.
+            .stderr(Stdio::null())
             .spawn()
             .expect("starting the target");
         let commands = child.stdin.take().expect("a pipe");
