@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
+use crate::kernel::latency::Awake;
 use crate::kernel::procfs;
 use crate::kernel::ptrace::{self, Event, Options};
 
@@ -73,12 +74,15 @@ pub struct Stopped<'t> {
     pub(super) processes: BTreeMap<Pid, Process>,
     on_death: OnTracerDeath,
     since: Instant,
+    /// While a tree is stopped, no processor is to sleep. `None` in an attempt at stopping it.
+    _awake: Option<Awake>,
     bound_to_thread: PhantomData<*const ()>,
 }
 
 impl<'t> Stopped<'t> {
     pub(super) fn stop(tree: &'t mut Tree, on_death: OnTracerDeath) -> Result<Self> {
         let deadline = Instant::now() + PATIENCE;
+        let awake = tree.latency.awake();
         loop {
             tree.let_stragglers_go();
             let mut attempt = Stopped {
@@ -86,6 +90,7 @@ impl<'t> Stopped<'t> {
                 processes: BTreeMap::new(),
                 on_death,
                 since: Instant::now(),
+                _awake: None,
                 bound_to_thread: PhantomData,
             };
             match attempt.stop_all() {
@@ -98,6 +103,7 @@ impl<'t> Stopped<'t> {
                         processes,
                         on_death,
                         since,
+                        _awake: Some(awake),
                         bound_to_thread: PhantomData,
                     });
                 }

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::unistd::Pid;
 
+use crate::kernel::latency::Latency;
 use crate::kernel::ptrace::{self, Event};
 use crate::kernel::{pidfd, procfs};
 
@@ -118,6 +119,8 @@ pub struct Tree {
     pub(super) generations: u64,
     /// Tells of descendants that have left their parents. None: it is not needed or can't be had.
     pub(super) watch: Option<Watch>,
+    /// Has stopped tasks wake up quickly.
+    pub(super) latency: Latency,
 }
 
 impl Tree {
@@ -141,6 +144,7 @@ impl Tree {
             stragglers: Vec::new(),
             generations: 0,
             watch,
+            latency: Latency::open(),
         })
     }
 

@@ -6,6 +6,7 @@ pub mod disposition;
 pub mod kcmp;
 pub mod keyring;
 pub mod last_pid;
+pub mod latency;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;

@@ -17,7 +17,7 @@ use super::pagemap::{self, Backing, Scan};
 use super::proc_events::ProcEvents;
 use super::sock_diag::SockDiag;
 use super::userfaultfd::{USER_MODE_ONLY, WriteTracker};
-use super::{kcmp, pidfd, procfs, ptrace, remote_memory};
+use super::{kcmp, latency, pidfd, procfs, ptrace, remote_memory};
 
 /// One thing that snapback needs of the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -166,6 +166,16 @@ const TESTS: &[Test] = &[
         "process_vm_readv, process_vm_writev",
         "memory of others cannot be reached",
         remote_memory,
+    ),
+    wants(
+        "/dev/cpu_dma_latency",
+        "stopped tasks wake up slowly on processors that sleep; a rollback takes 0.1 ms longer",
+        |_| {
+            let opened = fs::OpenOptions::new().write(true).open(latency::DEVICE);
+            opened
+                .map(|_| String::new())
+                .map_err(|error| error.to_string())
+        },
     ),
     needs(
         "memfd_create with sealing",

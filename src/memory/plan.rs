@@ -8,7 +8,7 @@ use super::image::AddressSpaceHeader;
 use super::layout::{Layout, LayoutChange};
 use super::observe::Observed;
 use super::ranges::{Ranges, Span};
-use super::space::populated;
+use super::space::for_each_part;
 
 /// The changes, to be made in this order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -75,21 +75,21 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         })
         .collect();
 
-    // Swapped out and still armed. In a file's VMA a page that was dropped leaves a marker that looks like one.
-    let is_swapped = |categories: Categories| {
-        categories.has(Categories::WP_ALLOWED | Categories::SWAPPED)
-            && !categories.has(Categories::WRITTEN)
-            && !categories.has(Categories::GUARD)
-    };
-    let is_clean_in_file = |categories: Categories| {
-        categories.has(Categories::WP_ALLOWED | Categories::PRESENT)
-            && !categories.has(Categories::WRITTEN)
-    };
-    let anonymous = populated(live, &observed.suspect, |vma, categories| {
-        vma.is_anonymous() && !is_swapped(categories)
+    let mut seen = Seen::default();
+    for_each_part(live, &observed.suspect, |vma, span, categories| {
+        seen.take(vma, span, categories);
     });
-    let of_files = populated(live, &observed.of_files, |vma, categories| {
-        !vma.is_anonymous() && is_clean_in_file(categories)
+    let mut clean_in_files = Ranges::new();
+    for_each_part(live, &observed.of_files, |vma, span, categories| {
+        if vma.is_anonymous() {
+            return;
+        }
+        if is_clean_in_file(categories) {
+            clean_in_files.push(span);
+        }
+        if categories.is_populated() {
+            seen.there_in_files.push(span);
+        }
     });
     let files: Ranges = recorded
         .layout
@@ -97,34 +97,21 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         .filter(|vma| !vma.is_anonymous())
         .map(Span::from)
         .collect();
-    let suspect = anonymous.union(&files.difference(&of_files));
-    let unregistered = populated(live, &observed.suspect, |_, categories| {
-        !categories.has(Categories::WP_ALLOWED)
-    });
-    let there = populated(live, &observed.suspect, |vma, categories| {
-        vma.is_anonymous() && categories.is_populated()
-    })
-    .union(&populated(live, &observed.of_files, |vma, categories| {
-        !vma.is_anonymous() && categories.is_populated()
-    }));
+    let suspect = seen.suspect.union(&files.difference(&clean_in_files));
     let private: Ranges = recorded.layout.private().map(Span::from).collect();
     let copy = recorded
         .populated
         .intersection(&suspect.union(&replaced).union(recorded.stale));
     // What another checkpoint has armed is not suspect, but is it in this one?
-    let drop = there
+    let drop = seen
+        .there
+        .union(&seen.there_in_files)
         .union(&recorded.stale.intersection(&private))
         .difference(&replaced)
         .difference(recorded.populated);
-    let cache = populated(live, &observed.suspect, |vma, categories| {
-        !vma.is_anonymous() && categories.has(Categories::PRESENT)
-    });
-    let arm = copy.union(&cache.difference(&replaced).difference(&drop));
-    let guards = populated(live, &observed.suspect, |_, categories| {
-        categories.has(Categories::GUARD)
-    })
-    .difference(&replaced);
-    let to_register = unregistered.union(&replaced);
+    let arm = copy.union(&seen.cache.difference(&replaced).difference(&drop));
+    let guards = seen.guards.difference(&replaced);
+    let to_register = seen.unregistered.union(&replaced);
     let mut register: Vec<Span> = recorded.layout.private().map(Span::from).collect();
     register.retain(|span| to_register.touches(*span));
     let brk = observed
@@ -142,6 +129,57 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         arm,
         register,
     })
+}
+
+/// What the suspect pages are.
+#[derive(Default)]
+struct Seen {
+    /// Anonymous memory that may have changed.
+    suspect: Ranges,
+    /// Anonymous memory that is there.
+    there: Ranges,
+    /// The program's own pages of files' VMAs that are there.
+    there_in_files: Ranges,
+    /// Page cache.
+    cache: Ranges,
+    guards: Ranges,
+    /// What can't be tracked yet.
+    unregistered: Ranges,
+}
+
+impl Seen {
+    fn take(&mut self, vma: &Vma, span: Span, categories: Categories) {
+        if !categories.has(Categories::WP_ALLOWED) {
+            self.unregistered.push(span);
+        }
+        if categories.has(Categories::GUARD) {
+            self.guards.push(span);
+        }
+        if !vma.is_anonymous() {
+            if categories.has(Categories::PRESENT) {
+                self.cache.push(span);
+            }
+            return;
+        }
+        if !is_swapped(categories) {
+            self.suspect.push(span);
+        }
+        if categories.is_populated() {
+            self.there.push(span);
+        }
+    }
+}
+
+/// Swapped out and still armed. In a file's VMA a page that was dropped leaves a marker that looks like one.
+fn is_swapped(categories: Categories) -> bool {
+    categories.has(Categories::WP_ALLOWED | Categories::SWAPPED)
+        && !categories.has(Categories::WRITTEN)
+        && !categories.has(Categories::GUARD)
+}
+
+fn is_clean_in_file(categories: Categories) -> bool {
+    categories.has(Categories::WP_ALLOWED | Categories::PRESENT)
+        && !categories.has(Categories::WRITTEN)
 }
 
 /// A change that touches one of the kernel's own mappings.

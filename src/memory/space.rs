@@ -442,13 +442,12 @@ pub(super) fn parse_map(pid: Pid, text: &[u8], window: Span) -> Result<Layout> {
     })
 }
 
-/// The pages that regions cover in the private VMAs of a layout and for which `wanted` says yes.
-pub(super) fn populated(
+/// Gives `each` what regions cover of the private VMAs of a layout, in order.
+pub(super) fn for_each_part(
     layout: &Layout,
     regions: &[Region],
-    wanted: impl Fn(&Vma, Categories) -> bool,
-) -> Ranges {
-    let mut found = Ranges::new();
+    mut each: impl FnMut(&Vma, Span, Categories),
+) {
     let mut vmas = layout.private().peekable();
     for region in regions {
         let mut at = region.start;
@@ -461,13 +460,10 @@ pub(super) fn populated(
                 start: at.max(vma.start),
                 end: region.end.min(vma.end),
             };
-            if wanted(vma, region.categories) {
-                found.push(span);
-            }
+            each(vma, span, region.categories);
             at = span.end;
         }
     }
-    found
 }
 
 /// Memory that mlock(2) keeps in RAM. A shadow does not know: fork does not inherit it. `smaps` is read only if there

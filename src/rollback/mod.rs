@@ -139,7 +139,8 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
         maps.push((map, image.populated(context)?));
     }
     phases.end("map");
-    // While the processes answer, their pages are looked at: what answering writes, it writes at every rollback.
+    // While the processes answer they are looked at from outside: what answering writes to their pages, it writes at every
+    // rollback.
     let mut questions = Questions::start(stopped, checkpoint)?;
     let mut observed = Vec::with_capacity(maps.len());
     let mut populated = Vec::with_capacity(maps.len());
@@ -148,6 +149,8 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
         populated.push(pages);
     }
     phases.end("scan");
+    task::check_from_outside(stopped, &recorded)?;
+    phases.end("family");
     fault::point("rollback.scanned");
     let answers = questions.finish(stopped, &mut observed)?;
     let tasks = task::check(stopped, &recorded, answers.leaders)?;

@@ -25,11 +25,11 @@ pub struct Observed {
     pub(super) ended: Vec<(Pid, Pid)>,
 }
 
-/// Observes the tree, and refuses what a rollback could not undo: ended processes, changed credentials,
-/// filters, parents, sessions, lowered hard limits, a working directory that is gone.
+/// Observes the tree, and refuses what a rollback could not undo: changed credentials, lowered hard limits, a working
+/// directory that is gone.
 ///
 /// Nothing is changed. `leaders` are the answers of the recorded processes' leaders to [`Questions`](probe::Questions);
-/// [`check_presence`] and [`prepare`](super::prepare) must have been called.
+/// [`check_presence`], [`check_from_outside`] and [`prepare`](super::prepare) must have been called.
 ///
 /// A process is known by its pidfd; a thread by its TID within the process: should one have ended and another have got
 /// its TID, that other becomes the recorded one, since nothing that distinguishes them is kept. Credentials that
@@ -42,8 +42,6 @@ pub fn check(
 ) -> Result<Observed> {
     let mut observed = Observed::default();
     for process in recorded.processes().filter(|process| !process.is_zombie()) {
-        check_family(stopped, recorded, process)?;
-        check_rights(stopped, process)?;
         let gone = crate::freeze::Error::Gone(process.pid());
         let leader = leaders.remove(&process.pid()).ok_or(gone)?;
         observe(stopped, process, leader, &mut observed)?;
@@ -57,6 +55,16 @@ pub fn check_presence(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<
     recorded
         .processes()
         .try_for_each(|process| check_is_there(stopped, process))
+}
+
+/// Refuses what a rollback could not undo as far as that can be seen while batches run in the tree: other parents, groups
+/// and sessions, changed credentials and filters.
+pub fn check_from_outside(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<()> {
+    for process in recorded.processes().filter(|process| !process.is_zombie()) {
+        check_family(stopped, recorded, process)?;
+        check_rights(stopped, process)?;
+    }
+    Ok(())
 }
 
 /// A refusal about a recorded process that is still there.

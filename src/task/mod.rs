@@ -7,7 +7,7 @@
 //! | [`prepare`] | after every stop, before any batch | makes it safe to run something else on a thread: restartable sequences are aborted, calls that only the stop has ended start again |
 //! | [`capture`] | checkpoint | live state to records |
 //! | [`Recorded::read`] | rollback | a view of the records, in place |
-//! | [`check_presence`], [`Questions`], [`check`] | rollback, before anything is touched | observes the live state, and refuses what can't be undone |
+//! | [`check_presence`], [`check_from_outside`], [`Questions`], [`check`] | rollback, before anything is touched | observes the live state, and refuses what can't be undone |
 //! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
 //! | [`revive`] | rollback | makes threads again that have ended |
 //! | [`loosen`] | rollback, before memory and descriptors | what would be in the way of those: limits, rseq areas |
@@ -43,7 +43,7 @@ mod verify;
 
 pub use born::kill_born;
 pub use capture::capture;
-pub use check::{Observed, check, check_presence};
+pub use check::{Observed, check, check_from_outside, check_presence};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
 };
