@@ -38,10 +38,11 @@ fn assert_untraced(fixture: &Fixture, members: usize, point: &str) {
 type Start<'a> = &'a dyn Fn() -> Fixture;
 
 /// What a program finds of its state. Channels in trouble tell of it in their own words, others each time.
-fn found(fixture: &mut Fixture) -> String {
-    let answer = fixture.ask(b'v');
+/// `None` if it was dying.
+fn found(fixture: &mut Fixture) -> Option<String> {
+    let answer = fixture.ask_if_alive(b'v')?;
     let (state, _) = answer.split_once("; channel ").unwrap_or((&answer, ""));
-    state.to_owned()
+    Some(state.to_owned())
 }
 
 /// At every point that a first checkpoint passes.
@@ -87,7 +88,7 @@ fn rollback_run(program: &str, start: Start<'_>) {
         session.set(fault::VARIABLE, point);
         session.checkpoint(fixture.pid());
         fixture.mutate();
-        let wrecked = found(&mut fixture);
+        let wrecked = found(&mut fixture).expect("it lives");
         let answer = session.try_rollback(fixture.pid());
         assert_ne!(answer.status, DONE, "{point} was not reached: {answer:#?}");
         keeper_is_gone(&session, point);
@@ -98,18 +99,16 @@ fn rollback_run(program: &str, start: Start<'_>) {
         wait::until(&format!("{point}: it is dead or goes on"), || {
             !numbers::is_alive(fixture.pid()) || fixture.goes_on()
         });
-        if !numbers::is_alive(fixture.pid()) {
-            wait::until(
+        match found(&mut fixture) {
+            Some(state) => assert!(
+                state == wrecked || state == "PASS",
+                "{point}: neither as it was nor as it should be: {state}"
+            ),
+            None => wait::until(
                 &format!("{point}: the whole tree is dead, as its root is"),
                 || fixture.family.members().is_empty(),
-            );
-            continue;
+            ),
         }
-        let found = found(&mut fixture);
-        assert!(
-            found == wrecked || found == "PASS",
-            "{point}: neither as it was nor as it should be: {found}"
-        );
     }
 }
 

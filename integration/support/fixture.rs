@@ -139,6 +139,14 @@ impl Fixture {
         line
     }
 
+    /// The same of one that may be dying; `None` if it was.
+    pub(crate) fn ask_if_alive(&mut self, command: u8) -> Option<String> {
+        self.commands.write_all(&[command]).ok()?;
+        let line = self.line_unless_ended(&char::from(command).to_string())?;
+        self.settle();
+        Some(line)
+    }
+
     /// Sends a command and leaves its answer to be read later.
     #[track_caller]
     pub(crate) fn send(&mut self, command: &[u8]) {
@@ -187,11 +195,19 @@ impl Fixture {
     /// The next line it writes.
     #[track_caller]
     fn line(&mut self, what: &str) -> String {
+        match self.line_unless_ended(what) {
+            Some(line) => line,
+            None => panic!("{} ended at {what}; stderr: {}", self.name, self.stderr()),
+        }
+    }
+
+    #[track_caller]
+    fn line_unless_ended(&mut self, what: &str) -> Option<String> {
         let deadline = Instant::now() + wait::PATIENCE;
         loop {
             if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.unread.drain(..=end).collect();
-                return String::from_utf8_lossy(&line[..end]).into_owned();
+                return Some(String::from_utf8_lossy(&line[..end]).into_owned());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = PollTimeout::try_from(left).expect("a timeout that fits");
@@ -207,12 +223,9 @@ impl Fixture {
             );
             let mut bytes = [0; 4096];
             let count = self.answers.read(&mut bytes).expect("reading a pipe");
-            assert!(
-                count > 0,
-                "{} ended at {what}; stderr: {}",
-                self.name,
-                self.stderr()
-            );
+            if count == 0 {
+                return None;
+            }
             self.unread.extend_from_slice(&bytes[..count]);
         }
     }

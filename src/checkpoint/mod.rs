@@ -215,17 +215,31 @@ fn capture(
     phases.end("tasks");
     fault::point("checkpoint.tasks");
     let mut resident_pages = 0;
-    for pid in &living {
-        let Some(space) = spaces.get_mut(pid) else {
-            continue;
-        };
+    let shadows = memory::make_shadows(stopped, &living)?;
+    phases.end("fork");
+    let mut shadows = living.iter().copied().zip(shadows);
+    while let Some((pid, shadow)) = shadows.next() {
         let others = others
             .iter_mut()
             .flat_map(|other| &mut other.spaces)
-            .filter(|image| image.pid == *pid);
-        let (image, armed) = space.capture(stopped, others, &mut context)?;
-        resident_pages += armed.pages;
-        images.push(image);
+            .filter(|image| image.pid == pid);
+        let captured = match spaces.get_mut(&pid) {
+            Some(space) => space.capture(stopped, shadow, others, &mut context),
+            None => {
+                shadow.discard(stopped, pid);
+                Err(freeze::Error::Gone(pid).into())
+            }
+        };
+        match captured {
+            Ok((image, armed)) => {
+                resident_pages += armed.pages;
+                images.push(image);
+            }
+            Err(error) => {
+                shadows.for_each(|(pid, shadow)| shadow.discard(stopped, pid));
+                return Err(error.into());
+            }
+        }
         fault::point("checkpoint.shadow");
     }
     phases.end("memory");

@@ -253,9 +253,9 @@ impl Stopped<'_> {
         Ok(())
     }
 
-    /// Makes up to four calls in a stopped copy of a process's address space that is never to run on, and is traced by
-    /// this thread: a shadow. It has no window. The first failure is returned.
-    pub fn run_in_copy(&self, original: Pid, copy: Pid, calls: &[PlainCall]) -> Result<()> {
+    /// Starts up to four calls in a stopped copy of a process's address space that is never to run on, and is traced by
+    /// this thread: a shadow. It has no window.
+    pub fn start_in_copy(&self, original: Pid, copy: Pid, calls: &[PlainCall]) -> Result<InCopy> {
         let target = self
             .member(original)?
             .window
@@ -264,6 +264,7 @@ impl Stopped<'_> {
         let place = target.bootstrap.address;
         let code = runner::calls(calls);
         let memory = std::fs::OpenOptions::new()
+            .read(true)
             .write(true)
             .open(procfs::path(copy, "mem"))
             .context(|| format!("open /proc/{copy}/mem"))?;
@@ -274,30 +275,13 @@ impl Stopped<'_> {
         (registers.rip, registers.orig_rax) = (place, u64::MAX);
         ptrace::set_registers(copy, &registers).context(|| format!("set registers of {copy}"))?;
         ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?;
-        loop {
-            match wait(copy)? {
-                Event::Signal(libc::SIGTRAP) => break,
-                Event::Exited(_) => return Err(Error::Gone(copy)),
-                // Signals sent to it are not for it.
-                _ => ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?,
-            }
-        }
-        memory
-            .write_all_at(&vec![0; code.len()], place)
-            .context(|| "clean the vDSO padding".into())?;
-        let registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
-        let results = [registers.r12, registers.r13, registers.r14, registers.r15];
-        match results[..calls.len()]
-            .iter()
-            .find(|result| **result > -4096i64 as u64)
-        {
-            None => Ok(()),
-            Some(result) => Err(Error::Call {
-                pid: copy,
-                what: "preparing the shadow",
-                errno: Errno::from_raw(-(*result as i64) as i32),
-            }),
-        }
+        Ok(InCopy {
+            copy,
+            memory,
+            place,
+            code: code.len(),
+            calls: calls.len(),
+        })
     }
 
     /// Removes a process's window from its address space. What was in its page store is gone.
@@ -492,8 +476,49 @@ struct Bootstrap {
     quiet: u64,
 }
 
-/// A system call with up to three arguments, for [`Stopped::run_in_copy`].
+/// A system call with up to three arguments, for [`Stopped::start_in_copy`].
 pub type PlainCall = (libc::c_long, [u64; 3]);
+
+/// Calls that were started in a copy of an address space.
+#[derive(Debug)]
+pub struct InCopy {
+    copy: Pid,
+    memory: std::fs::File,
+    place: u64,
+    code: usize,
+    calls: usize,
+}
+
+impl InCopy {
+    /// Waits for them. Returns the first failure, or the copy's `/proc/PID/mem`, to be read and written.
+    pub fn finish(self) -> Result<std::fs::File> {
+        let copy = self.copy;
+        loop {
+            match wait(copy)? {
+                Event::Signal(libc::SIGTRAP) => break,
+                Event::Exited(_) => return Err(Error::Gone(copy)),
+                // Signals sent to it are not for it.
+                _ => ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?,
+            }
+        }
+        self.memory
+            .write_all_at(&vec![0; self.code], self.place)
+            .context(|| "clean the vDSO padding".into())?;
+        let registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
+        let results = [registers.r12, registers.r13, registers.r14, registers.r15];
+        match results[..self.calls]
+            .iter()
+            .find_map(|result| failure(*result))
+        {
+            None => Ok(self.memory),
+            Some(errno) => Err(Error::Call {
+                pid: copy,
+                what: "preparing the shadow",
+                errno,
+            }),
+        }
+    }
+}
 
 impl Bootstrap {
     /// Room for the code, the name of the window's memfd and a signal mask.

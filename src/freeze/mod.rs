@@ -17,7 +17,7 @@ mod tree;
 mod watch;
 
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
-pub use inject::{PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING};
+pub use inject::{InCopy, PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING};
 pub use stopped::{Process, Stopped};
 pub use thread::Thread;
 pub use tree::{Member, OnTracerDeath, Tree};

@@ -183,13 +183,8 @@ impl Tree {
         self.members.get_mut(&pid)
     }
 
-    /// Leaves a process out of the tree for ever: a shadow.
-    pub fn add_shadow(&mut self, pid: Pid) {
-        let status = std::fs::read_to_string(procfs::path(pid, "status")).unwrap_or_default();
-        let inside = procfs::namespace_pids(&status)
-            .last()
-            .copied()
-            .unwrap_or(pid.as_raw());
+    /// Leaves a process out of the tree for ever: a shadow, whose PID in its own namespace is `inside`.
+    pub fn add_shadow(&mut self, pid: Pid, inside: i32) {
         self.shadows.insert(pid, inside);
     }
 

@@ -6,6 +6,7 @@
 
 mod advice;
 mod execute;
+mod fork;
 mod hot;
 mod image;
 mod layout;
@@ -18,6 +19,7 @@ mod space;
 mod store;
 mod verify;
 
+pub use fork::{Fresh, make_shadows};
 pub use image::{AddressSpaceHeader, SpaceImage};
 pub use layout::Layout;
 pub use observe::{Observed, look_at_map};

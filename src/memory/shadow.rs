@@ -4,10 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::errno::Errno;
 use nix::unistd::Pid;
 
-use crate::freeze::{Error, Stopped};
+use crate::freeze::{Error, InCopy, Stopped};
 use crate::kernel::ptrace::{self, Event, Options};
 use crate::kernel::{procfs, remote_memory};
 
@@ -26,18 +25,24 @@ pub struct Shadow {
     is_dead: AtomicBool,
 }
 
-impl Shadow {
-    /// Takes over a child fresh from clone(2), seized and stopped. It shares its parent's file table until here.
-    pub fn adopt(stopped: &mut Stopped, parent: Pid, pid: Pid) -> Result<Self> {
-        let system = |what: &str, error: Errno| Error::System {
-            what: format!("{what} of shadow {pid}"),
-            error: error.into(),
-        };
-        ptrace::set_options(pid, Options::SHADOW)
-            .map_err(|errno| system("ptrace options", errno))?;
-        stopped.tree_mut().add_shadow(pid);
+/// A child fresh from clone(2), seized and stopped, on its way to be a shadow. It shares its parent's file table until that
+/// is finished.
+#[derive(Debug)]
+pub(super) struct Adoption {
+    pid: Pid,
+    calls: InCopy,
+}
+
+impl Adoption {
+    /// Takes over a child of `parent` whose PID in their namespace is `inside`.
+    pub(super) fn start(stopped: &mut Stopped, parent: Pid, pid: Pid, inside: i32) -> Result<Self> {
+        stopped.tree_mut().add_shadow(pid, inside);
+        ptrace::set_options(pid, Options::SHADOW).map_err(|errno| Error::System {
+            what: format!("ptrace options of shadow {pid}"),
+            error: errno.into(),
+        })?;
         // It must not hold the parent's pipes and sockets open, nor be hit by signals to the parent's process group.
-        stopped.run_in_copy(
+        let calls = stopped.start_in_copy(
             parent,
             pid,
             &[
@@ -48,20 +53,27 @@ impl Shadow {
                 (libc::SYS_setsid, [0; 3]),
             ],
         )?;
-        let open = |name: &str| {
-            File::open(procfs::path(pid, name)).map_err(|error| Error::System {
-                what: format!("open /proc/{pid}/{name}"),
-                error,
-            })
-        };
-        Ok(Self {
+        Ok(Self { pid, calls })
+    }
+
+    /// Waits until it is a shadow.
+    pub(super) fn finish(self) -> Result<Shadow> {
+        let pid = self.pid;
+        let memory = self.calls.finish()?;
+        let pagemap = File::open(procfs::path(pid, "pagemap")).map_err(|error| Error::System {
+            what: format!("open /proc/{pid}/pagemap"),
+            error,
+        })?;
+        Ok(Shadow {
             pid,
-            memory: open("mem")?,
-            pagemap: open("pagemap")?,
+            memory,
+            pagemap,
             is_dead: AtomicBool::new(false),
         })
     }
+}
 
+impl Shadow {
     /// Whether it is still there. Something in the container may have killed it, or the container was ended: its PID
     /// namespace is not gone before the tracer has collected the deaths of all its tracees in there.
     pub fn is_alive(&self) -> bool {
@@ -100,10 +112,15 @@ impl Shadow {
         if !self.is_alive() {
             return;
         }
-        let _ = nix::sys::signal::kill(self.pid, nix::sys::signal::SIGKILL);
-        while !matches!(ptrace::wait(self.pid), Ok(Event::Exited(_)) | Err(_)) {}
+        kill(self.pid);
         self.is_dead.store(true, Ordering::Relaxed);
     }
+}
+
+/// Kills a tracee of ours and collects its exit.
+pub(super) fn kill(pid: Pid) {
+    let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL);
+    while !matches!(ptrace::wait(pid), Ok(Event::Exited(_)) | Err(_)) {}
 }
 
 const CLOSE_RANGE_UNSHARE: u64 = 1 << 1;

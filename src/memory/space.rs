@@ -15,6 +15,7 @@ use crate::kernel::{pidfd, procfs, smaps};
 use crate::outcome::Refusal;
 use crate::record::{Context, Kind};
 
+use super::fork::{self, Fresh};
 use super::hot::Hot;
 use super::image::{AddressSpaceHeader, SpaceImage};
 use super::layout::Layout;
@@ -203,65 +204,42 @@ impl Space {
         }
     }
 
-    /// Takes an image of the address space: shadow, VMA list, populated pages; and arms the tracking.
+    /// Takes an image of the address space of which a shadow was made just now: VMA list, populated pages; and arms the
+    /// tracking. On failure the shadow is gone.
     ///
     /// Pages written since it was last armed are added to the stale set of `others`, the images of the same space
     /// in other checkpoints.
     pub fn capture<'i>(
         &mut self,
         stopped: &mut Stopped,
+        Fresh { shadow, brk }: Fresh,
         others: impl Iterator<Item = &'i mut SpaceImage>,
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
         let pid = self.pid;
-        // The clone comes last: should we die, the thread heals itself, and the shadow dies with us.
-        let mut batch = Batch::new();
-        let brk = batch.call(libc::SYS_brk, &[0.into()]);
-        let clone = batch.call(
-            libc::SYS_clone,
-            &[
-                libc::CLONE_FILES.into(),
-                0.into(),
-                0.into(),
-                0.into(),
-                0.into(),
-            ],
-        );
-        let outputs = stopped.run(pid, &batch)?;
-        outputs.result(clone).map_err(|errno| {
-            refuse(pid, "a shadow", format!("the container can't have another process ({errno}): raise its memory, PID or process limit"))
-        })?;
-        let brk = outputs.result(brk).unwrap_or(0);
-        let [child] = outputs.born[..] else {
-            return Err(freeze::Error::Gone(pid).into());
-        };
-        let shadow = Shadow::adopt(stopped, pid, child)?;
-        let image = self.finish(stopped, others, context, &shadow, brk);
-        match image {
-            Ok((header_id, layout, armed, populated)) => {
-                let mut image = SpaceImage::new(
-                    header_id,
-                    pid,
-                    stopped.member(pid)?.generation,
-                    shadow,
-                    layout,
-                );
-                let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated)?;
-                Ok((
+        let of_shadow = shadow.pid;
+        let capture = || {
+            let generation = stopped.member(pid)?.generation;
+            let (header_id, layout, armed, populated) =
+                self.finish(stopped, others, context, &shadow, brk)?;
+            let mut image = SpaceImage::new(header_id, pid, generation, shadow, layout);
+            let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated);
+            let image = match saved {
+                Ok(bytes) => (
                     image,
                     Copied {
                         pages: armed,
-                        bytes: saved,
+                        bytes,
                     },
-                ))
-            }
-            Err(error) => {
-                shadow.kill();
-                reap(stopped, pid, shadow.pid);
-                stopped.tree_mut().remove_shadow(shadow.pid);
-                Err(error)
-            }
-        }
+                ),
+                Err(error) => {
+                    self.forget(&image);
+                    return Err(error);
+                }
+            };
+            Ok(image)
+        };
+        capture().inspect_err(|_| fork::end(stopped, pid, of_shadow))
     }
 
     fn finish<'i>(
@@ -351,14 +329,19 @@ impl Space {
     /// that is gone leaves that to its init.
     pub fn discard(space: Option<&mut Self>, stopped: &mut Stopped, image: SpaceImage) {
         image.shadow.kill();
-        reap(stopped, image.pid, image.shadow.pid);
+        fork::reap(stopped, image.pid, image.shadow.pid);
         stopped.tree_mut().remove_shadow(image.shadow.pid);
         if let Some(space) = space {
-            image
-                .slots
-                .values()
-                .for_each(|slot| space.store.give_back(*slot));
+            space.forget(&image);
         }
+    }
+
+    /// Gives back the slots of an image.
+    fn forget(&mut self, image: &SpaceImage) {
+        image
+            .slots
+            .values()
+            .for_each(|slot| self.store.give_back(*slot));
     }
 }
 
@@ -390,26 +373,6 @@ fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
         }
     }
     Ok(lacking)
-}
-
-/// Has a process reap its shadow, which is a child that only `__WALL` waits see.
-fn reap(stopped: &mut Stopped, parent: Pid, shadow: Pid) {
-    let inside = stopped
-        .tree()
-        .shadow_inside(shadow)
-        .unwrap_or(shadow.as_raw());
-    let mut batch = Batch::new();
-    batch.call(
-        libc::SYS_wait4,
-        &[
-            inside.into(),
-            0.into(),
-            (libc::__WALL | libc::WNOHANG).into(),
-            0.into(),
-        ],
-    );
-    // If the parent is gone its init reaps it.
-    let _ = stopped.run(parent, &batch);
 }
 
 /// Where the window of a process is in its address space.

@@ -1,0 +1,145 @@
+//! Making shadows of all address spaces of a tree, side by side.
+
+use nix::unistd::Pid;
+
+use crate::freeze::{self, Batch, StepId, Stopped};
+
+use super::Result;
+use super::shadow::{self, Adoption, Shadow};
+use super::space::refuse;
+
+/// A shadow just made.
+#[derive(Debug)]
+pub struct Fresh {
+    pub(super) shadow: Shadow,
+    /// The program break of the address space.
+    pub(super) brk: u64,
+}
+
+impl Fresh {
+    /// Gives it up.
+    pub fn discard(self, stopped: &mut Stopped, parent: Pid) {
+        end(stopped, parent, self.shadow.pid);
+    }
+}
+
+/// Makes a shadow of each process, all of which fork at the same time. In the order of `pids`; on failure there are none.
+pub fn make_shadows(stopped: &mut Stopped, pids: &[Pid]) -> Result<Vec<Fresh>> {
+    let mut failure = None;
+    let mut forks = Vec::with_capacity(pids.len());
+    for pid in pids {
+        match Fork::start(stopped, *pid) {
+            Ok(fork) => forks.push(fork),
+            Err(error) => {
+                failure = Some(error);
+                break;
+            }
+        }
+    }
+    let mut children = Vec::with_capacity(forks.len());
+    for fork in forks {
+        let adopted = fork.finish(stopped);
+        children.extend(adopted.map_err(|error| failure.get_or_insert(error)).ok());
+    }
+    let mut made = Vec::with_capacity(children.len());
+    for child in children {
+        let (parent, pid) = (child.parent, child.pid);
+        match child.finish() {
+            Ok(fresh) => made.push((parent, fresh)),
+            Err(error) => {
+                failure.get_or_insert(error);
+                end(stopped, parent, pid);
+            }
+        }
+    }
+    match failure {
+        None => Ok(made.into_iter().map(|(_, fresh)| fresh).collect()),
+        Some(error) => {
+            for (parent, fresh) in made {
+                end(stopped, parent, fresh.shadow.pid);
+            }
+            Err(error)
+        }
+    }
+}
+
+/// A batch that forks.
+struct Fork {
+    parent: Pid,
+    brk: StepId,
+    clone: StepId,
+}
+
+impl Fork {
+    fn start(stopped: &mut Stopped, parent: Pid) -> Result<Self> {
+        let mut batch = Batch::new();
+        let zero = 0.into();
+        let brk = batch.call(libc::SYS_brk, &[zero]);
+        // The clone comes last: should we die, the thread heals itself, and the shadow dies with us.
+        let arguments = [libc::CLONE_FILES.into(), zero, zero, zero, zero];
+        let clone = batch.call(libc::SYS_clone, &arguments);
+        stopped.start(parent, &batch)?;
+        Ok(Self { parent, brk, clone })
+    }
+
+    fn finish(self, stopped: &mut Stopped) -> Result<Child> {
+        let parent = self.parent;
+        let outputs = stopped.finish(parent)?;
+        let inside = outputs.result(self.clone).map_err(|errno| {
+            refuse(parent, "a shadow", format!("the container can't have another process ({errno}): raise its memory, PID or process limit"))
+        })?;
+        let [pid] = outputs.born[..] else {
+            return Err(freeze::Error::Gone(parent).into());
+        };
+        match Adoption::start(stopped, parent, pid, inside as i32) {
+            Ok(adoption) => Ok(Child {
+                parent,
+                pid,
+                adoption,
+                brk: outputs.result(self.brk).unwrap_or(0),
+            }),
+            Err(error) => {
+                end(stopped, parent, pid);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A child that is being made a shadow.
+struct Child {
+    parent: Pid,
+    pid: Pid,
+    adoption: Adoption,
+    brk: u64,
+}
+
+impl Child {
+    fn finish(self) -> Result<Fresh> {
+        Ok(Fresh {
+            shadow: self.adoption.finish()?,
+            brk: self.brk,
+        })
+    }
+}
+
+/// Kills a shadow, or what was to be one, and has its parent reap it.
+pub(super) fn end(stopped: &mut Stopped, parent: Pid, pid: Pid) {
+    shadow::kill(pid);
+    reap(stopped, parent, pid);
+    stopped.tree_mut().remove_shadow(pid);
+}
+
+/// Has a process reap its shadow, which is a child that only `__WALL` waits see.
+pub(super) fn reap(stopped: &mut Stopped, parent: Pid, shadow: Pid) {
+    let inside = stopped
+        .tree()
+        .shadow_inside(shadow)
+        .unwrap_or(shadow.as_raw());
+    let mut batch = Batch::new();
+    let options = libc::__WALL | libc::WNOHANG;
+    let arguments = [inside.into(), 0.into(), options.into(), 0.into()];
+    batch.call(libc::SYS_wait4, &arguments);
+    // If the parent is gone its init reaps it.
+    let _ = stopped.run(parent, &batch);
+}
