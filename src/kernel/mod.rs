@@ -21,6 +21,7 @@ pub mod registers;
 pub mod remote_memory;
 pub mod runner;
 pub mod scheduling;
+pub mod shared_map;
 pub mod smaps;
 pub(crate) mod sock_diag;
 pub mod socket;

@@ -1,22 +1,25 @@
 //! Shared memory: saved by content, once per object, whoever maps it.
 //!
 //! Shadows share it with the program, and a child forked later writes to it untracked; so it is kept as a copy, and a
-//! rollback compares all of it.
+//! rollback compares all of it: in place, if nobody outside of the tree can have a name for it.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use memmap2::MmapMut;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Pid, Whence, lseek64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::kernel::memory_file::map_memory_file;
 use crate::kernel::procfs;
+use crate::kernel::shared_map::SharedMap;
 use crate::outcome::Difference;
 use crate::record::{Context, Interned, Kind, ObjectId, ObjectKey};
 
@@ -49,7 +52,12 @@ pub struct SharedImage {
     name: String,
     /// An `O_PATH` descriptor: it keeps the object, not a way to read or write it.
     pin: File,
-    copy: File,
+    /// As long as the object was, and what of it is not zero.
+    size: u64,
+    data: Ranges,
+    copy: Option<MmapMut>,
+    /// The object's content in place. Not for a file with a name: whoever opens it can cut it off while it is looked at.
+    in_place: OnceCell<Option<SharedMap>>,
 }
 
 /// Bytes read and compared at once.
@@ -128,24 +136,26 @@ impl SharedImage {
             return Ok(None);
         };
         let live = File::open(reopen(&pin)).map_err(failed("open"))?;
-        let copy = memfd_create(c"snapback-shared", MemFdCreateFlag::MFD_CLOEXEC)
-            .map(File::from)
-            .map_err(|errno| system(pid, "make room for shared memory", errno))?;
-        copy.set_len(metadata.len())
-            .map_err(failed("make room for"))?;
-        let data = data_of(&live, metadata.len()).map_err(failed("look for the data of"))?;
-        let mut buffer = vec![0; PIECE as usize];
-        for span in data.pieces(PIECE) {
-            let bytes = &mut buffer[..span.len() as usize];
-            live.read_exact_at(bytes, span.start)
-                .map_err(failed("read"))?;
-            copy.write_all_at(bytes, span.start)
-                .map_err(failed("save"))?;
+        let size = metadata.len();
+        let data = data_of(&live, size).map_err(failed("look for the data of"))?;
+        // A mapping can't be empty.
+        let mut copy = match size {
+            0 => None,
+            _ => Some(
+                map_memory_file(c"snapback-shared", size as usize)
+                    .map_err(failed("make room for"))?,
+            ),
+        };
+        if let Some(copy) = &mut copy {
+            for span in data.spans() {
+                live.read_exact_at(&mut copy[bytes_of(*span)], span.start)
+                    .map_err(failed("save"))?;
+            }
         }
         let record = SharedObject {
             device: metadata.dev(),
             inode: metadata.ino(),
-            size: metadata.len(),
+            size,
             data: data.bytes(),
         };
         context.put(Kind::SharedMemory, id, &record, name.as_bytes())?;
@@ -154,7 +164,10 @@ impl SharedImage {
             holder: pid,
             name,
             pin,
+            size,
+            data,
             copy,
+            in_place: OnceCell::new(),
         }))
     }
 
@@ -162,24 +175,11 @@ impl SharedImage {
     pub fn restore(&self) -> Result<Copied> {
         let mut copied = Copied::default();
         let live = self.open(true)?;
-        let size = self
-            .copy
-            .metadata()
-            .map_err(self.failed("stat the copy of"))?
-            .len();
-        if live.metadata().map_err(self.failed("stat"))?.len() != size {
-            live.set_len(size).map_err(self.failed("size"))?;
+        if live.metadata().map_err(self.failed("stat"))?.len() != self.size {
+            live.set_len(self.size).map_err(self.failed("size"))?;
         }
-        for difference in self.differences(&live, size)? {
-            let span = Span {
-                start: difference,
-                end: size.min(difference + PAGE),
-            };
-            let mut page = [0; PAGE as usize];
-            let bytes = &mut page[..span.len() as usize];
-            self.copy
-                .read_exact_at(bytes, span.start)
-                .map_err(self.failed("read the copy of"))?;
+        for span in self.differences(&live)? {
+            let bytes = self.saved(span);
             if bytes.iter().all(|byte| *byte == 0) {
                 let punch =
                     FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -200,36 +200,29 @@ impl SharedImage {
         Ok(copied)
     }
 
-    /// Names a difference between the live content and the saved one, if there is one.
+    /// Names a difference between the live content and the saved one, if there is one. Everything is read.
     pub fn verify(&self) -> Result<Option<Difference>> {
         let live = self.open(false)?;
-        let size = self
-            .copy
-            .metadata()
-            .map_err(self.failed("stat the copy of"))?
-            .len();
         let found = live.metadata().map_err(self.failed("stat"))?.len();
-        if found != size {
+        if found != self.size {
             return Ok(Some(Difference {
                 what: format!("shared memory {}: size", self.name),
-                expected: size.to_string(),
+                expected: self.size.to_string(),
                 found: found.to_string(),
             }));
         }
-        let (mut one, mut other) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
+        let mut buffer = vec![0; PIECE as usize];
         let everything = Ranges::from_iter([Span {
             start: 0,
-            end: size,
+            end: self.size,
         }]);
         for span in everything.pieces(PIECE) {
-            let len = span.len() as usize;
-            live.read_exact_at(&mut one[..len], span.start)
+            let found = &mut buffer[..span.len() as usize];
+            live.read_exact_at(found, span.start)
                 .map_err(self.failed("read"))?;
-            self.copy
-                .read_exact_at(&mut other[..len], span.start)
-                .map_err(self.failed("read the copy of"))?;
-            if one[..len] != other[..len]
-                && let Some(at) = (0..len).find(|at| one[*at] != other[*at])
+            let saved = self.saved(span);
+            if found != saved
+                && let Some(at) = (0..found.len()).find(|at| found[*at] != saved[*at])
             {
                 return Ok(Some(Difference {
                     what: format!(
@@ -237,8 +230,8 @@ impl SharedImage {
                         self.name,
                         span.start + at as u64
                     ),
-                    expected: format!("{:#04x}", other[at]),
-                    found: format!("{:#04x}", one[at]),
+                    expected: format!("{:#04x}", saved[at]),
+                    found: format!("{:#04x}", found[at]),
                 }));
             }
         }
@@ -247,9 +240,17 @@ impl SharedImage {
 
     /// Bytes kept for it.
     pub fn bytes(&self) -> u64 {
-        self.copy
-            .metadata()
-            .map_or(0, |metadata| metadata.blocks() * 512)
+        self.data.bytes()
+    }
+
+    /// What stood there. Looking at a hole of the copy makes a page of it, so where there was no data there are other
+    /// zeroes.
+    fn saved(&self, span: Span) -> &[u8] {
+        static NOTHING: [u8; PIECE as usize] = [0; PIECE as usize];
+        match &self.copy {
+            Some(copy) if self.data.touches(span) => &copy[bytes_of(span)],
+            _ => &NOTHING[..span.len() as usize],
+        }
     }
 
     fn open(&self, write: bool) -> Result<File> {
@@ -260,30 +261,50 @@ impl SharedImage {
             .map_err(self.failed("open"))
     }
 
-    /// Offsets of the pages that differ.
-    fn differences(&self, live: &File, size: u64) -> Result<Vec<u64>> {
-        let data = data_of(live, size)
-            .and_then(|live| Ok(live.union(&data_of(&self.copy, size)?)))
-            .map_err(self.failed("look for the data of"))?;
-        let (mut one, mut other) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
+    /// The pages that differ.
+    fn differences(&self, live: &File) -> Result<Vec<Span>> {
+        let failed = self.failed("look for the data of");
+        let live_data = data_of(live, self.size).map_err(failed)?;
+        let new = live_data.difference(&self.data);
+        let in_place = self.map_in_place(live)?;
+        let mut buffer = vec![0; PIECE as usize];
         let mut found = Vec::new();
-        for span in data.pieces(PIECE) {
-            let len = span.len() as usize;
-            live.read_exact_at(&mut one[..len], span.start)
-                .map_err(self.failed("read"))?;
-            self.copy
-                .read_exact_at(&mut other[..len], span.start)
-                .map_err(self.failed("read the copy of"))?;
-            if one[..len] == other[..len] {
+        for span in self.data.pieces(PIECE).chain(new.pieces(PIECE)) {
+            let there = match in_place {
+                Some(map) => There::InPlace(map),
+                None => {
+                    let bytes = &mut buffer[..span.len() as usize];
+                    live.read_exact_at(bytes, span.start)
+                        .map_err(self.failed("read"))?;
+                    There::Read(bytes, span.start)
+                }
+            };
+            if there.is(span, self.saved(span)) {
                 continue;
             }
-            let pages = one[..len]
-                .chunks(PAGE as usize)
-                .zip(other[..len].chunks(PAGE as usize));
-            let differing = pages.enumerate().filter(|(_, (one, other))| one != other);
-            found.extend(differing.map(|(index, _)| span.start + index as u64 * PAGE));
+            let pages = Ranges::from_iter([span]);
+            let differing = pages
+                .pieces(PAGE)
+                .filter(|page| !there.is(*page, self.saved(*page)));
+            found.extend(differing);
         }
         Ok(found)
+    }
+
+    /// Its content in place, if that can't be cut off meanwhile.
+    fn map_in_place(&self, live: &File) -> Result<Option<&SharedMap>> {
+        if let Some(map) = self.in_place.get() {
+            return Ok(map.as_ref());
+        }
+        let has_name = self.pin.metadata().map_err(self.failed("stat"))?.nlink() > 0;
+        let map = match has_name || self.size == 0 {
+            true => None,
+            false => {
+                let map = SharedMap::of(live, self.size as usize);
+                Some(map.map_err(self.failed("map"))?)
+            }
+        };
+        Ok(self.in_place.get_or_init(|| map).as_ref())
     }
 
     fn failed(&self, what: &str) -> impl Fn(std::io::Error) -> super::Error + use<> {
@@ -291,6 +312,31 @@ impl SharedImage {
         let holder = self.holder;
         move |error| system(holder, &what, error)
     }
+}
+
+/// A piece of the live content.
+enum There<'a> {
+    /// All of it, mapped.
+    InPlace(&'a SharedMap),
+    /// The piece itself, and where it begins.
+    Read(&'a [u8], u64),
+}
+
+impl There<'_> {
+    /// Whether a part of it is as given.
+    fn is(&self, span: Span, bytes: &[u8]) -> bool {
+        match self {
+            Self::InPlace(map) => map.holds(span.start as usize, bytes),
+            Self::Read(read, start) => {
+                let at = (span.start - start) as usize;
+                read[at..at + bytes.len()] == *bytes
+            }
+        }
+    }
+}
+
+fn bytes_of(span: Span) -> std::ops::Range<usize> {
+    span.start as usize..span.end as usize
 }
 
 fn reopen(pin: &File) -> PathBuf {
