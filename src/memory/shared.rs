@@ -266,7 +266,7 @@ impl SharedImage {
         let failed = self.failed("look for the data of");
         let live_data = data_of(live, self.size).map_err(failed)?;
         let new = live_data.difference(&self.data);
-        let in_place = self.map_in_place(live)?;
+        let in_place = self.map_in_place()?;
         let mut buffer = vec![0; PIECE as usize];
         let mut found = Vec::new();
         for span in self.data.pieces(PIECE).chain(new.pieces(PIECE)) {
@@ -292,7 +292,7 @@ impl SharedImage {
     }
 
     /// Its content in place, if that can't be cut off meanwhile.
-    fn map_in_place(&self, live: &File) -> Result<Option<&SharedMap>> {
+    fn map_in_place(&self) -> Result<Option<&SharedMap>> {
         if let Some(map) = self.in_place.get() {
             return Ok(map.as_ref());
         }
@@ -300,7 +300,8 @@ impl SharedImage {
         let map = match has_name || self.size == 0 {
             true => None,
             false => {
-                let map = SharedMap::of(live, self.size as usize);
+                // Opened for reading only: one that could be written to would keep the program from sealing it.
+                let map = SharedMap::of(&self.open(false)?, self.size as usize);
                 Some(map.map_err(self.failed("map"))?)
             }
         };
