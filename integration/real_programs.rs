@@ -17,7 +17,7 @@ use crate::support::session::{DONE, Session, finish};
 use crate::support::{skip, wait};
 
 /// Rollbacks per program; `SNAPBACK_ROUNDS` overrides it.
-fn rounds() -> u32 {
+pub(crate) fn rounds() -> u32 {
     std::env::var("SNAPBACK_ROUNDS")
         .ok()
         .and_then(|text| text.parse().ok())
@@ -88,11 +88,6 @@ fn java() {
     finish(compile).expect(0, "javac");
     let mut command = Command::new("java");
     command
-        // Threads that end by themselves can't be brought back by this version: the JVM's pools keep theirs.
-        .args([
-            "-XX:-UseDynamicNumberOfCompilerThreads",
-            "-XX:-UseDynamicNumberOfGCThreads",
-        ])
         .args(["-XX:-UsePerfData", "-Xmx256m", "-cp"])
         .arg(classes.path())
         .arg("Bank");
