@@ -1,7 +1,7 @@
 //! Live state to records.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use super::live::{Holder, Live};
@@ -128,15 +128,9 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
                 .collect(),
         })
         .collect();
-    let files = every_number(&found.tables).map(|(place, index)| (lives[index].common, place));
-    if locks::any_held(files)? {
-        let by_place: Vec<_> = ids
-            .iter()
-            .zip(&lives)
-            .map(|(id, live)| (Some(*id), live.common, live.place()))
-            .collect();
-        recorded.locks = find_locks(&by_place, &recorded.tables, &holders)?.0;
-    }
+    let files =
+        every_number(&found.tables).map(|(place, index)| (ids[index], lives[index].common, place));
+    recorded.locks = locks::held(files)?;
     records::write(context, recorded)?;
     socket_diag::close();
     Ok(capture)
@@ -175,16 +169,6 @@ fn complete_sockets(
         states[at[&id]] = State::Socket(state);
     }
     Ok(())
-}
-
-pub(super) fn find_locks(
-    descriptions: &[(Option<ObjectId>, super::model::Common, Place)],
-    tables: &[Table<ObjectId>],
-    holders: &BTreeMap<i32, Holder>,
-) -> Result<(Vec<locks::Lock>, Vec<locks::Lock>), Error> {
-    let slots: Vec<(Place, ObjectId)> = every_number(tables).collect();
-    let pids: BTreeSet<i32> = holders.keys().copied().collect();
-    locks::find(descriptions, &pids, &slots)
 }
 
 /// Refuses threads that have a file table apart from their process's.

@@ -1,6 +1,7 @@
 //! File locks: flock(2), POSIX locks and open file description locks (fcntl(2)).
 //!
-//! `/proc/locks` lists all of the machine in one read; only the descriptors of files that have one are looked at closer.
+//! Descriptors tell in their fdinfo which locks are held through them. `/proc/locks`, which tells of everybody's, can take
+//! milliseconds, and is read only where a lock has to be taken that others might have now.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd};
@@ -87,6 +88,18 @@ struct Line<'a> {
     end: u64,
 }
 
+impl Line<'_> {
+    fn lock(&self, inode: Inode, owner: Owner) -> Lock {
+        Lock {
+            owner,
+            inode,
+            write: self.write,
+            start: self.start,
+            end: self.end,
+        }
+    }
+}
+
 /// Reads `1: POSIX  ADVISORY  WRITE 359 00:13:11691 5 14`; `None` for a waiting one (`->`), a lease or a delegation.
 fn parse(line: &str) -> Option<Line<'_>> {
     let mut words = line.split_whitespace().skip(1);
@@ -125,112 +138,93 @@ fn can_be_locked(common: &Common) -> bool {
     matches!(common.file_type(), libc::S_IFREG | libc::S_IFDIR) && common.flags & libc::O_PATH == 0
 }
 
-/// Whether any of these files is locked through one of these descriptors, which is far cheaper to ask than `/proc/locks`
-/// (that waits for all processors, milliseconds). Of each file its common part and where it is.
+/// The locks of a tree. `files` are its open numbers whose descriptions are recorded or to be recorded.
 ///
 /// # Errors
 /// If a text of `/proc` can't be read.
-pub fn any_held(files: impl Iterator<Item = (Common, Place)>) -> Result<bool, Error> {
-    /// From so many on `/proc/locks` is no dearer.
+pub fn held(files: impl Iterator<Item = (ObjectId, Common, Place)>) -> Result<Vec<Lock>, Error> {
+    /// From so many on it is worth asking which files have locks at all.
     const MANY: usize = 500;
-    let places: Vec<Place> = files
-        .filter(|(common, _)| can_be_locked(common))
-        .map(|(_, place)| place)
+    let files: Vec<_> = files
+        .filter(|(_, common, _)| can_be_locked(common))
         .collect();
-    if places.len() > MANY {
-        return Ok(true);
-    }
-    for place in places {
-        if Fdinfo::read(place.pid, place.fd)?.has("lock") {
-            return Ok(true);
+    let locked = match files.len() {
+        ..=MANY => None,
+        _ => Some(with_lines(|lines| -> BTreeSet<_> {
+            lines.map(|line| (line.device, line.ino)).collect()
+        })?),
+    };
+    let mut found = BTreeSet::new();
+    // A process has a lock through whichever of its numbers lead to the file.
+    let mut first_numbers = BTreeMap::new();
+    for (id, common, place) in files {
+        if locked
+            .as_ref()
+            .is_some_and(|locked| !locked.contains(&key(common.inode())))
+        {
+            continue;
         }
+        let inode = common.inode();
+        let first = *first_numbers.entry((place.pid, inode)).or_insert(place);
+        let info = Fdinfo::read(place.pid, place.fd)?;
+        found.extend(info.lines("lock").filter_map(parse).map(|line| {
+            line.lock(
+                inode,
+                match line.sort {
+                    "FLOCK" => Owner::Flock(id),
+                    "OFDLCK" => Owner::Description(id),
+                    _ => Owner::Process(first),
+                },
+            )
+        }));
     }
-    Ok(false)
+    Ok(found.into_iter().collect())
 }
 
-/// The locks on the files of a tree: its own and those of others on the same files. `descriptions` are those it has, with
-/// the recorded (or to be recorded) id of each; locks of those without go when they are closed and count as neither.
-pub fn find(
-    descriptions: &[(Option<ObjectId>, Common, Place)],
-    holders: &BTreeSet<i32>,
-    slots: &[(Place, ObjectId)],
-) -> Result<(Vec<Lock>, Vec<Lock>), Error> {
+/// Locks that others have on the files that `wanted` are about. `now` are those of the tree, `pids` its processes, those too
+/// that are about to end.
+///
+/// # Errors
+/// If `/proc/locks` can't be read.
+pub fn others(wanted: &[Lock], now: &[Lock], pids: &BTreeSet<i32>) -> Result<Vec<Lock>, Error> {
+    let inodes: BTreeMap<(u64, u64), Inode> = wanted
+        .iter()
+        .map(|lock| (key(lock.inode), lock.inode))
+        .collect();
+    let is_ours = |found: &Lock| {
+        now.iter().any(|lock| {
+            !matches!(lock.owner, Owner::Process(_))
+                && Lock {
+                    owner: Owner::Foreign,
+                    ..*lock
+                } == *found
+        })
+    };
+    with_lines(|lines| {
+        lines
+            .filter(|line| !pids.contains(&line.pid))
+            .filter_map(|line| {
+                let inode = *inodes.get(&(line.device, line.ino))?;
+                Some(line.lock(inode, Owner::Foreign))
+                    .filter(|lock| line.sort == "POSIX" || !is_ours(lock))
+            })
+            .collect()
+    })
+}
+
+/// A file as `/proc/locks` names it.
+fn key((device, ino): Inode) -> (u64, u64) {
+    (super::epoll::kernel_device(device), ino)
+}
+
+/// Reads all locks of the machine. That waits for all processors, milliseconds.
+fn with_lines<T>(read: impl FnOnce(&mut dyn Iterator<Item = Line<'_>>) -> T) -> Result<T, Error> {
     let path = "/proc/locks";
     let text = std::fs::read_to_string(path).map_err(|error| Error::Text {
         path: path.into(),
         problem: error.to_string(),
     })?;
-    let lines: Vec<Line<'_>> = text.lines().filter_map(parse).collect();
-    let mut own = BTreeSet::new();
-    let mut foreign = BTreeSet::new();
-    if lines.is_empty() {
-        return Ok((Vec::new(), Vec::new()));
-    }
-    let locked: BTreeSet<(u64, u64)> = lines.iter().map(|line| (line.device, line.ino)).collect();
-    let key = |common: &Common| (super::epoll::kernel_device(common.dev), common.ino);
-    let mut inodes: BTreeMap<(u64, u64), Inode> = BTreeMap::new();
-    for (id, common, place) in descriptions {
-        if !locked.contains(&key(common)) || !can_be_locked(common) {
-            continue;
-        }
-        let inode = (common.dev, common.ino);
-        inodes.insert(key(common), inode);
-        let info = Fdinfo::read(place.pid, place.fd)?;
-        for line in info.lines("lock").filter_map(parse) {
-            let owner = match (line.sort, id) {
-                ("FLOCK", Some(id)) => Owner::Flock(*id),
-                ("OFDLCK", Some(id)) => Owner::Description(*id),
-                ("FLOCK" | "OFDLCK", None) => Owner::Foreign,
-                _ => continue,
-            };
-            own.insert(Lock {
-                owner,
-                inode,
-                write: line.write,
-                start: line.start,
-                end: line.end,
-            });
-        }
-    }
-    for line in &lines {
-        let Some(&inode) = inodes.get(&(line.device, line.ino)) else {
-            continue;
-        };
-        let lock = |owner| Lock {
-            owner,
-            inode,
-            write: line.write,
-            start: line.start,
-            end: line.end,
-        };
-        match line.sort {
-            "POSIX" if holders.contains(&line.pid) => {
-                let place = slots.iter().find(|(place, id)| {
-                    place.pid == line.pid
-                        && descriptions.iter().any(|(other, common, _)| {
-                            *other == Some(*id) && (common.dev, common.ino) == inode
-                        })
-                });
-                own.extend(place.map(|(place, _)| lock(Owner::Process(*place))));
-            }
-            "POSIX" => {
-                foreign.insert(lock(Owner::Foreign));
-            }
-            _ => {
-                let is_own = own.iter().any(|other| {
-                    let same = (other.inode, other.write, other.start, other.end);
-                    !matches!(other.owner, Owner::Process(_))
-                        && same == (inode, line.write, line.start, line.end)
-                });
-                // One that a process born since took goes with that process.
-                if !is_own && !holders.contains(&line.pid) {
-                    foreign.insert(lock(Owner::Foreign));
-                }
-            }
-        }
-    }
-    own.retain(|lock| lock.owner != Owner::Foreign);
-    Ok((own.into_iter().collect(), foreign.into_iter().collect()))
+    Ok(read(&mut text.lines().filter_map(parse)))
 }
 
 /// What must be done to the locks of a tree.
@@ -243,12 +237,7 @@ pub struct Change {
 }
 
 /// Plans the locks. `tables_change`: numbers are closed, which may drop POSIX locks that are to stay.
-pub fn plan(
-    recorded: &[Lock],
-    now: &[Lock],
-    foreign: &[Lock],
-    tables_change: bool,
-) -> Result<Change, Complaint> {
+pub fn plan(recorded: &[Lock], now: &[Lock], tables_change: bool) -> Change {
     let mut change = Change::default();
     change
         .drop
@@ -261,8 +250,16 @@ pub fn plan(
         // Dropping part of a range, or a mode that replaced another, takes more with it.
         change.take = recorded.to_vec();
     }
+    change
+}
+
+/// Whether the locks that others have leave room for those to be taken.
+///
+/// # Errors
+/// If not: what is in the way.
+pub fn check(change: &Change, others: &[Lock]) -> Result<(), Complaint> {
     for lock in &change.take {
-        if let Some(other) = foreign.iter().find(|other| lock.conflicts(other)) {
+        if let Some(other) = others.iter().find(|other| lock.conflicts(other)) {
             let sort = if other.write { "locked" } else { "read-locked" };
             let remedy = format!(
                 "the file with inode {} is {sort} by another process now",
@@ -271,7 +268,7 @@ pub fn plan(
             return Err(("file lock".into(), remedy));
         }
     }
-    Ok(change)
+    Ok(())
 }
 
 /// Takes or drops a lock that belongs to a description, through a duplicate of it.
@@ -346,13 +343,11 @@ mod tests {
             owner: Owner::Foreign,
             ..lock
         };
-        assert_eq!(plan(&[lock], &[lock], &[], false), Ok(Change::default()));
-        assert_eq!(plan(&[lock], &[], &[], false).unwrap().take, [lock]);
-        assert_eq!(plan(&[], &[lock], &[], false).unwrap().drop, [lock]);
-        assert_eq!(
-            plan(&[process], &[process], &[], true).unwrap().take,
-            [process]
-        );
-        assert!(plan(&[lock], &[], &[other], false).is_err());
+        assert_eq!(plan(&[lock], &[lock], false), Change::default());
+        assert_eq!(plan(&[lock], &[], false).take, [lock]);
+        assert_eq!(plan(&[], &[lock], false).drop, [lock]);
+        assert_eq!(plan(&[process], &[process], true).take, [process]);
+        assert!(check(&plan(&[lock], &[], false), &[other]).is_err());
+        assert!(check(&plan(&[lock], &[lock], false), &[other]).is_ok());
     }
 }

@@ -287,6 +287,4 @@ pub struct Observed {
     pub pipes: BTreeMap<Inode, Pipe>,
     /// File locks of the tree.
     pub locks: Vec<Lock>,
-    /// Locks of others on files that the tree had locked.
-    pub foreign_locks: Vec<Lock>,
 }

@@ -5,15 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::unistd::Pid;
 
 use super::Error;
-use super::capture::{Capture, every_number, find_locks, holders, lives, owner};
+use super::capture::{Capture, every_number, holders, lives, owner};
 use super::epoll_watch;
 use super::file::{self, Form};
 use super::live::{Holder, Live};
 use super::locks;
 use super::matching::matching;
-use super::model::{
-    Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source, Table,
-};
+use super::model::{Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source};
 use super::pipe::{self, Pipe};
 use super::socket;
 use super::socket_ends::inner_tcp;
@@ -110,18 +108,12 @@ pub fn observe(
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;
     observe_gone(capture, &mut observed)?;
-    if !recorded.locks.is_empty() || any_lock_held(&observed)? {
-        (observed.locks, observed.foreign_locks) = observe_locks(&observed, &holders)?;
-    }
+    let numbers = every_number(&observed.tables).filter_map(|(place, index)| {
+        let live = &observed.descriptions[index];
+        Some((live.is?, live.common, place))
+    });
+    observed.locks = locks::held(numbers)?;
     Ok(observed)
-}
-
-fn any_lock_held(observed: &Observed) -> Result<bool, Error> {
-    let files = every_number(&observed.tables)
-        .map(|(place, index)| (place, &observed.descriptions[index]))
-        .filter(|(_, live)| live.is.is_some())
-        .map(|(place, live)| (live.common, place));
-    locks::any_held(files)
 }
 
 fn expected(recorded: &Recorded, table: usize, fd: i32) -> Expected {
@@ -371,36 +363,4 @@ fn is_process(pid: i32, common: &super::model::Common) -> bool {
     std::fs::File::from(pidfd)
         .metadata()
         .is_ok_and(|at| (at.dev(), at.ino()) == common.inode())
-}
-
-fn observe_locks(
-    observed: &Observed,
-    holders: &BTreeMap<i32, Holder>,
-) -> Result<(Vec<super::locks::Lock>, Vec<super::locks::Lock>), Error> {
-    let known: Vec<_> = observed
-        .descriptions
-        .iter()
-        .map(|live| (live.is, live.common, live.place))
-        .collect();
-    let tables: Vec<Table<ObjectId>> = observed
-        .tables
-        .iter()
-        .map(|table| Table {
-            holders: table.holders.clone(),
-            slots: table
-                .slots
-                .iter()
-                .filter_map(|slot| {
-                    let description = observed.descriptions[slot.description].is?;
-                    let (fd, close_on_exec) = (slot.fd, slot.close_on_exec);
-                    Some(super::model::Slot {
-                        fd,
-                        close_on_exec,
-                        description,
-                    })
-                })
-                .collect(),
-        })
-        .collect();
-    find_locks(&known, &tables, holders)
 }

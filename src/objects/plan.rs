@@ -95,6 +95,15 @@ pub fn prepare(
     let observed = observe(stopped, capture, asked, outputs)?;
     let recorded = &capture.recorded;
     let plan = plan(recorded, &observed)?;
+    if !plan.locks.take.is_empty() {
+        let pids = stopped.processes().map(|process| process.pid.as_raw());
+        let others = locks::others(&plan.locks.take, &observed.locks, &pids.collect())?;
+        locks::check(&plan.locks, &others).map_err(|(object, remedy)| Refusal {
+            object,
+            holder: recorded.holder(recorded.tables.first().map_or(0, |table| table.pid())),
+            remedy,
+        })?;
+    }
     // Processes born since go, and their sockets with them.
     let is_born = |pid: i32| {
         let mut tables = recorded.tables.iter();
@@ -238,17 +247,7 @@ pub fn plan(recorded: &Recorded, observed: &Observed) -> Result<Plan, Refusal> {
         }
     }
     plan_pipes(recorded, observed, &mut plan);
-    plan.locks = locks::plan(
-        &recorded.locks,
-        &observed.locks,
-        &observed.foreign_locks,
-        !plan.tables.is_empty(),
-    )
-    .map_err(|(object, remedy)| Refusal {
-        object,
-        holder: recorded.holder(recorded.tables.first().map_or(0, |table| table.pid())),
-        remedy,
-    })?;
+    plan.locks = locks::plan(&recorded.locks, &observed.locks, !plan.tables.is_empty());
     Ok(plan)
 }
 

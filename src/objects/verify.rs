@@ -9,14 +9,14 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::unistd::Pid;
 
-use super::capture::{Capture, check_threads, find_locks, holders};
+use super::capture::{Capture, check_threads, every_number, holders};
 use super::fdinfo::Fdinfo;
 use super::file::Form;
 use super::live::{Glance, Holder, Live};
 use super::model::{Common, Description, ObjectId, Place, Recorded, SETTABLE_FLAGS, Slot, Table};
 use super::pipe;
 use super::state::State;
-use super::{Error, epoll, eventfd, file, inotify, signalfd, socket_diag, timerfd};
+use super::{Error, epoll, eventfd, file, inotify, locks, signalfd, socket_diag, timerfd};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 
@@ -303,17 +303,10 @@ impl Oracle<'_> {
     }
 
     fn locks(&mut self) -> Result<(), Error> {
-        let known: Vec<_> = self
-            .recorded
-            .descriptions
-            .iter()
-            .filter_map(|(id, then)| {
-                let place = *self.places.get(id)?;
-                self.is_open(place)
-                    .then_some((Some(*id), then.common, place))
-            })
-            .collect();
-        let (now, _) = find_locks(&known, &self.recorded.tables, self.holders)?;
+        let numbers = every_number(&self.recorded.tables)
+            .filter(|(place, _)| self.is_open(*place))
+            .map(|(place, id)| (id, self.recorded.descriptions[&id].common, place));
+        let now = locks::held(numbers)?;
         if now != self.recorded.locks {
             let what = format!("{now:?} instead of {:?}", self.recorded.locks);
             self.differ("file locks".into(), what);
