@@ -117,13 +117,13 @@ macro_rules! fault_tests {
         mod $program {
             #[test]
             fn checkpoint_leaves_it_untouched() {
-                let start = || super::Fixture::start(stringify!($program));
+                let start = || super::Fixture::start_to_be_left(stringify!($program));
                 super::checkpoint_run(stringify!($program), &start);
             }
 
             #[test]
             fn rollback_leaves_it_untouched_or_dead() {
-                let start = || super::Fixture::start(stringify!($program));
+                let start = || super::Fixture::start_to_be_left(stringify!($program));
                 super::rollback_run(stringify!($program), &start);
             }
         }

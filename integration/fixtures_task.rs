@@ -27,6 +27,7 @@ crate::support::fixture_tests! {
     sigmask,
     threads_born,
     thread_exits,
+    thread_exits_in_call,
     thread_storm,
     tid_address,
     umask,
@@ -37,4 +38,23 @@ crate::support::fixture_tests! {
 #[test]
 fn thread_exits_unprivileged() {
     crate::support::fixture::unprivileged_run("thread_exits");
+}
+
+/// The kernel makes calls go on in another way once they were interrupted, by whomever: here by job control.
+#[test]
+fn calls_that_were_interrupted_before() {
+    use nix::sys::signal::{Signal, kill};
+
+    use crate::support::fixture::{Fixture, comes_back};
+    use crate::support::{numbers, wait};
+
+    let fixture = Fixture::start("thread_exits_in_call");
+    let pid = nix::unistd::Pid::from_raw(fixture.pid());
+    kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
+    wait::until("it is stopped", || {
+        numbers::stat(pid.as_raw()).is_some_and(|stat| stat.state == 'T')
+    });
+    kill(pid, Signal::SIGCONT).expect("SIGCONT");
+    fixture.settle();
+    comes_back(fixture);
 }

@@ -63,7 +63,21 @@ impl Fixture {
     /// Starts a program in a directory of its own and waits until it is ready.
     #[track_caller]
     pub(crate) fn start(name: &str) -> Self {
-        let mut fixture = Self::launch(name, Command::new(build_directory().join(name)));
+        Self::start_plain(name, Command::new(build_directory().join(name)))
+    }
+
+    /// The same, of one whose tracer may die: the kernel then ends some system calls with `EINTR`, as it does at every stop
+    /// that is not ours.
+    #[track_caller]
+    pub(crate) fn start_to_be_left(name: &str) -> Self {
+        let mut command = Command::new(build_directory().join(name));
+        command.env("FIXTURE_MAY_BE_INTERRUPTED", "1");
+        Self::start_plain(name, command)
+    }
+
+    #[track_caller]
+    fn start_plain(name: &str, command: Command) -> Self {
+        let mut fixture = Self::launch(name, command);
         fixture.plain = true;
         fixture.settle();
         fixture
@@ -265,7 +279,7 @@ pub(crate) fn unprivileged_run(program: &str) {
 }
 
 #[track_caller]
-fn comes_back(mut fixture: Fixture) {
+pub(crate) fn comes_back(mut fixture: Fixture) {
     let mut session = Session::new();
     session.checkpoint(fixture.pid());
     fixture.verify("after the checkpoint");

@@ -124,6 +124,13 @@ pub fn take(
         warm_up(tree, spaces, phases)?;
     }
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+    let unknown = task::prepare(&mut stopped)?;
+    if !unknown.is_empty() {
+        stopped.resume()?;
+        tree.learn_calls(&unknown);
+        stopped = tree.stop(OnTracerDeath::RunOn)?;
+        task::prepare(&mut stopped)?;
+    }
     phases.end("stop");
     fault::point("checkpoint.stopped");
     let mut images = Vec::new();
@@ -152,9 +159,8 @@ pub fn take(
 fn warm_up(tree: &mut Tree, spaces: &mut Spaces, phases: &mut Phases) -> Result<()> {
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
     fault::point("checkpoint.opening");
-    let opened = task::prepare(&mut stopped)
-        .map_err(Error::from)
-        .and_then(|()| open_spaces(&mut stopped, spaces));
+    let unknown = task::prepare(&mut stopped)?;
+    let opened = open_spaces(&mut stopped, spaces);
     if opened.is_err() {
         forget_unused(&mut stopped, spaces, &[]);
     }
@@ -162,6 +168,7 @@ fn warm_up(tree: &mut Tree, spaces: &mut Spaces, phases: &mut Phases) -> Result<
     stopped.resume()?;
     phases.end("open");
     opened?;
+    tree.learn_calls(&unknown);
     for space in spaces.values() {
         space.arm_running(tree);
     }
@@ -201,7 +208,6 @@ fn capture(
     phases: &mut Phases,
 ) -> Result<Checkpoint> {
     let taken_at = SystemTime::now();
-    task::prepare(stopped)?;
     fault::point("checkpoint.observed");
     let living = open_spaces(stopped, spaces)?;
     phases.end("window");
@@ -314,6 +320,7 @@ pub fn release(
         return Ok(());
     }
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+    task::prepare(&mut stopped)?;
     for image in checkpoint.spaces {
         Space::discard(spaces.get_mut(&image.pid), &mut stopped, image);
     }

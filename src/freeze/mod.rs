@@ -4,6 +4,7 @@
 //! may be captured or changed. Nothing stays traced between operations but the shadows.
 
 mod batch;
+mod calls;
 mod discover;
 mod inject;
 mod kill;
@@ -20,7 +21,7 @@ pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
 pub use inject::{InCopy, PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING};
 pub use stopped::{Process, Stopped};
 pub use thread::Thread;
-pub use tree::{Member, OnTracerDeath, Tree};
+pub use tree::{Member, OnTracerDeath, Tree, UnknownCall};
 
 use std::io;
 

@@ -9,10 +9,10 @@ use nix::unistd::Pid;
 
 use crate::kernel::latency::Awake;
 use crate::kernel::procfs;
-use crate::kernel::ptrace::{self, Event, Options};
+use crate::kernel::ptrace::{self, Event, Options, Registers};
 
 use super::thread::Thread;
-use super::tree::{Member, OnTracerDeath, Tree};
+use super::tree::{Member, OnTracerDeath, Tree, UnknownCall};
 use super::{Context, Error, Result, discover, refuse};
 
 /// How long a task may take to stop: one in an uninterruptible wait (disk, a vfork child) does not.
@@ -511,6 +511,27 @@ impl<'t> Stopped<'t> {
             .values()
             .map(|process| process.threads.len())
             .sum()
+    }
+
+    /// Takes note of the system calls that the threads are in. To be called once per stop, before their registers change;
+    /// returns those whose call is not known.
+    pub fn note_calls(&mut self) -> Result<Vec<UnknownCall>> {
+        let mut found = Vec::new();
+        for process in self.processes.values_mut() {
+            for thread in &mut process.threads {
+                found.push((process.pid, thread.tid, *thread.registers()?));
+            }
+        }
+        let calls = &mut self.tree.calls;
+        calls.note(found.iter().map(|(_, tid, registers)| (*tid, *registers)));
+        found.retain(|(_, tid, registers)| calls.number(*tid, registers).is_none());
+        let unknown = |(pid, tid, registers)| UnknownCall::new(pid, tid, registers);
+        Ok(found.into_iter().map(unknown).collect())
+    }
+
+    /// The number of the system call that a thread with these registers is in (see [`Stopped::note_calls`]).
+    pub fn number_of_call(&self, tid: Pid, registers: &Registers) -> Option<u64> {
+        self.tree.calls.number(tid, registers)
     }
 
     /// Forgets a process that was killed and is gone.

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
 use crate::kernel::latency::Latency;
-use crate::kernel::ptrace::{self, Event};
+use crate::kernel::ptrace::{self, Event, Registers};
 use crate::kernel::{pidfd, procfs};
 
+use super::calls::Calls;
 use super::inject::TargetWindow;
 use super::stopped::Stopped;
 use super::watch::Watch;
@@ -105,6 +107,26 @@ impl Member {
     }
 }
 
+/// A thread in a system call that goes on by restart_syscall(2), and which call that is is not known.
+#[derive(Debug, Clone, Copy)]
+pub struct UnknownCall {
+    /// Its process.
+    pub pid: Pid,
+    /// The thread.
+    pub tid: Pid,
+    registers: Registers,
+}
+
+impl UnknownCall {
+    pub(super) fn new(pid: Pid, tid: Pid, registers: Registers) -> Self {
+        Self {
+            pid,
+            tid,
+            registers,
+        }
+    }
+}
+
 /// A process tree below one root.
 #[derive(Debug)]
 pub struct Tree {
@@ -119,6 +141,8 @@ pub struct Tree {
     pub(super) generations: u64,
     /// Tells of descendants that have left their parents. None: it is not needed or can't be had.
     pub(super) watch: Option<Watch>,
+    /// Which calls of threads go on by restart_syscall(2).
+    pub(super) calls: Calls,
     /// Has stopped tasks wake up quickly.
     pub(super) latency: Latency,
 }
@@ -144,6 +168,7 @@ impl Tree {
             stragglers: Vec::new(),
             generations: 0,
             watch,
+            calls: Calls::default(),
             latency: Latency::open(),
         })
     }
@@ -166,6 +191,20 @@ impl Tree {
     /// The root's PID.
     pub fn root(&self) -> Pid {
         self.root
+    }
+
+    /// Learns which calls threads sleep in that were stopped in one that nobody knew, and let go since. Waits a moment for
+    /// them to sleep again; one that does not is not in that call any more.
+    pub fn learn_calls(&mut self, unknown: &[UnknownCall]) {
+        const PATIENCE: Duration = Duration::from_millis(100);
+        let deadline = Instant::now() + PATIENCE;
+        for call in unknown {
+            while !self.calls.learn((call.pid, call.tid), &call.registers)
+                && Instant::now() < deadline
+            {
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// Whether the root lives; a zombie does not.

@@ -49,6 +49,25 @@ pub fn comm(pid: Pid) -> String {
     fs::read_to_string(path(pid, "comm")).map_or_else(|_| "?".into(), |text| text.trim_end().into())
 }
 
+/// The kernel function that a thread waits in; `0` if it does not, or the kernel does not tell.
+pub fn wait_channel(pid: Pid, tid: Pid) -> String {
+    let path = format!("/proc/{pid}/task/{tid}/wchan");
+    fs::read_to_string(path).unwrap_or_else(|_| "0".into())
+}
+
+/// The number, the six arguments, and the stack and instruction pointers of the system call that a thread sleeps in
+/// (`/proc/PID/syscall`, needs `CAP_SYS_PTRACE`); `None` if it runs or sleeps in none.
+pub fn call(pid: Pid, tid: Pid) -> Option<[u64; 9]> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    let mut words = text.split_whitespace();
+    let mut found = [0; 9];
+    found[0] = words.next()?.parse().ok()?;
+    for value in &mut found[1..] {
+        *value = u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
+    }
+    Some(found)
+}
+
 /// The fields of `/proc/PID/stat` (or `/proc/PID/task/TID/stat`) from the third on: state, ppid …
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stat {

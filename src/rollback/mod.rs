@@ -127,9 +127,9 @@ fn check_complete(stopped: &Stopped, checkpoint: &Checkpoint) -> Result<()> {
 }
 
 fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) -> Result<Plan> {
-    check_complete(stopped, checkpoint)?;
     // It may write to the tree's memory, so it precedes the scan.
     task::prepare(stopped)?;
+    check_complete(stopped, checkpoint)?;
     let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
     task::check_presence(stopped, &recorded)?;
     let context = &checkpoint.context;

@@ -154,12 +154,21 @@ fn capture_thread(
         .and_then(|process| process.threads.iter_mut().find(|thread| thread.tid == tid))
         .ok_or(gone)?;
     let rseq = ptrace::rseq(tid).about(tid, "rseq configuration")?;
-    let registers = interrupted::to_record(thread.registers()?);
+    let registers = *thread.registers()?;
+    let signal_mask = thread.signal_mask()?;
+    let number = stopped.number_of_call(tid, &registers).ok_or_else(|| {
+        refuse(
+            pid,
+            format!("thread {tid}: the system call it is in"),
+            "it was interrupted before, and /proc/PID/syscall and wchan do not tell which it is; try again",
+        )
+    })?;
+    let registers = interrupted::to_record(&registers, number);
     let record = ThreadRecord {
         process: context.refer(process_id)?,
         tid: tid.as_raw() as u64,
         registers: registers::to_words(&registers),
-        signal_mask: thread.signal_mask()?,
+        signal_mask,
         rseq_address: rseq.address,
         rseq_size: rseq.size,
         rseq_signature: rseq.signature,

@@ -56,11 +56,15 @@ pub(super) fn from_the_start(registers: &Registers) -> Registers {
     }
 }
 
-/// The registers to record. The kernel restarts a call from `orig_rax` wherever the thread is when they are put back, but
-/// not by a restart block, which by then belongs to a later call.
-pub(super) fn to_record(registers: &Registers) -> Registers {
+/// The registers to record of a thread in call `number`. The kernel restarts a call from `orig_rax` wherever the thread is
+/// when they are put back, but not by a restart block, which by then belongs to a later call, or to no call at all if the
+/// thread was made again.
+pub(super) fn to_record(registers: &Registers, number: u64) -> Registers {
     if registers.orig_rax as i64 >= 0 && registers.rax as i64 == -ERESTART_RESTARTBLOCK {
-        from_the_start(registers)
+        from_the_start(&Registers {
+            orig_rax: number,
+            ..*registers
+        })
     } else {
         *registers
     }
@@ -92,12 +96,13 @@ mod tests {
 
     #[test]
     fn a_restart_block_is_replaced_by_the_arguments() {
-        let again = to_record(&in_call(libc::SYS_nanosleep, -ERESTART_RESTARTBLOCK));
+        let sleeping = in_call(libc::SYS_restart_syscall, -ERESTART_RESTARTBLOCK);
+        let again = to_record(&sleeping, libc::SYS_nanosleep as u64);
         assert_eq!(
             (again.rip, again.rax, again.orig_rax, again.rdi),
             (0x1000, libc::SYS_nanosleep as u64, u64::MAX, 7)
         );
         let plain = in_call(libc::SYS_read, -crate::kernel::runner::ERESTARTSYS);
-        assert_eq!(to_record(&plain).rip, plain.rip);
+        assert_eq!(to_record(&plain, libc::SYS_read as u64).rip, plain.rip);
     }
 }

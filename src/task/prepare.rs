@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::freeze::{Process, Stopped};
+use crate::freeze::{Process, Stopped, UnknownCall};
 use crate::kernel::ptrace::{self, Queue, Registers, RseqConfiguration};
 use crate::kernel::{procfs, remote_memory};
 
@@ -16,7 +16,11 @@ use super::{About, Result, interrupted, pending};
 /// A thread inside a restartable sequence is sent to the sequence's abort handler, as the kernel would do on its way
 /// back to it (rseq(2)), which it can't once the thread runs something else first. A call that has failed with `EINTR`
 /// because of the stop alone starts again.
-pub fn prepare(stopped: &mut Stopped<'_>) -> Result<()> {
+///
+/// Returns threads that are in a call of which it is not known which it is: a checkpoint of them is refused, unless
+/// [`Tree::learn_calls`](crate::freeze::Tree::learn_calls) finds out.
+pub fn prepare(stopped: &mut Stopped<'_>) -> Result<Vec<UnknownCall>> {
+    let unknown = stopped.note_calls()?;
     let pids: Vec<Pid> = stopped
         .processes()
         .filter(|process| !process.is_zombie())
@@ -35,7 +39,7 @@ pub fn prepare(stopped: &mut Stopped<'_>) -> Result<()> {
                 .about(pid, "clearing rseq_cs")?;
         }
     }
-    Ok(())
+    Ok(unknown)
 }
 
 fn restart_calls(process: &mut Process) -> Result<()> {

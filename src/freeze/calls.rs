@@ -1,0 +1,170 @@
+//! Which system calls go on by restart_syscall(2).
+//!
+//! A call with a time limit that a stop interrupts goes on as `restart_syscall`, from a restart block that the kernel keeps
+//! in the task (`include/linux/restart_block.h`). Stopped again, the thread shows that number, and not the one of its call.
+//! The restart block can't be recorded, so the call is recorded instead, whose number has to be remembered from the stop
+//! before, or told by where the thread sleeps.
+
+use std::collections::BTreeMap;
+
+use nix::unistd::Pid;
+
+use crate::kernel::procfs;
+use crate::kernel::ptrace::Registers;
+use crate::kernel::runner::ERESTART_RESTARTBLOCK;
+
+/// The calls that threads were in when they were stopped last.
+#[derive(Debug, Default)]
+pub(super) struct Calls(BTreeMap<Pid, Call>);
+
+/// A call that was interrupted. While it goes on, nothing of this changes but what the kernel sees as its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Call {
+    number: u64,
+    /// Instruction and stack pointers, and arguments.
+    place: [u64; 8],
+}
+
+impl Calls {
+    /// Takes note of threads that have been stopped, all there are; forgets others.
+    pub(super) fn note(&mut self, stopped: impl Iterator<Item = (Pid, Registers)>) {
+        let was = std::mem::take(&mut self.0);
+        let still = |(tid, registers): (Pid, Registers)| {
+            if !goes_on_by_block(&registers) {
+                return None;
+            }
+            if registers.orig_rax != RESTART {
+                return Some((tid, Call::of(&registers, registers.orig_rax)));
+            }
+            let call = was.get(&tid)?;
+            (call.place == place(&registers)).then_some((tid, *call))
+        };
+        self.0 = stopped.filter_map(still).collect();
+    }
+
+    /// The number of the call that a stopped thread is in, if it is in one; `None`: it is not known.
+    pub(super) fn number(&self, tid: Pid, registers: &Registers) -> Option<u64> {
+        if !goes_on_by_block(registers) || registers.orig_rax != RESTART {
+            return Some(registers.orig_rax);
+        }
+        let call = self.0.get(&tid)?;
+        (call.place == place(registers)).then_some(call.number)
+    }
+
+    /// Learns the number of a call that a thread was stopped in with these registers, and sleeps in again by now.
+    /// `false`: it does not yet, or the kernel does not tell.
+    pub(super) fn learn(&mut self, (pid, tid): (Pid, Pid), registers: &Registers) -> bool {
+        let sleeps = || procfs::call(pid, tid).is_some_and(|call| call == as_shown(registers));
+        if !sleeps() {
+            return false;
+        }
+        let function = procfs::wait_channel(pid, tid);
+        if function == "0" {
+            return false;
+        }
+        let number = number_by_place(&function, registers);
+        self.0.insert(tid, Call::of(registers, number));
+        sleeps()
+    }
+}
+
+const RESTART: u64 = libc::SYS_restart_syscall as u64;
+
+fn goes_on_by_block(registers: &Registers) -> bool {
+    registers.orig_rax as i64 >= 0 && registers.rax as i64 == -ERESTART_RESTARTBLOCK
+}
+
+fn place(registers: &Registers) -> [u64; 8] {
+    let Registers {
+        rip,
+        rsp,
+        rdi,
+        rsi,
+        rdx,
+        r10,
+        r8,
+        r9,
+        ..
+    } = *registers;
+    [rip, rsp, rdi, rsi, rdx, r10, r8, r9]
+}
+
+impl Call {
+    fn of(registers: &Registers, number: u64) -> Self {
+        Self {
+            number,
+            place: place(registers),
+        }
+    }
+}
+
+/// The number, the arguments, and where stack and code are, as `/proc/PID/syscall` shows them.
+fn as_shown(registers: &Registers) -> [u64; 9] {
+    let [rip, rsp, rdi, rsi, rdx, r10, r8, r9] = place(registers);
+    [registers.orig_rax, rdi, rsi, rdx, r10, r8, r9, rsp, rip]
+}
+
+/// The call by the kernel function that a thread sleeps in (`/proc/PID/wchan`) after restart_syscall(2). There are three
+/// sorts, and the functions of the third are those that do not show.
+fn number_by_place(function: &str, registers: &Registers) -> u64 {
+    let number = if function.contains("futex") {
+        libc::SYS_futex
+    } else if function.contains("poll") {
+        libc::SYS_poll
+    } else {
+        // The first argument is the address of a time, or the number of a clock.
+        match registers.rdi {
+            LOWEST_ADDRESS..USER_END => libc::SYS_nanosleep,
+            _ => libc::SYS_clock_nanosleep,
+        }
+    };
+    number as u64
+}
+
+/// No program has memory below (`vm.mmap_min_addr`, 64 KiB by default, and never 0), and there are not so many clocks.
+const LOWEST_ADDRESS: u64 = 4096;
+/// The clocks of processes have negative numbers (clock_getcpuclockid(3)), which no address is.
+const USER_END: u64 = 1 << 47;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::registers::{WORDS, from_words};
+
+    fn interrupted(number: u64, rdi: u64) -> Registers {
+        Registers {
+            rax: -ERESTART_RESTARTBLOCK as u64,
+            orig_rax: number,
+            rip: 0x1002,
+            rdi,
+            ..from_words(&[0; WORDS])
+        }
+    }
+
+    #[test]
+    fn a_call_is_known_as_long_as_it_goes_on() {
+        let tid = Pid::from_raw(7);
+        let mut calls = Calls::default();
+        let (first, again) = (interrupted(7, 0x5000), interrupted(RESTART, 0x5000));
+        calls.note([(tid, first)].into_iter());
+        assert_eq!(calls.number(tid, &first), Some(7));
+        for _ in 0..2 {
+            calls.note([(tid, again)].into_iter());
+            assert_eq!(calls.number(tid, &again), Some(7));
+        }
+        let other = interrupted(RESTART, 0x6000);
+        assert_eq!(calls.number(tid, &other), None);
+        calls.note([(tid, other)].into_iter());
+        assert_eq!(calls.number(tid, &again), None);
+    }
+
+    #[test]
+    fn a_place_tells_the_call() {
+        let number = |function, rdi| number_by_place(function, &interrupted(RESTART, rdi));
+        assert_eq!(number("futex_do_wait", 0x5000), 202);
+        assert_eq!(number("poll_schedule_timeout.constprop.0", 0), 7);
+        assert_eq!(number("do_syscall_64", 0x5000), 35);
+        assert_eq!(number("do_syscall_64", 1), 230);
+        assert_eq!(number("do_cpu_nanosleep", -6i64 as u64), 230);
+    }
+}
