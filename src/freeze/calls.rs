@@ -58,11 +58,10 @@ impl Calls {
         if !sleeps() {
             return false;
         }
-        let function = procfs::wait_channel(pid, tid);
-        if function == "0" {
+        let stack = procfs::stack(pid, tid).unwrap_or_default();
+        let Some(number) = number_by_stack(&stack, registers) else {
             return false;
-        }
-        let number = number_by_place(&function, registers);
+        };
         self.0.insert(tid, Call::of(registers, number));
         sleeps()
     }
@@ -104,22 +103,46 @@ fn as_shown(registers: &Registers) -> [u64; 9] {
     [registers.orig_rax, rdi, rsi, rdx, r10, r8, r9, rsp, rip]
 }
 
-/// The call by the kernel function that a thread sleeps in (`/proc/PID/wchan`) after restart_syscall(2). There are three
-/// sorts, and the functions of the third are those that do not show.
-fn number_by_place(function: &str, registers: &Registers) -> u64 {
-    let number = if function.contains("futex") {
+/// The call by the kernel's stack of a thread that sleeps in it after restart_syscall(2) (`/proc/PID/stack`). There are three
+/// sorts; the functions of the third, being of the scheduler, do not show. `None`: it sleeps on the way there.
+fn number_by_stack(stack: &str, registers: &Registers) -> Option<u64> {
+    let functions = || {
+        let lines = stack
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(1));
+        lines.map(|function| function.split(['+', '.']).next().unwrap_or_default())
+    };
+    let is_of_sleep = |function: &str| {
+        function.ends_with("sleep_restart")
+            || function.ends_with("nanosleep")
+            || function.ends_with("nsleep")
+    };
+    let number = if functions().any(|function| function == "futex_wait_restart") {
         libc::SYS_futex
-    } else if function.contains("poll") {
+    } else if functions().any(|function| function == "do_restart_poll") {
         libc::SYS_poll
-    } else {
+    } else if functions().count() > 0
+        && functions().all(|function| ENTRY.contains(&function) || is_of_sleep(function))
+    {
         // The first argument is the address of a time, or the number of a clock.
         match registers.rdi {
             LOWEST_ADDRESS..USER_END => libc::SYS_nanosleep,
             _ => libc::SYS_clock_nanosleep,
         }
+    } else {
+        return None;
     };
-    number as u64
+    Some(number as u64)
 }
+
+/// The way of a system call into the kernel.
+const ENTRY: [&str; 5] = [
+    "__x64_sys_restart_syscall",
+    "__do_sys_restart_syscall",
+    "x64_sys_call",
+    "do_syscall_64",
+    "entry_SYSCALL_64_after_hwframe",
+];
 
 /// No program has memory below (`vm.mmap_min_addr`, 64 KiB by default, and never 0), and there are not so many clocks.
 const LOWEST_ADDRESS: u64 = 4096;
@@ -159,12 +182,34 @@ mod tests {
     }
 
     #[test]
-    fn a_place_tells_the_call() {
-        let number = |function, rdi| number_by_place(function, &interrupted(RESTART, rdi));
-        assert_eq!(number("futex_do_wait", 0x5000), 202);
-        assert_eq!(number("poll_schedule_timeout.constprop.0", 0), 7);
-        assert_eq!(number("do_syscall_64", 0x5000), 35);
-        assert_eq!(number("do_syscall_64", 1), 230);
-        assert_eq!(number("do_cpu_nanosleep", -6i64 as u64), 230);
+    fn a_stack_tells_the_call() {
+        let number = |functions: &[&str], rdi| {
+            let line = |function: &&str| format!("[<0>] {function}+0x47/0x80\n");
+            let stack: String = functions.iter().map(line).collect();
+            number_by_stack(&stack, &interrupted(RESTART, rdi))
+        };
+        let futex = [
+            "futex_do_wait",
+            "__futex_wait",
+            "futex_wait_restart",
+            "do_syscall_64",
+        ];
+        assert_eq!(number(&futex, 0x5000), Some(202));
+        let poll = [
+            "poll_schedule_timeout.constprop.0",
+            "do_restart_poll",
+            "do_syscall_64",
+        ];
+        assert_eq!(number(&poll, 0), Some(7));
+        let sleep = ["do_syscall_64", "entry_SYSCALL_64_after_hwframe"];
+        assert_eq!(number(&sleep, 0x5000), Some(35));
+        assert_eq!(number(&sleep, 1), Some(230));
+        assert_eq!(
+            number(&["do_cpu_nanosleep", "do_syscall_64"], -6i64 as u64),
+            Some(230)
+        );
+        let fault = ["exc_page_fault", "do_syscall_64"];
+        assert_eq!(number(&fault, 0x5000), None);
+        assert_eq!(number(&[], 0x5000), None);
     }
 }

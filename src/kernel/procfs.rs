@@ -49,10 +49,9 @@ pub fn comm(pid: Pid) -> String {
     fs::read_to_string(path(pid, "comm")).map_or_else(|_| "?".into(), |text| text.trim_end().into())
 }
 
-/// The kernel function that a thread waits in; `0` if it does not, or the kernel does not tell.
-pub fn wait_channel(pid: Pid, tid: Pid) -> String {
-    let path = format!("/proc/{pid}/task/{tid}/wchan");
-    fs::read_to_string(path).unwrap_or_else(|_| "0".into())
+/// The kernel's stack of a thread that sleeps (`/proc/PID/stack`, needs `CAP_SYS_ADMIN`), a function a line.
+pub fn stack(pid: Pid, tid: Pid) -> io::Result<String> {
+    fs::read_to_string(format!("/proc/{pid}/task/{tid}/stack"))
 }
 
 /// The number, the six arguments, and the stack and instruction pointers of the system call that a thread sleeps in

@@ -128,22 +128,25 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
                 .collect(),
         })
         .collect();
-    let files =
-        every_number(&found.tables).map(|(place, index)| (ids[index], lives[index].common, place));
+    let files = every_number(&found.tables)
+        .map(|(place, index, holders)| (ids[index], lives[index].common, place, holders));
     recorded.locks = locks::held(files)?;
     records::write(context, recorded)?;
     socket_diag::close();
     Ok(capture)
 }
 
-/// Every open number of every table, through the first process that has it, and its description.
-pub(super) fn every_number<D: Copy>(tables: &[Table<D>]) -> impl Iterator<Item = (Place, D)> {
+/// Every open number of every table, through the first process that has it, with its description and all processes that
+/// have it.
+pub(super) fn every_number<D: Copy>(
+    tables: &[Table<D>],
+) -> impl Iterator<Item = (Place, D, &[i32])> {
     tables.iter().flat_map(|table| {
         let pid = table.pid();
-        table
-            .slots
-            .iter()
-            .map(move |slot| (Place { pid, fd: slot.fd }, slot.description))
+        table.slots.iter().map(move |slot| {
+            let place = Place { pid, fd: slot.fd };
+            (place, slot.description, &*table.holders)
+        })
     })
 }
 

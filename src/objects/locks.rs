@@ -89,6 +89,16 @@ struct Line<'a> {
 }
 
 impl Line<'_> {
+    /// Whether descriptors with these flags are for such a lock (fcntl(2)).
+    fn can_be_taken_through(&self, flags: i32) -> bool {
+        let mode = if self.write {
+            libc::O_RDONLY
+        } else {
+            libc::O_WRONLY
+        };
+        flags & libc::O_ACCMODE != mode
+    }
+
     fn lock(&self, inode: Inode, owner: Owner) -> Lock {
         Lock {
             owner,
@@ -138,15 +148,18 @@ fn can_be_locked(common: &Common) -> bool {
     matches!(common.file_type(), libc::S_IFREG | libc::S_IFDIR) && common.flags & libc::O_PATH == 0
 }
 
-/// The locks of a tree. `files` are its open numbers whose descriptions are recorded or to be recorded.
+/// The locks of a tree. `files` are its open numbers whose descriptions are recorded or to be recorded, each with the
+/// processes that have it.
 ///
 /// # Errors
 /// If a text of `/proc` can't be read.
-pub fn held(files: impl Iterator<Item = (ObjectId, Common, Place)>) -> Result<Vec<Lock>, Error> {
+pub fn held<'t>(
+    files: impl Iterator<Item = (ObjectId, Common, Place, &'t [i32])>,
+) -> Result<Vec<Lock>, Error> {
     /// From so many on it is worth asking which files have locks at all.
     const MANY: usize = 500;
     let files: Vec<_> = files
-        .filter(|(_, common, _)| can_be_locked(common))
+        .filter(|(_, common, ..)| can_be_locked(common))
         .collect();
     let locked = match files.len() {
         ..=MANY => None,
@@ -155,28 +168,32 @@ pub fn held(files: impl Iterator<Item = (ObjectId, Common, Place)>) -> Result<Ve
         })?),
     };
     let mut found = BTreeSet::new();
-    // A process has a lock through whichever of its numbers lead to the file.
-    let mut first_numbers = BTreeMap::new();
-    for (id, common, place) in files {
+    let mut of_processes = BTreeSet::new();
+    for (id, common, place, holders) in files {
+        let inode = common.inode();
         if locked
             .as_ref()
-            .is_some_and(|locked| !locked.contains(&key(common.inode())))
+            .is_some_and(|locked| !locked.contains(&key(inode)))
         {
             continue;
         }
-        let inode = common.inode();
-        let first = *first_numbers.entry((place.pid, inode)).or_insert(place);
         let info = Fdinfo::read(place.pid, place.fd)?;
-        found.extend(info.lines("lock").filter_map(parse).map(|line| {
-            line.lock(
-                inode,
-                match line.sort {
-                    "FLOCK" => Owner::Flock(id),
-                    "OFDLCK" => Owner::Description(id),
-                    _ => Owner::Process(first),
-                },
-            )
-        }));
+        for line in info.lines("lock").filter_map(parse) {
+            let owner = match line.sort {
+                "FLOCK" => Owner::Flock(id),
+                "OFDLCK" => Owner::Description(id),
+                // Others that share the description have locks of their own, which are shown here too; and one of theirs
+                // is shown with each description, or each that leads to the file.
+                _ if holders.contains(&line.pid)
+                    && line.can_be_taken_through(common.flags)
+                    && of_processes.insert((place.pid, inode, line.start, line.end)) =>
+                {
+                    Owner::Process(place)
+                }
+                _ => continue,
+            };
+            found.insert(line.lock(inode, owner));
+        }
     }
     Ok(found.into_iter().collect())
 }

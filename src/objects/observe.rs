@@ -108,9 +108,9 @@ pub fn observe(
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;
     observe_gone(capture, &mut observed)?;
-    let numbers = every_number(&observed.tables).filter_map(|(place, index)| {
+    let numbers = every_number(&observed.tables).filter_map(|(place, index, holders)| {
         let live = &observed.descriptions[index];
-        Some((live.is?, live.common, place))
+        Some((live.is?, live.common, place, holders))
     });
     observed.locks = locks::held(numbers)?;
     Ok(observed)

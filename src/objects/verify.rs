@@ -304,8 +304,11 @@ impl Oracle<'_> {
 
     fn locks(&mut self) -> Result<(), Error> {
         let numbers = every_number(&self.recorded.tables)
-            .filter(|(place, _)| self.is_open(*place))
-            .map(|(place, id)| (id, self.recorded.descriptions[&id].common, place));
+            .filter(|(place, ..)| self.is_open(*place))
+            .map(|(place, id, holders)| {
+                let common = self.recorded.descriptions[&id].common;
+                (id, common, place, holders)
+            });
         let now = locks::held(numbers)?;
         if now != self.recorded.locks {
             let what = format!("{now:?} instead of {:?}", self.recorded.locks);

@@ -160,7 +160,7 @@ fn capture_thread(
         refuse(
             pid,
             format!("thread {tid}: the system call it is in"),
-            "it was interrupted before, and /proc/PID/syscall and wchan do not tell which it is; try again",
+            "it was interrupted before, and /proc/PID/syscall and stack do not tell which it is; try again",
         )
     })?;
     let registers = interrupted::to_record(&registers, number);
