@@ -21,7 +21,7 @@ pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
 pub use inject::{InCopy, PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING};
 pub use stopped::{Process, Stopped};
 pub use thread::Thread;
-pub use tree::{Member, OnTracerDeath, Tree, UnknownCall};
+pub use tree::{Member, OnTracerDeath, Settings, Tree, UnknownCall};
 
 use std::io;
 

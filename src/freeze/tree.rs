@@ -52,11 +52,42 @@ pub struct Member {
     pub numbers: File,
     /// `/proc/PID/ns`, a directory.
     pub namespaces: File,
+    /// Small files of `/proc/PID` that tell what nothing else does.
+    pub settings: Settings,
     /// The window into it, once one was needed.
     pub window: Option<TargetWindow>,
     /// Names its address space in this tree: another process of the same PID, or the same one after execve(2), has
     /// another.
     pub generation: u64,
+}
+
+/// Files of `/proc/PID` that hold one setting of a process each; none where the kernel was built without it.
+#[derive(Debug)]
+pub struct Settings {
+    /// `oom_score_adj`, to read and write.
+    pub oom_score: Option<File>,
+    /// `coredump_filter`, to read and write.
+    pub core_filter: Option<File>,
+    /// `loginuid`.
+    pub login_user: Option<File>,
+    /// `cgroup`.
+    pub cgroups: Option<File>,
+}
+
+impl Settings {
+    fn open(pid: Pid) -> Self {
+        let open = |name: &str, write| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(write);
+            options.open(procfs::path(pid, name)).ok()
+        };
+        Self {
+            oom_score: open("oom_score_adj", true),
+            core_filter: open("coredump_filter", true),
+            login_user: open("loginuid", false),
+            cgroups: open("cgroup", false),
+        }
+    }
 }
 
 impl Member {
@@ -85,6 +116,7 @@ impl Member {
             tasks: open("task", false)?,
             numbers: open("fd", false)?,
             namespaces: open("ns", false)?,
+            settings: Settings::open(pid),
             window: None,
             generation: 0,
         })

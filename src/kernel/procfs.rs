@@ -67,6 +67,10 @@ pub fn call(pid: Pid, tid: Pid) -> Option<[u64; 9]> {
     Some(found)
 }
 
+/// Addresses that the kernel keeps of an address space (prctl(2), `PR_SET_MM`): start and end of the code, start of the
+/// stack, start and end of the data, start of the heap, start and end of the arguments and of the environment.
+pub type Bounds = [u64; 10];
+
 /// The fields of `/proc/PID/stat` (or `/proc/PID/task/TID/stat`) from the third on: state, ppid …
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stat {
@@ -133,6 +137,12 @@ impl Stat {
     /// The signal its parent gets when it ends.
     pub fn exit_signal(&self) -> i32 {
         self.field(38) as i32
+    }
+
+    /// Where its program, its stack, its arguments and its environment lie.
+    pub fn bounds(&self) -> Bounds {
+        const FIELDS: [usize; 10] = [26, 27, 28, 45, 46, 47, 48, 49, 50, 51];
+        FIELDS.map(|number| self.field(number))
     }
 
     /// When it started, in clock ticks since boot: with the PID it names a process for ever.

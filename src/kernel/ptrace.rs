@@ -248,6 +248,51 @@ pub fn rseq(tid: Pid) -> Result<RseqConfiguration> {
     Ok(configuration)
 }
 
+/// Whether a stopped thread has a seccomp filter of this number, from 0 for the oldest (`PTRACE_SECCOMP_GET_METADATA`,
+/// Linux 4.16). `EACCES`: the tracer has filters itself, or no `CAP_SYS_ADMIN`.
+pub fn has_seccomp_filter(tid: Pid, number: u64) -> Result<bool> {
+    const PTRACE_SECCOMP_GET_METADATA: u32 = 0x420d;
+    /// `struct seccomp_metadata`: the number, and flags to be filled in.
+    #[repr(C)]
+    struct Metadata {
+        number: u64,
+        flags: u64,
+    }
+    let mut metadata = Metadata { number, flags: 0 };
+    let size = size_of::<Metadata>();
+    match request(
+        PTRACE_SECCOMP_GET_METADATA,
+        tid,
+        size,
+        &raw mut metadata as usize,
+    ) {
+        Ok(_) => Ok(true),
+        Err(Errno::ENOENT) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Whether system calls of a stopped thread are dispatched to the program itself (`PR_SET_SYSCALL_USER_DISPATCH`;
+/// `PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG`, Linux 6.4).
+pub fn dispatches_calls(tid: Pid) -> Result<bool> {
+    const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
+    /// `struct ptrace_sud_config`: mode, address of the selector, offset and length of the code left alone.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Configuration {
+        mode: u64,
+        place: [u64; 3],
+    }
+    let mut found = Configuration::default();
+    request(
+        PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG,
+        tid,
+        size_of::<Configuration>(),
+        &raw mut found as usize,
+    )?;
+    Ok(found.mode != 0)
+}
+
 /// The message of the last `PTRACE_EVENT_*` stop: the TID of the new task.
 fn event_message(tid: Pid) -> Result<Pid> {
     let mut message: libc::c_ulong = 0;

@@ -149,11 +149,11 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
         populated.push(pages);
     }
     phases.end("scan");
-    task::check_from_outside(stopped, &recorded)?;
+    let seen = task::check_from_outside(stopped, &recorded)?;
     phases.end("family");
     fault::point("rollback.scanned");
     let answers = questions.finish(stopped, &mut observed)?;
-    let tasks = task::check(stopped, &recorded, answers.leaders)?;
+    let tasks = task::check(stopped, &recorded, answers.leaders, &seen)?;
     phases.end("check");
     fault::point("rollback.observed");
     let memory = plan_memory(stopped, checkpoint, &observed, &populated)?;

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
 
+use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::fstatfs;
 use nix::unistd::Pid;
@@ -14,7 +15,8 @@ use crate::kernel::ptrace::{self, Queue};
 use crate::kernel::{pidfd, procfs, registers};
 use crate::record::{Context, Kind, ObjectId, ObjectKey};
 
-use super::layout::{Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState};
+use super::layout::{Identity, ProcessRecord, ProcessState, Rights, ThreadRecord, ThreadState};
+use super::settings::{self, Settings};
 use super::{About, Result, interrupted, pending, posix_timers, probe};
 
 /// Room for the extended state of any processor so far: AMX has 11 KiB.
@@ -37,6 +39,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<()> {
             let record = ProcessRecord {
                 identity,
                 state: ProcessState::nothing(),
+                settings: Settings::nothing(),
             };
             context.put(Kind::Process, id, &record, b"")?;
         } else {
@@ -107,9 +110,20 @@ fn capture_process(
     let (observed, leader) = probe::process(stopped, pid)?;
     let timers = posix_timers::list_with_times(stopped, pid)?;
 
+    if observed.state.local_descriptors != 0 {
+        return Err(refuse(
+            pid,
+            "its local descriptor table (modify_ldt)",
+            "it can't be put back yet; such programs, Wine among them, can't be taken",
+        )
+        .into());
+    }
+
+    let stat = procfs::Stat::read_held(&stopped.member(pid)?.stat).about(pid, "stat")?;
     let record = ProcessRecord {
         identity,
         state: observed.state,
+        settings: Settings::read(stopped, pid, &stat)?,
     };
     let directory = observed.directory.unwrap_or_default();
     context.put(Kind::Process, id, &record, &directory)?;
@@ -125,11 +139,12 @@ fn capture_process(
     };
     let count = tids.len();
     for tid in tids {
-        let state = if tid == pid {
+        let mut state = if tid == pid {
             leader
         } else {
             probe::thread(stopped, pid, tid)?
         };
+        state.rights.filters = filters(pid, tid, &state.rights, 0)?;
         let namespaces = if looks_at_namespaces(pid, tid, count) {
             namespaces_of(stopped, pid, tid)?
         } else {
@@ -210,6 +225,27 @@ pub(super) fn namespaces_of(stopped: &Stopped<'_>, pid: Pid, tid: Pid) -> Result
     inodes.about(tid, "namespaces")
 }
 
+/// The number of seccomp filters of a thread, which is not less than `known`: a filter is never taken away.
+pub(super) fn filters(pid: Pid, tid: Pid, rights: &Rights, known: u64) -> Result<u64> {
+    if rights.seccomp != u64::from(libc::SECCOMP_MODE_FILTER) {
+        return Ok(0);
+    }
+    let mut count = known;
+    loop {
+        match ptrace::has_seccomp_filter(tid, count) {
+            Ok(true) => count += 1,
+            Ok(false) => return Ok(count),
+            // We are filtered ourselves.
+            Err(Errno::EACCES) => break,
+            Err(errno) => return Err(errno).about(tid, "seccomp filters"),
+        }
+    }
+    let path = format!("/proc/{pid}/task/{tid}/status");
+    let status = std::fs::read_to_string(path).about(tid, "status")?;
+    let count = procfs::status_line(&status, "Seccomp_filters");
+    Ok(count.and_then(|count| count.parse().ok()).unwrap_or(0))
+}
+
 /// Most queues are empty, and have no record.
 fn put_pending(
     context: &mut Context,
@@ -234,10 +270,11 @@ fn put_pending(
 /// The line of `/proc/PID/status` that names the processor features a thread has switched on (Linux 6.6).
 const FEATURES: &str = "x86_Thread_features";
 
-/// The lines of `/proc/PID/status` that tell what a process of the tree may do.
+/// The lines of `/proc/PID/status` that tell what a process of the tree may do, and those of its login user and its
+/// control groups.
 pub(super) fn rights(stopped: &Stopped<'_>, pid: Pid) -> Result<String> {
     let status = procfs::text_held(&stopped.member(pid)?.status).about(pid, "status")?;
-    Ok(rights_in(&status))
+    Ok(rights_in(&status) + &settings::membership(stopped, pid)?)
 }
 
 /// The lines of that text that tell what a process may do.

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use nix::unistd::{Pid, getpgid, getsid};
+use nix::unistd::Pid;
 
 use crate::freeze::{Arg, Batch, Stopped};
 use crate::kernel::namespaces::{Inodes, KINDS};
-use crate::kernel::procfs;
+use crate::kernel::procfs::{self, Stat};
 use crate::outcome::Refusal;
 
 use super::layout::{LIMITS, Rights, ThreadState};
@@ -14,6 +14,7 @@ use super::posix_timers;
 use super::probe::{self, Leader, ProcessProbe};
 use super::recorded::{Recorded, RecordedProcess};
 use super::revive::check_ended;
+use super::settings::{CGROUP, LOGIN_USER, Settings};
 use super::{About, Result, capture};
 
 /// The live state of the recorded processes and threads before a rollback, for [`restore`](super::restore) to compare.
@@ -28,8 +29,9 @@ pub struct Observed {
 /// Observes the tree, and refuses what a rollback could not undo: changed credentials, lowered hard limits, a working
 /// directory that is gone.
 ///
-/// Nothing is changed. `leaders` are the answers of the recorded processes' leaders to [`Questions`](probe::Questions);
-/// [`check_presence`], [`check_from_outside`] and [`prepare`](super::prepare) must have been called.
+/// Nothing is changed. `leaders` are the answers of the recorded processes' leaders to [`Questions`](probe::Questions),
+/// `seen` is what [`check_from_outside`] has returned; [`check_presence`] and [`prepare`](super::prepare) must have been
+/// called.
 ///
 /// A process is known by its pidfd; a thread by its TID within the process: should one have ended and another have got
 /// its TID, that other becomes the recorded one, since nothing that distinguishes them is kept. Credentials that
@@ -39,11 +41,13 @@ pub fn check(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded<'_>,
     mut leaders: BTreeMap<Pid, Leader>,
+    seen: &BTreeMap<Pid, Settings>,
 ) -> Result<Observed> {
     let mut observed = Observed::default();
     for process in recorded.processes().filter(|process| !process.is_zombie()) {
-        let gone = crate::freeze::Error::Gone(process.pid());
-        let leader = leaders.remove(&process.pid()).ok_or(gone)?;
+        let gone = || crate::freeze::Error::Gone(process.pid());
+        let mut leader = leaders.remove(&process.pid()).ok_or_else(gone)?;
+        leader.0.settings = *seen.get(&process.pid()).ok_or_else(gone)?;
         observe(stopped, process, leader, &mut observed)?;
         check_timers(stopped, process)?;
     }
@@ -58,13 +62,20 @@ pub fn check_presence(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<
 }
 
 /// Refuses what a rollback could not undo as far as that can be seen while batches run in the tree: other parents, groups
-/// and sessions, changed credentials and filters.
-pub fn check_from_outside(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<()> {
+/// and sessions, changed credentials, filters and cgroups. Returns what else can be seen then, for [`check`].
+pub fn check_from_outside(
+    stopped: &Stopped<'_>,
+    recorded: &Recorded<'_>,
+) -> Result<BTreeMap<Pid, Settings>> {
+    let mut seen = BTreeMap::new();
     for process in recorded.processes().filter(|process| !process.is_zombie()) {
-        check_family(stopped, recorded, process)?;
+        let stat = check_family(stopped, recorded, process)?;
         check_rights(stopped, process)?;
+        let settings = Settings::read(stopped, process.pid(), &stat)?;
+        check_settings(stopped, process, &settings)?;
+        seen.insert(process.pid(), settings);
     }
-    Ok(())
+    Ok(seen)
 }
 
 /// A refusal about a recorded process that is still there.
@@ -141,7 +152,7 @@ fn check_family(
     stopped: &Stopped<'_>,
     recorded: &Recorded<'_>,
     process: &RecordedProcess<'_>,
-) -> Result<()> {
+) -> Result<Stat> {
     let pid = process.pid();
     let identity = &process.record.identity;
     let changed = |object: &str, from: i32, to: i32| {
@@ -154,9 +165,10 @@ fn check_family(
     if now != parent && recorded.process(parent).is_some() {
         return changed("its parent", identity.parent, now.as_raw());
     }
-    let group = getpgid(Some(pid)).about(pid, "process group")?;
-    if group.as_raw() != identity.group {
-        return changed("its process group", identity.group, group.as_raw());
+    let stat = Stat::read_held(&stopped.member(pid)?.stat).about(pid, "stat")?;
+    let group = stat.field(5) as i32;
+    if group != identity.group {
+        return changed("its process group", identity.group, group);
     }
     let stop = stopped.process(pid).and_then(|live| live.job_control_stop);
     if stop.unwrap_or(0) != identity.job_control_stop {
@@ -171,11 +183,11 @@ fn check_family(
         );
         return Err(refuse(process, "job control", remedy).into());
     }
-    let session = getsid(Some(pid)).about(pid, "session")?;
-    if session.as_raw() != identity.session {
-        return changed("its session", identity.session, session.as_raw());
+    let session = stat.session().as_raw();
+    if session != identity.session {
+        return changed("its session", identity.session, session);
     }
-    Ok(())
+    Ok(stat)
 }
 
 fn check_rights(stopped: &Stopped<'_>, process: &RecordedProcess<'_>) -> Result<()> {
@@ -189,17 +201,49 @@ fn check_rights(stopped: &Stopped<'_>, process: &RecordedProcess<'_>) -> Result<
         .zip(now.lines())
         .find(|(was, is)| was != is)
         .unwrap_or((process.rights, &now));
+    if let (Some(was), Some(is)) = (was.strip_prefix(CGROUP), is.strip_prefix(CGROUP)) {
+        let remedy = format!(
+            "it was in `{was}` at the checkpoint and is in `{is}` now; move it back (write {} to its cgroup.procs), then try again",
+            process.pid()
+        );
+        return Err(refuse(process, "its cgroup", remedy).into());
+    }
+    let object = match was.starts_with(LOGIN_USER) {
+        true => "its login user id",
+        false => "its credentials",
+    };
     let remedy = format!("they were `{was}` at the checkpoint and are `{is}` now; {TAKE_ANOTHER}");
-    Err(refuse(process, "its credentials", remedy.replace('\t', " ")).into())
+    Err(refuse(process, object, remedy.replace('\t', " ")).into())
+}
+
+fn check_settings(
+    stopped: &Stopped<'_>,
+    process: &RecordedProcess<'_>,
+    live: &Settings,
+) -> Result<()> {
+    let was = &process.record.settings;
+    if was.check_score(stopped, process.pid(), live)? {
+        return Ok(());
+    }
+    let remedy = format!(
+        "it was raised from {} to {} since the checkpoint, and only CAP_SYS_RESOURCE lowers it so far; {TAKE_ANOTHER}",
+        was.oom_score, live.oom_score
+    );
+    Err(refuse(process, "its oom_score_adj", remedy).into())
 }
 
 fn observe(
     stopped: &mut Stopped<'_>,
     process: &RecordedProcess<'_>,
-    (live, leader): Leader,
+    (live, mut leader): Leader,
     observed: &mut Observed,
 ) -> Result<()> {
     let pid = process.pid();
+    let known = process
+        .threads
+        .get(&pid)
+        .map_or(0, |thread| thread.record.state.rights.filters);
+    leader.rights.filters = capture::filters(pid, pid, &leader.rights, known)?;
     check_state(process, &live)?;
     check_directory(stopped, process, &live)?;
     observed.processes.insert(pid, live);
@@ -218,9 +262,13 @@ fn observe(
         let state = if *tid == pid {
             leader
         } else {
-            probe::thread(stopped, pid, *tid)?
+            let mut state = probe::thread(stopped, pid, *tid)?;
+            let known = thread.record.state.rights.filters;
+            state.rights.filters = capture::filters(pid, *tid, &state.rights, known)?;
+            state
         };
         check_thread_rights(process, *tid, &thread.record.state.rights, &state.rights)?;
+        check_speculation(process, *tid, &thread.record.state, &state)?;
         check_scheduling(process, *tid, &thread.record.state, &state)?;
         let was = &thread.record.namespaces;
         if *was != Inodes::default() {
@@ -241,8 +289,28 @@ pub(super) fn check_thread_rights(
     if was == is {
         return Ok(());
     }
-    let remedy = format!("they were {was:?} at the checkpoint and are {is:?} now; {TAKE_ANOTHER}");
+    let (what, was, is) = was.difference(is).unwrap_or_default();
+    let remedy =
+        format!("its {what} were {was} at the checkpoint and are {is} now; {TAKE_ANOTHER}");
     Err(refuse(process, format!("thread {tid}: its credentials"), remedy).into())
+}
+
+/// Speculation that was switched off for good stays off.
+fn check_speculation(
+    process: &RecordedProcess<'_>,
+    tid: Pid,
+    was: &ThreadState,
+    is: &ThreadState,
+) -> Result<()> {
+    let for_good = |state: u64| state & u64::from(libc::PR_SPEC_FORCE_DISABLE) != 0;
+    let mut pairs = was.speculation.iter().zip(&is.speculation);
+    if !pairs.any(|(was, is)| for_good(*is) && !for_good(*was)) {
+        return Ok(());
+    }
+    let object = format!("thread {tid}: its speculation control");
+    let remedy =
+        format!("it has switched speculation off for good since the checkpoint; {TAKE_ANOTHER}");
+    Err(refuse(process, object, remedy).into())
 }
 
 /// A nice value can be lowered, and a policy raised, with the privilege for it only.
@@ -300,6 +368,14 @@ fn check_state(process: &RecordedProcess<'_>, live: &ProcessProbe) -> Result<()>
     if was.root != live.state.root {
         let remedy = format!("it has called chroot since the checkpoint; {TAKE_ANOTHER}");
         return Err(refuse(process, "its root directory", remedy).into());
+    }
+    if was.denies_write_execute != live.state.denies_write_execute {
+        let remedy = format!("PR_SET_MDWE was called since the checkpoint; {TAKE_ANOTHER}");
+        return Err(refuse(process, "what its memory may become", remedy).into());
+    }
+    if was.local_descriptors != live.state.local_descriptors {
+        let remedy = format!("modify_ldt was called since the checkpoint; {TAKE_ANOTHER}");
+        return Err(refuse(process, "its local descriptor table", remedy).into());
     }
     if was.dumpable != live.state.dumpable && was.dumpable > 1 {
         let remedy = format!(

@@ -6,6 +6,8 @@ use crate::kernel::namespaces::Inodes;
 use crate::kernel::registers::WORDS;
 use crate::kernel::scheduling::{Attributes, Processors};
 
+use super::settings::Settings;
+
 /// Number of signals.
 pub(super) const SIGNALS: usize = 64;
 /// Number of resource limits (`RLIM_NLIMITS`).
@@ -43,6 +45,8 @@ pub struct ProcessRecord {
     pub identity: Identity,
     /// Its state; all zero for a zombie.
     pub state: ProcessState,
+    /// What files of `/proc` tell of it.
+    pub settings: Settings,
 }
 
 /// Process-wide state, as the process itself is asked for it.
@@ -65,6 +69,12 @@ pub struct ProcessState {
     pub personality: u64,
     /// `PR_GET_THP_DISABLE`.
     pub huge_pages_disabled: u64,
+    /// `PR_GET_MEMORY_MERGE`.
+    pub merges_memory: u64,
+    /// `PR_GET_MDWE`.
+    pub denies_write_execute: u64,
+    /// Whether it has a local descriptor table (modify_ldt(2)).
+    pub local_descriptors: u64,
 }
 
 impl ProcessState {
@@ -153,11 +163,34 @@ pub struct ThreadState {
     pub processors: Processors,
     /// `PR_GET_KEEPCAPS`.
     pub keep_capabilities: u64,
+    /// Mode and nodes of its memory policy (get_mempolicy(2)).
+    pub memory_policy: MemoryPolicy,
+    /// `PR_MCE_KILL_GET`.
+    pub machine_check_policy: u64,
+    /// `PR_GET_TSC`.
+    pub time_stamp_counter: u64,
+    /// Whether it may use `cpuid` (arch_prctl(2), `ARCH_GET_CPUID`).
+    pub processor_identification: u64,
+    /// `PR_GET_SPECULATION_CTRL` of store bypass and of indirect branches.
+    pub speculation: [u64; 2],
     /// TID in its own namespace.
     pub namespace_tid: u64,
     /// What can't be undone.
     pub rights: Rights,
 }
+
+/// Mode and nodes, one bit each, of a memory policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct MemoryPolicy {
+    /// `MPOL_*`.
+    pub mode: u64,
+    /// The nodes it names.
+    pub nodes: [u64; 16],
+}
+
+/// Supplementary groups that are looked at one by one.
+pub(super) const GROUPS: usize = 32;
 
 /// Credentials of a thread that only go one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -175,4 +208,41 @@ pub struct Rights {
     pub secure_bits: u64,
     /// `PR_GET_SECCOMP`.
     pub seccomp: u64,
+    /// Number of its seccomp filters.
+    pub filters: u64,
+    /// User and group id for access to files (setfsuid(2)).
+    pub file_system: [u64; 2],
+    /// Number of supplementary groups.
+    pub group_count: u64,
+    /// The supplementary groups, if they are no more than this.
+    pub supplementary: [u32; GROUPS],
+}
+
+impl Rights {
+    /// The first thing in which another differs, and what it is here and there.
+    pub(super) fn difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
+        let words = |one: &dyn std::fmt::Debug| format!("{one:x?}");
+        let pair = |rights: &Self| -> [(&'static str, String); 9] {
+            [
+                ("user ids", format!("{:?}", rights.users)),
+                ("group ids", format!("{:?}", rights.groups)),
+                ("file system ids", format!("{:?}", rights.file_system)),
+                ("capabilities", words(&rights.capabilities)),
+                ("no_new_privs", words(&rights.no_new_privileges)),
+                ("secure bits", words(&rights.secure_bits)),
+                ("seccomp mode", words(&rights.seccomp)),
+                ("number of seccomp filters", words(&rights.filters)),
+                ("supplementary groups", rights.group_list()),
+            ]
+        };
+        let mut pairs = pair(self).into_iter().zip(pair(other));
+        pairs.find_map(|((what, was), (_, is))| (was != is).then_some((what, was, is)))
+    }
+
+    fn group_list(&self) -> String {
+        match self.supplementary.get(..self.group_count as usize) {
+            Some(groups) => format!("{groups:?}"),
+            None => format!("{} of them", self.group_count),
+        }
+    }
 }

@@ -39,6 +39,7 @@ pub mod probe;
 mod recorded;
 mod restore;
 mod revive;
+mod settings;
 mod verify;
 
 pub use born::kill_born;
@@ -53,6 +54,7 @@ pub use probe::{Leader, Questions};
 pub use recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
 pub use restore::{loosen, restore};
 pub use revive::{rename, revive};
+pub use settings::Settings;
 pub use verify::verify;
 
 use nix::errno::Errno;

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::freeze::{Process, Stopped, UnknownCall};
+use crate::freeze::{Process, Stopped, UnknownCall, refuse};
 use crate::kernel::ptrace::{self, Queue, Registers, RseqConfiguration};
 use crate::kernel::{procfs, remote_memory};
 
@@ -19,6 +19,10 @@ use super::{About, Result, interrupted, pending};
 ///
 /// Returns threads that are in a call of which it is not known which it is: a checkpoint of them is refused, unless
 /// [`Tree::learn_calls`](crate::freeze::Tree::learn_calls) finds out.
+///
+/// # Errors
+///
+/// A refusal, before anything is touched, if a thread has its system calls dispatched to the program.
 pub fn prepare(stopped: &mut Stopped<'_>) -> Result<Vec<UnknownCall>> {
     let unknown = stopped.note_calls()?;
     let pids: Vec<Pid> = stopped
@@ -30,6 +34,7 @@ pub fn prepare(stopped: &mut Stopped<'_>) -> Result<Vec<UnknownCall>> {
         let Some(process) = stopped.process_mut(pid) else {
             continue;
         };
+        check_dispatch(process)?;
         restart_calls(process)?;
         let aborted = abort_sequences(process)?;
         let memory = &stopped.member(pid)?.memory;
@@ -40,6 +45,22 @@ pub fn prepare(stopped: &mut Stopped<'_>) -> Result<Vec<UnknownCall>> {
         }
     }
     Ok(unknown)
+}
+
+/// Refuses if calls that a batch makes might be handed to the program instead.
+fn check_dispatch(process: &Process) -> Result<()> {
+    for thread in &process.threads {
+        let tid = thread.tid;
+        if ptrace::dispatches_calls(tid).about(tid, "syscall user dispatch")? {
+            return Err(refuse(
+                process.pid,
+                format!("thread {tid}: its syscall user dispatch"),
+                "its system calls are handed to the program itself, as Wine does; such programs can't be taken",
+            )
+            .into());
+        }
+    }
+    Ok(())
 }
 
 fn restart_calls(process: &mut Process) -> Result<()> {

@@ -10,8 +10,10 @@ use crate::freeze::{Arg, Batch, Output, Outputs, StepId, Stopped};
 use crate::kernel::scheduling::{Attributes, Processors};
 
 use super::layout::{
-    Action, INTERVAL_TIMERS, LIMITS, ProcessState, Rights, SIGNALS, ThreadState, TimersRecord,
+    Action, GROUPS, INTERVAL_TIMERS, LIMITS, MemoryPolicy, ProcessState, Rights, SIGNALS,
+    ThreadState, TimersRecord,
 };
+use super::settings::Settings;
 use super::{Error, Result};
 
 /// Longest path that getcwd(2) gives.
@@ -30,6 +32,8 @@ pub struct ProcessProbe {
     pub timers: TimersRecord,
     /// Path of its working directory, without a final NUL; `None` if that was deleted or is out of reach.
     pub directory: Option<Vec<u8>>,
+    /// What files of `/proc` tell of it; the process itself is not asked for that.
+    pub settings: Settings,
 }
 
 /// What the leader of a process tells: process-wide state and its own.
@@ -90,6 +94,9 @@ struct ProcessSteps {
     dumpable: StepId,
     huge_pages: StepId,
     personality: StepId,
+    merges_memory: StepId,
+    denies_write_execute: StepId,
+    local_descriptors: StepId,
     needed: Vec<Named>,
 }
 
@@ -133,6 +140,11 @@ impl ProcessSteps {
         needed.push((step, "prctl PR_GET_CHILD_SUBREAPER"));
         let dumpable = prctl(batch, libc::PR_GET_DUMPABLE, 0.into());
         let huge_pages = prctl(batch, PR_GET_THP_DISABLE, 0.into());
+        let merges_memory = prctl(batch, PR_GET_MEMORY_MERGE, 0.into());
+        let denies_write_execute = prctl(batch, PR_GET_MDWE, 0.into());
+        let entry = batch.output(LOCAL_DESCRIPTOR);
+        let arguments = [0.into(), entry.arg(), LOCAL_DESCRIPTOR.into()];
+        let local_descriptors = batch.call(libc::SYS_modify_ldt, &arguments);
         let personality = batch.call(libc::SYS_personality, &[0xffff_ffffu32.into()]);
         // It can't be read without being set.
         let umask = batch.call(libc::SYS_umask, &[0.into()]);
@@ -161,6 +173,9 @@ impl ProcessSteps {
             dumpable,
             huge_pages,
             personality,
+            merges_memory,
+            denies_write_execute,
+            local_descriptors,
             needed,
         }
     }
@@ -178,6 +193,11 @@ impl ProcessSteps {
         state.personality = number(self.personality, "personality")?;
         // EINVAL: a kernel without transparent huge pages.
         state.huge_pages_disabled = done.result(self.huge_pages).unwrap_or(0);
+        // These too may be unknown to the kernel.
+        state.merges_memory = done.result(self.merges_memory).unwrap_or(0);
+        state.denies_write_execute = done.result(self.denies_write_execute).unwrap_or(0);
+        // The number of bytes read is that asked for if there is a table, else 0.
+        state.local_descriptors = u64::from(done.result(self.local_descriptors).unwrap_or(0) != 0);
         // Not even a deleted directory makes this fail, but one on a filesystem that has gone does.
         if done.result(self.stat_of_directory).is_ok() {
             state.directory = device_and_inode(done.bytes(&self.stats[0]));
@@ -194,6 +214,7 @@ impl ProcessSteps {
             actions: fill(done.bytes(&self.actions)),
             timers: fill(done.bytes(&self.timers)),
             directory,
+            settings: Settings::nothing(),
         })
     }
 }
@@ -208,6 +229,11 @@ struct ThreadSteps {
     no_new_privileges: StepId,
     secure_bits: StepId,
     seccomp: StepId,
+    machine_check_policy: StepId,
+    processor_identification: StepId,
+    speculation: [StepId; 2],
+    file_system: [StepId; 2],
+    group_count: StepId,
     needed: Vec<Named>,
 }
 
@@ -281,16 +307,36 @@ impl ThreadSteps {
             batch.call(libc::SYS_capget, &[header, capabilities.arg()]),
             "capget",
         );
+        let policy = offset_of!(ThreadState, memory_policy);
+        let nodes = policy + offset_of!(MemoryPolicy, nodes);
+        // ENOSYS: a kernel without NUMA. EINVAL: one for more nodes.
+        let arguments = [at(policy), at(nodes), MOST_NODES.into(), none, none];
+        batch.call(libc::SYS_get_mempolicy, &arguments);
+        // These two can't fail; an id that is none is not set, and the old one is returned.
+        let nobody = Arg::from(u32::MAX);
+        let file_system =
+            [libc::SYS_setfsuid, libc::SYS_setfsgid].map(|number| batch.call(number, &[nobody]));
+        let group_count = batch.call(libc::SYS_getgroups, &[none, none]);
+        // EINVAL: there are more.
+        let supplementary = at(RIGHTS + offset_of!(Rights, supplementary));
+        batch.call(libc::SYS_getgroups, &[GROUPS.into(), supplementary]);
+        let arguments = [ARCH_GET_CPUID.into(), none];
+        let processor_identification = batch.call(libc::SYS_arch_prctl, &arguments);
+
         let tid_address = at(offset_of!(ThreadState, tid_address));
+        let counter = at(offset_of!(ThreadState, time_stamp_counter));
         let mut ask = |option: i32, out| batch.call(libc::SYS_prctl, &[option.into(), out]);
         let tid_address = ask(PR_GET_TID_ADDRESS, tid_address);
         let timer_slack = ask(libc::PR_GET_TIMERSLACK, none);
         let secure_bits = ask(libc::PR_GET_SECUREBITS, none);
         let seccomp = ask(libc::PR_GET_SECCOMP, none);
-        let no_new_privileges = batch.call(
-            libc::SYS_prctl,
-            &[libc::PR_GET_NO_NEW_PRIVS.into(), none, none, none, none],
-        );
+        ask(libc::PR_GET_TSC, counter);
+        let mut ask = |option: i32, first: Arg| {
+            batch.call(libc::SYS_prctl, &[option.into(), first, none, none, none])
+        };
+        let no_new_privileges = ask(libc::PR_GET_NO_NEW_PRIVS, none);
+        let machine_check_policy = ask(libc::PR_MCE_KILL_GET, none);
+        let speculation = SPECULATION.map(|which| ask(libc::PR_GET_SPECULATION_CTRL, which.into()));
         let io_priority = batch.call(libc::SYS_ioprio_get, &[IOPRIO_WHO_PROCESS.into(), none]);
         let gettid = batch.call(libc::SYS_gettid, &[]);
         Self {
@@ -303,6 +349,11 @@ impl ThreadSteps {
             no_new_privileges,
             secure_bits,
             seccomp,
+            machine_check_policy,
+            processor_identification,
+            speculation,
+            file_system,
+            group_count,
             needed,
         }
     }
@@ -335,6 +386,15 @@ impl ThreadSteps {
         state.rights.secure_bits = bits & !SECBIT_KEEP_CAPS;
         state.keep_capabilities = u64::from(bits & SECBIT_KEEP_CAPS != 0);
         state.rights.seccomp = number(self.seccomp, "prctl PR_GET_SECCOMP")?;
+        for (id, step) in state.rights.file_system.iter_mut().zip(self.file_system) {
+            *id = number(step, "setfsuid or setfsgid")?;
+        }
+        state.rights.group_count = number(self.group_count, "getgroups")?;
+        // What the kernel or the processor does not have can't have been changed.
+        let optional = |step| done.result(step).unwrap_or(0);
+        state.machine_check_policy = optional(self.machine_check_policy);
+        state.processor_identification = optional(self.processor_identification);
+        state.speculation = self.speculation.map(optional);
         Ok(state)
     }
 }
@@ -342,6 +402,16 @@ impl ThreadSteps {
 /// Of ioprio_get(2): one thread, 0 for the one that asks.
 pub(super) const IOPRIO_WHO_PROCESS: i32 = 1;
 const SECBIT_KEEP_CAPS: u64 = 1 << 4;
+/// Nodes that a memory policy can name here.
+pub(super) const MOST_NODES: usize = 1024;
+/// `PR_SPEC_STORE_BYPASS` and `PR_SPEC_INDIRECT_BRANCH`.
+pub(super) const SPECULATION: [i32; 2] = [0, 1];
+const ARCH_GET_CPUID: i32 = 0x1011;
+/// Linux 6.3.
+const PR_GET_MDWE: i32 = 66;
+/// Linux 6.4.
+const PR_GET_MEMORY_MERGE: i32 = 68;
+const LOCAL_DESCRIPTOR: usize = 8;
 const PR_GET_THP_DISABLE: i32 = 42;
 /// Linux 3.5, with `CONFIG_CHECKPOINT_RESTORE`.
 const PR_GET_TID_ADDRESS: i32 = 40;

@@ -10,7 +10,9 @@ use crate::kernel::scheduling;
 
 use super::capture::XSTATE_ROOM;
 use super::check::{Observed, path_input};
-use super::layout::{Action, INTERVAL_TIMERS, LIMITS, SIGNALS, ThreadRecord, ThreadState};
+use super::layout::{
+    Action, INTERVAL_TIMERS, LIMITS, MemoryPolicy, SIGNALS, ThreadRecord, ThreadState,
+};
 use super::pending::{self, For};
 use super::probe::ProcessProbe;
 use super::recorded::{Recorded, RecordedProcess, RecordedThread};
@@ -199,12 +201,21 @@ fn restore_process(
         ];
         steps.call("prctl PR_SET_THP_DISABLE", libc::SYS_prctl, &arguments);
     }
+    if was.merges_memory != live.state.merges_memory {
+        let value = was.merges_memory.into();
+        steps.prctl("prctl PR_SET_MEMORY_MERGE", PR_SET_MEMORY_MERGE, value);
+    }
     if was.personality != live.state.personality {
         let value = was.personality.into();
         steps.call("personality", libc::SYS_personality, &[value]);
     }
-    steps.run(stopped, pid)
+    steps.run(stopped, pid)?;
+    let settings = &process.record.settings;
+    settings.restore(stopped, pid, &live.settings)
 }
+
+/// Linux 6.4.
+const PR_SET_MEMORY_MERGE: i32 = 67;
 
 /// Takes all that waits for the process, if it is not what is recorded. The leader's own signals come out first, so those
 /// are taken too; they are queued again with the rest.
@@ -333,6 +344,7 @@ fn restore_thread(
         let keep = was.keep_capabilities.into();
         steps.prctl("prctl PR_SET_KEEPCAPS", libc::PR_SET_KEEPCAPS, keep);
     }
+    restore_switches(&mut steps, was, live);
     let rseq = ptrace::rseq(tid).about(tid, "rseq configuration")?;
     let record = thread.record;
     if record.rseq_address != 0 && !has_rseq(record, &rseq) {
@@ -348,6 +360,59 @@ fn restore_thread(
     }
     Ok(())
 }
+
+/// What a thread has switched on or off for itself, and is rarely seen.
+fn restore_switches(steps: &mut Steps, was: &ThreadState, live: &ThreadState) {
+    let zero = Arg::from(0);
+    if was.memory_policy != live.memory_policy {
+        let MemoryPolicy { mode, nodes } = was.memory_policy;
+        let (nodes, most) = match nodes.iter().any(|word| *word != 0) {
+            true => (steps.batch.input(nodes.as_bytes()), probe::MOST_NODES),
+            false => (zero, 0),
+        };
+        let arguments = [mode.into(), nodes, most.into()];
+        steps.call("set_mempolicy", libc::SYS_set_mempolicy, &arguments);
+    }
+    if was.machine_check_policy != live.machine_check_policy {
+        let policy = was.machine_check_policy.into();
+        let arguments = [
+            libc::PR_MCE_KILL.into(),
+            libc::PR_MCE_KILL_SET.into(),
+            policy,
+            zero,
+            zero,
+        ];
+        steps.call("prctl PR_MCE_KILL", libc::SYS_prctl, &arguments);
+    }
+    if was.time_stamp_counter != live.time_stamp_counter {
+        let on = was.time_stamp_counter.into();
+        steps.prctl("prctl PR_SET_TSC", libc::PR_SET_TSC, on);
+    }
+    if was.processor_identification != live.processor_identification {
+        let arguments = [ARCH_SET_CPUID.into(), was.processor_identification.into()];
+        steps.call(
+            "arch_prctl ARCH_SET_CPUID",
+            libc::SYS_arch_prctl,
+            &arguments,
+        );
+    }
+    let speculation = was.speculation.iter().zip(&live.speculation);
+    for (which, (was, is)) in probe::SPECULATION.into_iter().zip(speculation) {
+        if was != is {
+            let how = (was & !u64::from(libc::PR_SPEC_PRCTL)).into();
+            let arguments = [
+                libc::PR_SET_SPECULATION_CTRL.into(),
+                which.into(),
+                how,
+                zero,
+                zero,
+            ];
+            steps.call("prctl PR_SET_SPECULATION_CTRL", libc::SYS_prctl, &arguments);
+        }
+    }
+}
+
+const ARCH_SET_CPUID: i32 = 0x1012;
 
 /// Makes the queues of waiting signals as recorded. Threads other than the leader take exactly what is in their own
 /// queue; one signal more would be taken from the process's.

@@ -157,8 +157,8 @@ fn observe(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<Observe
     for process in recorded.processes().filter(|process| !process.is_zombie()) {
         leaders.insert(process.pid(), probe::process(stopped, process.pid())?);
     }
-    check_from_outside(stopped, recorded)?;
-    check(stopped, recorded, leaders)
+    let seen = check_from_outside(stopped, recorded)?;
+    check(stopped, recorded, leaders, &seen)
 }
 
 #[test]

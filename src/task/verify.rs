@@ -12,11 +12,12 @@ use crate::kernel::ptrace::{self, Queue, SignalInfo};
 use crate::kernel::{procfs, registers, scheduling};
 use crate::outcome::Difference;
 
-use super::capture::XSTATE_ROOM;
+use super::capture::{XSTATE_ROOM, filters};
 use super::check::{comm, holder};
-use super::layout::{Action, TimerValue};
+use super::layout::{Action, MemoryPolicy, ThreadState, TimerValue};
 use super::probe::ProcessProbe;
 use super::recorded::{Recorded, RecordedProcess, RecordedThread};
+use super::settings::Settings;
 use super::{About, Result, pending, posix_timers, probe};
 
 /// Compares every recorded process and thread with the live ones. What differs is returned, in words.
@@ -258,6 +259,22 @@ fn verify_from_outside(process: &RecordedProcess<'_>, report: &mut Report<'_>) -
     let directory = fs::metadata(procfs::path(pid, "cwd")).about(pid, "working directory")?;
     let live = [directory.dev(), directory.ino()];
     report.same("working directory", &process.record.state.directory, &live);
+    verify_settings(process, &process.record.settings, report)
+}
+
+fn verify_settings(
+    process: &RecordedProcess<'_>,
+    was: &Settings,
+    report: &mut Report<'_>,
+) -> Result<()> {
+    let pid = process.pid();
+    let read = |name| fs::read_to_string(procfs::path(pid, name)).unwrap_or_default();
+    let score = read("oom_score_adj").trim().parse().unwrap_or(0);
+    report.same("oom_score_adj", &was.oom_score, &score);
+    let filter = u64::from_str_radix(read("coredump_filter").trim(), 16).unwrap_or(0);
+    report.same("coredump_filter", &was.core_filter, &filter);
+    let stat = procfs::Stat::read(pid).about(pid, "stat")?;
+    report.same("bounds of the program", &was.bounds, &stat.bounds());
     Ok(())
 }
 
@@ -296,11 +313,12 @@ fn verify_by_batch(
         }
     }
     for (tid, thread) in &process.threads {
-        let live = if *tid == pid {
+        let mut live = if *tid == pid {
             leader
         } else {
             probe::thread(stopped, pid, *tid)?
         };
+        live.rights.filters = filters(pid, *tid, &live.rights, 0)?;
         let was = &thread.record.state;
         let mut same = |what: &str, was: &[u64], is: &[u64]| {
             report.same(&format!("thread {tid}: {what}"), &was, &is);
@@ -314,6 +332,15 @@ fn verify_by_batch(
         same("tid address", &[was.tid_address], &[live.tid_address]);
         let (was_kept, is_kept) = (was.keep_capabilities, live.keep_capabilities);
         same("capabilities kept", &[was_kept], &[is_kept]);
+        let policy = |policy: &MemoryPolicy| [&[policy.mode][..], &policy.nodes].concat();
+        let (was_policy, is_policy) = (policy(&was.memory_policy), policy(&live.memory_policy));
+        same("memory policy", &was_policy, &is_policy);
+        same(
+            "machine-check policy, time stamp counter, processor identification",
+            &switches(was),
+            &switches(&live),
+        );
+        same("speculation", &was.speculation, &live.speculation);
         same("I/O priority", &[was.io_priority], &[live.io_priority]);
         same("timer slack", &[was.timer_slack], &[live.timer_slack]);
         let (was_signal, is_signal) = (was.parent_death_signal, live.parent_death_signal);
@@ -325,6 +352,14 @@ fn verify_by_batch(
         );
     }
     Ok(())
+}
+
+fn switches(state: &ThreadState) -> [u64; 3] {
+    [
+        state.machine_check_policy,
+        state.time_stamp_counter,
+        state.processor_identification,
+    ]
 }
 
 fn verify_process_state(
@@ -344,6 +379,8 @@ fn verify_process_state(
     report.same("child subreaper", &was.subreaper, &live.state.subreaper);
     let (was_disabled, is_disabled) = (was.huge_pages_disabled, live.state.huge_pages_disabled);
     report.same("huge pages disabled", &was_disabled, &is_disabled);
+    let (was_merges, is_merges) = (was.merges_memory, live.state.merges_memory);
+    report.same("memory merged", &was_merges, &is_merges);
     report.same("personality", &was.personality, &live.state.personality);
     let timers = process.timers.interval.iter().zip(&live.timers.interval);
     for (timer, (was, is)) in timers.enumerate() {
