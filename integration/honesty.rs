@@ -79,6 +79,8 @@ honesty_tests! {
     no_new_privileges,
     process_group,
     root_directory,
+    sealed_memory,
+    sealed_since,
     seccomp_filter,
     seccomp_of_thread,
     secure_bits,
@@ -87,6 +89,7 @@ honesty_tests! {
     stopped_child,
     sysv_memory,
     thread_credentials,
+    vdso_moved,
     vfork_waits,
     zombie_child,
 }

@@ -11,6 +11,7 @@ use crate::kernel::{procfs, smaps};
 
 use super::Result;
 use super::layout::Layout;
+use super::locks::{self, LOCKED, Locked, ON_FAULT};
 use super::ranges::Span;
 use super::space::system;
 
@@ -20,7 +21,7 @@ pub(super) fn same(one: &[Advised], other: &[Advised]) -> bool {
         let flags = advised.flags.iter().copied();
         flags
             .filter(|flag| {
-                *flag == LOCKED
+                SHOWN.contains(flag)
                     || SETTABLE
                         .iter()
                         .any(|s| s.flag == *flag && s.clear.is_some())
@@ -69,7 +70,7 @@ const SETTABLE: [Settable; 8] = [
     Settable {
         flag: "mg",
         set: libc::MADV_MERGEABLE,
-        clear: None,
+        clear: Some(libc::MADV_UNMERGEABLE),
     },
     Settable {
         flag: "sr",
@@ -94,10 +95,10 @@ const SETTABLE: [Settable; 8] = [
     },
 ];
 
-/// Shown for memory that mlock(2) keeps in RAM.
-const LOCKED: &str = "lo";
+/// Flags that no advice sets: locked in RAM, locked when touched, sealed (mseal(2)).
+const SHOWN: [&str; 3] = [LOCKED, ON_FAULT, "sl"];
 
-/// Neighbouring private VMAs with the same flags, out of those this file is about.
+/// Neighbouring VMAs, all private or all shared, with the same flags out of those this file is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advised {
     /// Where they are.
@@ -106,27 +107,30 @@ pub struct Advised {
     pub flags: Vec<&'static str>,
 }
 
-/// Reads what was set on the private VMAs of a layout. What is not in the shadow was not to be forked.
-pub(super) fn read(shadow: Pid, layout: &Layout, locked: &[Span]) -> Result<Vec<Advised>> {
+/// Reads what was set on the VMAs of a layout. What is not in the shadow was not to be forked.
+pub(super) fn read(shadow: Pid, layout: &Layout, locked: &[Locked]) -> Result<Vec<Advised>> {
     let of_shadow = read_flags(shadow)?;
     let find = |vma: &Vma| {
         of_shadow
             .iter()
             .find(|flags| flags.start <= vma.start && vma.start < flags.end)
     };
-    let is_locked = |vma: &Vma| {
-        locked
-            .iter()
-            .any(|span| span.start <= vma.start && vma.start < span.end)
+    let locked = |vma: &Vma| {
+        let holds =
+            |locked: &&Locked| locked.span.start <= vma.start && vma.start < locked.span.end;
+        locked.iter().find(holds)
     };
     Ok(join(layout, |vma| {
         let mut flags = find(vma).map_or_else(|| vec!["dc"], flags_of);
-        flags.extend(is_locked(vma).then_some(LOCKED));
+        if let Some(locked) = locked(vma) {
+            flags.push(LOCKED);
+            flags.extend((locked.on_fault != 0).then_some(ON_FAULT));
+        }
         flags
     }))
 }
 
-/// The flags of a live address space, with its private VMAs cut as in `layout`.
+/// The flags of a live address space, with its VMAs cut as in `layout`.
 pub(super) fn live(pid: Pid, layout: &Layout) -> Result<Vec<Advised>> {
     let flags = read_flags(pid)?;
     Ok(join(layout, |vma| {
@@ -144,19 +148,21 @@ fn read_flags(pid: Pid) -> Result<Vec<smaps::Flags>> {
 }
 
 fn flags_of(flags: &smaps::Flags) -> Vec<&'static str> {
-    let names = SETTABLE
-        .iter()
-        .map(|settable| settable.flag)
-        .chain([LOCKED]);
+    let names = SETTABLE.iter().map(|settable| settable.flag).chain(SHOWN);
     names.filter(|name| flags.has(name)).collect()
 }
 
 fn join(layout: &Layout, flags: impl Fn(&Vma) -> Vec<&'static str>) -> Vec<Advised> {
     let mut found: Vec<Advised> = Vec::new();
-    for vma in layout.private() {
+    let mut was_shared = false;
+    for vma in layout.vmas.iter().filter(|vma| !vma.is_special()) {
         let flags = flags(vma);
         match found.last_mut() {
-            Some(last) if last.span.end == vma.start && last.flags == flags => {
+            Some(last)
+                if last.span.end == vma.start
+                    && last.flags == flags
+                    && was_shared == vma.shared =>
+            {
                 last.span.end = vma.end
             }
             _ => found.push(Advised {
@@ -164,15 +170,21 @@ fn join(layout: &Layout, flags: impl Fn(&Vma) -> Vec<&'static str>) -> Vec<Advis
                 flags,
             }),
         }
+        was_shared = vma.shared;
     }
     found
 }
 
 impl Advised {
-    /// Adds the steps that set what was set and clear what was not.
+    /// Whether it is locked in RAM.
+    pub(super) fn is_locked(&self) -> bool {
+        self.flags.contains(&LOCKED)
+    }
+
+    /// Adds the steps that set what was set and clear what was not; locks too, if any of the address space were locked.
     ///
     /// Kinds of memory that know nothing of an advice refuse it, so the results do not matter.
-    pub(super) fn apply(&self, batch: &mut Batch) {
+    pub(super) fn apply(&self, batch: &mut Batch, has_locks: bool) {
         let span = self.span;
         let mut advise = |advice: i32| {
             batch.call(
@@ -187,12 +199,9 @@ impl Advised {
         for settable in SETTABLE.iter().filter(|settable| is_set(settable.flag)) {
             advise(settable.set);
         }
-        let lock = if is_set(LOCKED) {
-            libc::SYS_mlock
-        } else {
-            libc::SYS_munlock
-        };
-        batch.call(lock, &[span.start.into(), span.len().into()]);
+        if has_locks {
+            locks::restore(batch, span, self.is_locked(), is_set(ON_FAULT));
+        }
     }
 
     /// Most steps that [`Advised::apply`] adds.

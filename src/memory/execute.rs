@@ -1,7 +1,7 @@
 //! Making an address space equal to an image, as planned.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
@@ -16,6 +16,7 @@ use crate::record::Context;
 use super::advice::Advised;
 use super::image::SpaceImage;
 use super::layout::LayoutChange;
+use super::locks;
 use super::plan::Plan;
 use super::ranges::{Ranges, Span};
 use super::space::{Copied, Space, system};
@@ -42,6 +43,9 @@ impl Space {
     ) -> Result<()> {
         let pid = self.pid;
         let mut batch = Batch::new();
+        if !plan.layout.is_empty() && self.has_future_to_unlock(stopped, image)? {
+            locks::restore_future(&mut batch, 0);
+        }
         // The break goes down only while the heap is mapped, and up only where nothing else is: so once before, and
         // once after.
         if let Some(brk) = plan.brk {
@@ -85,6 +89,18 @@ impl Space {
             .iter()
             .filter_map(|span| image.layout.at(span.start))
             .try_for_each(|vma| self.register_vma(vma))
+    }
+
+    /// Whether all has to be unlocked, or may be, so that what is mapped from now on is not locked. Where memory is locked
+    /// that has to stay so, the process is asked: to lock it again would take as long as it is large.
+    fn has_future_to_unlock(&self, stopped: &mut Stopped, image: &SpaceImage) -> Result<bool> {
+        if image.locks_future != 0 || !image.has_locks() {
+            return Ok(image.locks_future == 0);
+        }
+        let mut batch = Batch::new();
+        let question = locks::Question::add(&mut batch);
+        let done = stopped.run(self.pid, &batch)?;
+        Ok(question.read(&done) != 0)
     }
 
     fn make_room(&self, stopped: &mut Stopped, batch: &mut Batch) -> Result<()> {
@@ -146,9 +162,14 @@ impl Space {
                 batch.must_succeed(step);
             }
         }
+        if image.locks_future != 0 || self.has_future_to_unlock(stopped, image)? {
+            self.flush(stopped, &mut batch, 1)?;
+            locks::restore_future(&mut batch, image.locks_future);
+        }
+        let has_locks = image.has_locks();
         for advised in image.advice(context)? {
             self.flush(stopped, &mut batch, Advised::STEPS)?;
-            advised.apply(&mut batch);
+            advised.apply(&mut batch, has_locks);
         }
         let window = stopped.member(pid)?.window.as_ref();
         let address = window.ok_or(freeze::Error::Gone(pid))?.address;
@@ -364,6 +385,9 @@ fn map(
         .iter()
         .find(|flags| flags.start <= vma.start && flags.end > vma.start);
     let has = |flag: &str| flags.is_some_and(|flags| flags.has(flag));
+    if attach(stopped, pid, image, vma)? {
+        return Ok(());
+    }
     let mut mmap_flags = libc::MAP_FIXED
         | if vma.shared {
             libc::MAP_SHARED
@@ -409,6 +433,47 @@ fn map(
     })
 }
 
+/// Attaches a System V shared memory segment where it was, if `vma` is of one and it was attached whole; else it can only
+/// be mapped like a file. The inode of a segment is its id (`ipc/shm.c`).
+fn attach(stopped: &mut Stopped, pid: Pid, image: &SpaceImage, vma: &Vma) -> Result<bool> {
+    const SHM_EXEC: i32 = 0o100000;
+    if !vma.shared || !vma.name.starts_with(b"/SYSV") {
+        return Ok(false);
+    }
+    let whole = image.layout.at(vma.start).filter(|vma| vma.offset == 0);
+    let Some(whole) = whole else {
+        return Ok(false);
+    };
+    let mut flags = libc::SHM_REMAP;
+    for (bit, flag, wanted) in [
+        (libc::PROT_WRITE, libc::SHM_RDONLY, false),
+        (libc::PROT_EXEC, SHM_EXEC, true),
+    ] {
+        if (i32::from(whole.prot) & bit != 0) == wanted {
+            flags |= flag;
+        }
+    }
+    let mut batch = Batch::new();
+    let info = batch.output(SEGMENT_INFO);
+    let arguments = [whole.inode.into(), libc::IPC_STAT.into(), info.arg()];
+    let asked = batch.call(libc::SYS_shmctl, &arguments);
+    let outputs = stopped.run(pid, &batch)?;
+    let size = outputs.bytes(&info)[SEGMENT_SIZE_AT..].first_chunk();
+    let size = size.map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+    if outputs.result(asked).is_err() || size.next_multiple_of(PAGE) != whole.len() {
+        return Ok(false);
+    }
+    let mut batch = Batch::new();
+    let arguments = [whole.inode.into(), whole.start.into(), flags.into()];
+    let attached = batch.call(libc::SYS_shmat, &arguments);
+    let outputs = stopped.run(pid, &batch)?;
+    Ok(outputs.result(attached) == Ok(whole.start))
+}
+
+/// Bytes of `struct shmid_ds`, and where the size is in it.
+const SEGMENT_INFO: usize = size_of::<libc::shmid_ds>();
+const SEGMENT_SIZE_AT: usize = std::mem::offset_of!(libc::shmid_ds, shm_segsz);
+
 /// Opens the file behind a VMA through the shadow, which has it mapped, whatever became of its name.
 fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result<File> {
     let shadow = image.shadow.pid;
@@ -419,7 +484,12 @@ fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result
             .open(path)
             .or_else(|_| File::open(path))
     };
+    let pin = image.pins.get(&(vma.device, vma.inode));
     let result = match of_shadow {
+        None if pin.is_some() => {
+            let number = pin.map_or(-1, |pin| pin.as_raw_fd());
+            open(std::path::Path::new(&format!("/proc/self/fd/{number}")))
+        }
         Some(found) => open(&procfs::path(
             shadow,
             &format!("map_files/{:x}-{:x}", found.start, found.end),

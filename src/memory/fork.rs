@@ -4,6 +4,7 @@ use nix::unistd::Pid;
 
 use crate::freeze::{self, Batch, StepId, Stopped};
 
+use super::locks;
 use super::Result;
 use super::shadow::{self, Adoption, Shadow};
 use super::space::refuse;
@@ -14,6 +15,8 @@ pub struct Fresh {
     pub(super) shadow: Shadow,
     /// The program break of the address space.
     pub(super) brk: u64,
+    /// How what is mapped from then on is to be locked.
+    pub(super) locks_future: u64,
 }
 
 impl Fresh {
@@ -67,6 +70,7 @@ pub fn make_shadows(stopped: &mut Stopped, pids: &[Pid]) -> Result<Vec<Fresh>> {
 struct Fork {
     parent: Pid,
     brk: StepId,
+    future: locks::Question,
     clone: StepId,
 }
 
@@ -75,11 +79,12 @@ impl Fork {
         let mut batch = Batch::new();
         let zero = 0.into();
         let brk = batch.call(libc::SYS_brk, &[zero]);
+        let future = locks::Question::add(&mut batch);
         // The clone comes last: should we die, the thread heals itself, and the shadow dies with us.
         let arguments = [libc::CLONE_FILES.into(), zero, zero, zero, zero];
         let clone = batch.call(libc::SYS_clone, &arguments);
         stopped.start(parent, &batch)?;
-        Ok(Self { parent, brk, clone })
+        Ok(Self { parent, brk, future, clone })
     }
 
     fn finish(self, stopped: &mut Stopped) -> Result<Child> {
@@ -97,6 +102,7 @@ impl Fork {
                 pid,
                 adoption,
                 brk: outputs.result(self.brk).unwrap_or(0),
+                locks_future: self.future.read(&outputs),
             }),
             Err(error) => {
                 end(stopped, parent, pid);
@@ -112,6 +118,7 @@ struct Child {
     pid: Pid,
     adoption: Adoption,
     brk: u64,
+    locks_future: u64,
 }
 
 impl Child {
@@ -119,6 +126,7 @@ impl Child {
         Ok(Fresh {
             shadow: self.adoption.finish()?,
             brk: self.brk,
+            locks_future: self.locks_future,
         })
     }
 }

@@ -1,6 +1,8 @@
 //! What a checkpoint holds of one address space.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::fs::File;
 
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -10,14 +12,15 @@ use crate::record::{Context, Kind, ObjectId};
 
 use super::advice::{self, Advised};
 use super::layout::Layout;
+use super::locks::Locked;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
 use super::space::system;
 use super::store::Slots;
 use super::{Error, Result};
 
-/// Payload of an `AddressSpace` record; a list of the spans that mlock(2) kept in RAM follows. The records `VmaList` (the text of `/proc/PID/maps`) and `PopulatedRanges` (a
-/// list of [`Span`]) have the same object id.
+/// Payload of an `AddressSpace` record; a list of [`Locked`] follows. The records `VmaList` (the text of `/proc/PID/maps`)
+/// and `PopulatedRanges` (a list of [`Span`]) have the same object id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub struct AddressSpaceHeader {
@@ -31,6 +34,8 @@ pub struct AddressSpaceHeader {
     pub window_start: u64,
     /// First address after the window.
     pub window_end: u64,
+    /// How what is mapped from then on was to be locked: flags of mlockall(2).
+    pub locks_future: u64,
 }
 
 /// The image of one address space.
@@ -51,6 +56,10 @@ pub struct SpaceImage {
     pub(super) slots: Slots,
     pub(super) advice: OnceCell<Vec<Advised>>,
     guards: OnceCell<Ranges>,
+    /// Files of VMAs that are not in the shadow: `O_PATH` descriptors, by device and inode.
+    pub(super) pins: BTreeMap<(u64, u64), File>,
+    /// As in its header.
+    pub(super) locks_future: u64,
     /// Which of the process's address spaces it is of.
     pub(super) generation: u64,
 }
@@ -62,6 +71,7 @@ impl SpaceImage {
         generation: u64,
         shadow: Shadow,
         layout: Layout,
+        locks_future: u64,
     ) -> Self {
         Self {
             id,
@@ -73,6 +83,8 @@ impl SpaceImage {
             slots: Slots::default(),
             advice: OnceCell::new(),
             guards: OnceCell::new(),
+            pins: BTreeMap::new(),
+            locks_future,
             generation,
         }
     }
@@ -92,6 +104,12 @@ impl SpaceImage {
         Ok(self.advice.get().map_or(&[], Vec::as_slice))
     }
 
+    /// Whether any of its memory was locked, as far as the advice was read.
+    pub(super) fn has_locks(&self) -> bool {
+        let advice = self.advice.get();
+        advice.is_some_and(|list| list.iter().any(Advised::is_locked))
+    }
+
     /// Its guards (`MADV_GUARD_INSTALL`), which fork gives to the shadow. Read from there when first asked for: ask before
     /// the tree is stopped.
     pub fn guards(&self) -> Result<&Ranges> {
@@ -107,10 +125,10 @@ impl SpaceImage {
     }
 
     /// The spans that were locked in RAM.
-    fn locked<'c>(&self, context: &'c Context) -> Result<&'c [Span]> {
+    fn locked<'c>(&self, context: &'c Context) -> Result<&'c [Locked]> {
         Ok(self
             .record(context, Kind::AddressSpace)?
-            .fixed_list::<AddressSpaceHeader, Span>()?
+            .fixed_list::<AddressSpaceHeader, Locked>()?
             .1)
     }
 

@@ -10,6 +10,7 @@ mod fork;
 mod hot;
 mod image;
 mod layout;
+mod locks;
 mod observe;
 mod plan;
 mod ranges;

@@ -211,6 +211,7 @@ mod tests {
             brk: 0x9000,
             window_start: 0,
             window_end: 0,
+            locks_future: 0,
         }
     }
 

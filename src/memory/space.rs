@@ -1,7 +1,9 @@
 //! Capturing an address space, and what is kept of it as long as any checkpoint of it lives.
 
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -11,7 +13,7 @@ use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
 use crate::kernel::maps::Vma;
 use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
 use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
-use crate::kernel::{pidfd, procfs, smaps};
+use crate::kernel::{pidfd, procfs};
 use crate::outcome::Refusal;
 use crate::record::{Context, Kind};
 
@@ -19,6 +21,7 @@ use super::fork::{self, Fresh};
 use super::hot::Hot;
 use super::image::{AddressSpaceHeader, SpaceImage};
 use super::layout::Layout;
+use super::locks;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
 use super::store::Store;
@@ -212,7 +215,7 @@ impl Space {
     pub fn capture<'i>(
         &mut self,
         stopped: &mut Stopped,
-        Fresh { shadow, brk }: Fresh,
+        Fresh { shadow, brk, locks_future }: Fresh,
         others: impl Iterator<Item = &'i mut SpaceImage>,
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
@@ -221,8 +224,8 @@ impl Space {
         let capture = || {
             let generation = stopped.member(pid)?.generation;
             let (header_id, layout, armed, populated) =
-                self.finish(stopped, others, context, &shadow, brk)?;
-            let mut image = SpaceImage::new(header_id, pid, generation, shadow, layout);
+                self.finish(stopped, others, context, &shadow, (brk, locks_future))?;
+            let mut image = SpaceImage::new(header_id, pid, generation, shadow, layout, locks_future);
             let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated);
             let image = match saved {
                 Ok(bytes) => (
@@ -248,7 +251,7 @@ impl Space {
         others: impl Iterator<Item = &'i mut SpaceImage>,
         context: &mut Context,
         shadow: &Shadow,
-        brk: u64,
+        (brk, locks_future): (u64, u64),
     ) -> Result<(crate::record::ObjectId, Layout, u64, Ranges)> {
         let pid = self.pid;
         let member = stopped.member(pid)?;
@@ -275,6 +278,7 @@ impl Space {
             brk,
             window_start: window.start,
             window_end: window.end,
+            locks_future,
         };
         context.append(Kind::VmaList, id, &[&text])?;
         context.put_list(Kind::PopulatedRanges, id, populated.spans())?;
@@ -282,7 +286,7 @@ impl Space {
             Kind::AddressSpace,
             id,
             &header,
-            locked_spans(pid)?.as_bytes(),
+            locks::read(pid)?.as_bytes(),
         )?;
         Ok((id, layout, populated.pages(), populated))
     }
@@ -296,6 +300,7 @@ impl Space {
     ) -> Result<u64> {
         let pid = self.pid;
         let lacking = lacking(image, populated)?;
+        image.pins = pins(image)?;
         let member = stopped.tree_mut().member_mut(pid);
         let member = member.ok_or(freeze::Error::Gone(pid))?;
         let (window, memory) = (member.window.as_mut(), &member.memory);
@@ -351,9 +356,7 @@ impl Space {
 /// the zero page: so the first page of each tells of the rest.
 fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
     let shadow = &image.shadow;
-    let text = std::fs::read(procfs::path(shadow.pid, "maps"))
-        .map_err(|error| system(shadow.pid, "read the memory map of a shadow", error))?;
-    let in_shadow = Layout::parse(&text, None).unwrap_or_default();
+    let in_shadow = vmas_of_shadow(image)?;
     let mut lacking = Ranges::new();
     for vma in image.layout.private() {
         let pages = populated.intersection(&Ranges::from_iter([Span::from(vma)]));
@@ -373,6 +376,35 @@ fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
         }
     }
     Ok(lacking)
+}
+
+/// Pins of the files behind VMAs that fork has not given to the shadow of an image: nothing else may lead there later.
+fn pins(image: &SpaceImage) -> Result<BTreeMap<(u64, u64), File>> {
+    let pid = image.pid;
+    let in_shadow = vmas_of_shadow(image)?;
+    let mut pins = BTreeMap::new();
+    let files = image
+        .layout
+        .vmas
+        .iter()
+        .filter(|vma| !vma.is_anonymous() && !vma.is_special());
+    for vma in files.filter(|vma| in_shadow.at(vma.start).is_none()) {
+        let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
+        let pin = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(procfs::path(pid, &name))
+            .map_err(|error| system(pid, &format!("pin the file mapped at {vma:?}"), error))?;
+        pins.insert((vma.device, vma.inode), pin);
+    }
+    Ok(pins)
+}
+
+fn vmas_of_shadow(image: &SpaceImage) -> Result<Layout> {
+    let shadow = image.shadow.pid;
+    let text = std::fs::read(procfs::path(shadow, "maps"))
+        .map_err(|error| system(shadow, "read the memory map of a shadow", error))?;
+    Ok(Layout::parse(&text, None).unwrap_or_default())
 }
 
 /// Where the window of a process is in its address space.
@@ -427,27 +459,6 @@ pub(super) fn for_each_part(
             at = span.end;
         }
     }
-}
-
-/// Memory that mlock(2) keeps in RAM. A shadow does not know: fork does not inherit it. `smaps` is read only if there
-/// is some.
-fn locked_spans(pid: Pid) -> Result<Vec<Span>> {
-    let read = |name: &str| {
-        std::fs::read_to_string(procfs::path(pid, name))
-            .map_err(|error| system(pid, &format!("read /proc/{pid}/{name}"), error))
-    };
-    if procfs::status_line(&read("status")?, "VmLck").is_none_or(|size| size.starts_with("0 ")) {
-        return Ok(Vec::new());
-    }
-    let locked = smaps::parse(&read("smaps")?)
-        .into_iter()
-        .filter(|flags| flags.has("lo"));
-    Ok(locked
-        .map(|flags| Span {
-            start: flags.start,
-            end: flags.end,
-        })
-        .collect())
 }
 
 pub(super) fn system(pid: Pid, what: &str, error: impl Into<std::io::Error>) -> super::Error {
