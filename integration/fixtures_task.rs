@@ -24,6 +24,7 @@ crate::support::fixture_tests! {
     registers,
     rlimit_soft,
     robust_list,
+    robust_owner_died,
     rseq,
     rseq_critical,
     scheduling,
@@ -36,6 +37,9 @@ crate::support::fixture_tests! {
     thread_storm,
     threads_born,
     tid_address,
+    time_namespace,
+    timer_of_thread,
+    timer_overruns,
     umask,
     xstate,
 }

@@ -54,10 +54,17 @@ impl Stopped<'_> {
             2 => vec![inside, tid.as_raw()],
             _ => Vec::new(),
         };
-        if !ids.is_empty()
-            && let Some(made) = self.clone_with_ids(pid, &ids)?
-        {
-            return Ok(made);
+        let deadline = Instant::now() + PATIENCE;
+        if !ids.is_empty() {
+            let mut made = self.clone_with_ids(pid, &ids);
+            // Somebody outside was quicker since it was seen to be free; most tasks that come so fast go so fast.
+            while is_taken(&made) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+                made = self.clone_with_ids(pid, &ids);
+            }
+            if let Some(made) = made? {
+                return Ok(made);
+            }
         }
         // It takes a privilege that processes of containers do not have. So the number is asked for from outside.
         let namespace = match levels {
@@ -67,7 +74,6 @@ impl Stopped<'_> {
                     .context(|| format!("open /proc/{pid}/ns/pid"))?,
             ),
         };
-        let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             match &namespace {
                 Some(namespace) => last_pid::set_next_in(namespace.as_fd(), inside),
@@ -145,6 +151,13 @@ impl Stopped<'_> {
         let ids = procfs::namespace_pids(&status);
         ids.last().copied().ok_or(Error::Gone(tid))
     }
+}
+
+/// Whether another task has the number.
+fn is_taken(made: &Result<Option<Pid>>) -> bool {
+    let taken =
+        |error: &Error| matches!(error, Error::Call { errno, .. } if *errno == Errno::EEXIST);
+    made.as_ref().is_err_and(taken)
 }
 
 fn failed(pid: Pid, what: &'static str, errno: Errno) -> Error {

@@ -24,6 +24,8 @@ pub struct Observed {
     pub(super) threads: BTreeMap<Pid, ThreadState>,
     /// Threads that have ended, with their processes.
     pub(super) ended: Vec<(Pid, Pid)>,
+    /// Threads that were made again.
+    pub(super) revived: BTreeSet<Pid>,
 }
 
 /// Observes the tree, and refuses what a rollback could not undo: changed credentials, lowered hard limits, a working
@@ -49,7 +51,7 @@ pub fn check(
         let mut leader = leaders.remove(&process.pid()).ok_or_else(gone)?;
         leader.0.settings = *seen.get(&process.pid()).ok_or_else(gone)?;
         observe(stopped, process, leader, &mut observed)?;
-        check_timers(stopped, process)?;
+        check_timers(stopped, process, &observed.ended)?;
     }
     Ok(observed)
 }
@@ -425,14 +427,23 @@ pub(super) fn path_input(batch: &mut Batch, path: &[u8]) -> Arg {
     batch.input(&[path, b"\0"].concat())
 }
 
-/// Whether timers that are gone can be made again.
-fn check_timers(stopped: &mut Stopped<'_>, process: &RecordedProcess<'_>) -> Result<()> {
+/// Whether timers that are gone, or were for a thread that has ended, can be made again.
+fn check_timers(
+    stopped: &mut Stopped<'_>,
+    process: &RecordedProcess<'_>,
+    ended: &[(Pid, Pid)],
+) -> Result<()> {
     if process.posix_timers.is_empty() {
         return Ok(());
     }
     let pid = process.pid();
     let live = posix_timers::list(pid)?;
-    let gone = |timer: &&posix_timers::PosixTimer| !live.iter().any(|there| there.is_same(timer));
+    let of_ended = |timer: &posix_timers::PosixTimer| {
+        ended.iter().any(|(_, tid)| timer.notifies(tid.as_raw()))
+    };
+    let gone = |timer: &&posix_timers::PosixTimer| {
+        of_ended(timer) || !live.iter().any(|there| there.is_same(timer))
+    };
     let Some(first) = process.posix_timers.iter().find(gone) else {
         return Ok(());
     };

@@ -46,6 +46,11 @@ impl PosixTimer {
         fixed(self) == fixed(other)
     }
 
+    /// Whether it notifies this thread and no other.
+    pub(super) fn notifies(&self, tid: i32) -> bool {
+        self.notify & libc::SIGEV_THREAD_ID != 0 && self.target == tid
+    }
+
     /// Whether it runs.
     pub(super) fn is_armed(&self) -> bool {
         self.time[1] != [0, 0]

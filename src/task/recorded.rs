@@ -31,8 +31,8 @@ pub struct RecordedProcess<'c> {
     pub actions: &'c [Action],
     /// Its interval timers.
     pub timers: TimersRecord,
-    /// Its POSIX timers.
-    pub posix_timers: &'c [PosixTimer],
+    /// Its POSIX timers; those for a thread name the TID that this has now.
+    pub posix_timers: Vec<PosixTimer>,
     /// Signals that waited for any of its threads.
     pub pending: &'c [SignalInfo],
     /// What it may do, as lines of `/proc/PID/status`.
@@ -172,7 +172,7 @@ fn process<'c>(
             .collect(),
         actions: &[],
         timers: TimersRecord::default(),
-        posix_timers: &[],
+        posix_timers: Vec::new(),
         pending: pending(context, id)?,
         rights: "",
     };
@@ -198,7 +198,13 @@ fn process<'c>(
     }
     let (timers, posix_timers) = find(Kind::Timers)?.fixed_list::<TimersRecord, PosixTimer>()?;
     process.timers = *timers;
-    process.posix_timers = posix_timers;
+    process.posix_timers = posix_timers.to_vec();
+    for timer in &mut process.posix_timers {
+        let mut threads = process.threads.values();
+        if let Some(thread) = threads.find(|thread| timer.notifies(thread.record.tid as i32)) {
+            timer.target = thread.tid.as_raw();
+        }
+    }
     process.rights = std::str::from_utf8(find(Kind::Credentials)?.payload())
         .map_err(|_| bad(Kind::Credentials, "not UTF-8"))?;
     Ok(process)

@@ -1,5 +1,7 @@
 //! Puts back what differs from the record.
 
+use std::collections::BTreeSet;
+
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use zerocopy::IntoBytes;
@@ -55,7 +57,7 @@ pub fn restore(
         let Some(live) = observed.processes.get(&process.pid()) else {
             continue; // a zombie
         };
-        restore_process(stopped, process, live)?;
+        restore_process(stopped, process, live, &observed.revived)?;
         for (tid, thread) in &process.threads {
             let Some(state) = observed.threads.get(tid) else {
                 continue;
@@ -164,6 +166,7 @@ fn restore_process(
     stopped: &mut Stopped<'_>,
     process: &RecordedProcess<'_>,
     live: &ProcessProbe,
+    revived: &BTreeSet<Pid>,
 ) -> Result<()> {
     let pid = process.pid();
     let was = &process.record.state;
@@ -171,7 +174,7 @@ fn restore_process(
     take_pending(stopped, process, &mut steps.batch)?;
     restore_limits(&mut steps, process, live);
     restore_actions(&mut steps, process.actions, &live.actions);
-    restore_timers(&mut steps, process, live)?;
+    restore_timers(&mut steps, process, live, revived)?;
     if was.umask != live.state.umask {
         steps.call("umask", libc::SYS_umask, &[was.umask.into()]);
     }
@@ -265,11 +268,13 @@ fn restore_actions(steps: &mut Steps, recorded: &[Action], live: &[Action; SIGNA
     }
 }
 
-/// Timers that run get back the time that was left; others are left alone if they did not run either.
+/// Timers that run get back the time that was left; others are left alone if they did not run either. One for a thread that
+/// was made again is made again too: it means the one that has ended, though that had the same number.
 fn restore_timers(
     steps: &mut Steps,
     process: &RecordedProcess<'_>,
     live: &ProcessProbe,
+    revived: &BTreeSet<Pid>,
 ) -> Result<()> {
     for timer in 0..INTERVAL_TIMERS {
         let (was, is) = (
@@ -284,14 +289,24 @@ fn restore_timers(
         }
     }
     let pid = process.pid();
-    let live = posix_timers::list(pid)?;
+    let mut live = posix_timers::list(pid)?;
+    for timer in &mut live {
+        if revived.iter().any(|tid| timer.notifies(tid.as_raw())) {
+            timer.target = 0;
+        }
+    }
     let namespace_tid = |target: i32| {
         let mut threads = process.threads.values();
         threads
-            .find(|thread| thread.record.tid == target as u64)
+            .find(|thread| thread.tid().as_raw() == target)
             .map_or(0, |thread| thread.record.state.namespace_tid)
     };
-    let named = posix_timers::restore(&mut steps.batch, &live, process.posix_timers, namespace_tid);
+    let named = posix_timers::restore(
+        &mut steps.batch,
+        &live,
+        &process.posix_timers,
+        namespace_tid,
+    );
     steps.named.extend(named);
     Ok(())
 }

@@ -69,6 +69,7 @@ pub fn revive(
         let tid = stopped.make_thread(pid, was, inside)?;
         let state = probe::thread(stopped, pid, tid)?;
         observed.threads.insert(tid, state);
+        observed.revived.insert(tid);
         revived.push((was, tid));
     }
     Ok(revived)

@@ -305,7 +305,7 @@ fn verify_by_batch(
             report.differs(&what, "no such timer", timer.describe());
         }
     }
-    for was in process.posix_timers {
+    for was in &process.posix_timers {
         let what = format!("POSIX timer {}", was.id);
         match timers.iter().find(|timer| timer.is_same(was)) {
             Some(timer) => verify_time(report, &what, &was.time, &timer.time, NANOSECONDS),
