@@ -34,6 +34,8 @@ crate::support::fixture_tests! {
     sparse_terabyte,
     stack_growth,
     sysv_detached,
+    sysv_memory,
+    sysv_own_namespace,
     thp,
     wipeonfork,
     zero_pages,

@@ -98,6 +98,8 @@ pub struct Checkpoint {
     pub spaces: Vec<SpaceImage>,
     /// Shared memory.
     pub shared: Vec<SharedImage>,
+    /// System V shared memory segments.
+    pub segments: memory::Segments,
     /// Descriptors.
     pub objects: objects::Capture,
     /// Threads that were made again since with another TID in our namespace.
@@ -250,6 +252,7 @@ fn capture(
     }
     phases.end("memory");
     fault::point("checkpoint.armed");
+    let segments = memory::Segments::capture(stopped, images)?;
     let shared = SharedImage::capture_all(images, &memfds(&objects), &mut context)?;
     context.finish()?;
     phases.end("shared");
@@ -259,6 +262,7 @@ fn capture(
         context,
         spaces: Vec::new(),
         shared,
+        segments,
         objects,
         renamed: task::Renamed::new(),
         processes: stopped.processes().count(),

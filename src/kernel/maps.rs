@@ -44,6 +44,11 @@ impl Vma {
         [&b"[vdso]"[..], b"[vvar]", b"[vvar_vclock]", b"[vsyscall]"].contains(&&*self.name)
     }
 
+    /// Whether it is of a System V shared memory segment, whose id is its inode then (`ipc/shm.c`).
+    pub fn is_segment(&self) -> bool {
+        self.shared && self.name.starts_with(b"/SYSV")
+    }
+
     /// Whether `next` continues it: adjacent, and alike in all else.
     pub fn continued_by(&self, next: &Self) -> bool {
         self.end == next.start

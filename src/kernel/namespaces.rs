@@ -35,6 +35,24 @@ pub fn of(directory: BorrowedFd<'_>) -> Result<Inodes, Errno> {
     Ok(inodes)
 }
 
+/// The IPC namespace in a `/proc/PID/ns` that is held open; 0 if the kernel has none.
+pub fn ipc(directory: BorrowedFd<'_>) -> Result<u64, Errno> {
+    match readlinkat(Some(directory.as_raw_fd()), "ipc") {
+        Ok(link) => number(link.as_bytes()).ok_or(Errno::EINVAL),
+        Err(Errno::ENOENT) => Ok(0),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Our own.
+pub fn ipc_of_us() -> Result<u64, Errno> {
+    match readlinkat(None, "/proc/self/ns/ipc") {
+        Ok(link) => number(link.as_bytes()).ok_or(Errno::EINVAL),
+        Err(Errno::ENOENT) => Ok(0),
+        Err(errno) => Err(errno),
+    }
+}
+
 fn number(link: &[u8]) -> Option<u64> {
     let digits = link.split(|byte| matches!(byte, b'[' | b']')).nth(1)?;
     std::str::from_utf8(digits).ok()?.parse().ok()

@@ -434,10 +434,10 @@ fn map(
 }
 
 /// Attaches a System V shared memory segment where it was, if `vma` is of one and it was attached whole; else it can only
-/// be mapped like a file. The inode of a segment is its id (`ipc/shm.c`).
+/// be mapped like a file.
 fn attach(stopped: &mut Stopped, pid: Pid, image: &SpaceImage, vma: &Vma) -> Result<bool> {
     const SHM_EXEC: i32 = 0o100000;
-    if !vma.shared || !vma.name.starts_with(b"/SYSV") {
+    if !vma.is_segment() {
         return Ok(false);
     }
     let whole = image.layout.at(vma.start).filter(|vma| vma.offset == 0);

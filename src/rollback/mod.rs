@@ -109,6 +109,8 @@ pub fn run(
 struct Plan {
     tasks: task::Observed,
     memory: Vec<(Pid, memory::Plan)>,
+    /// Segments that were made since.
+    segments: memory::Created,
     objects: objects::Plan,
 }
 
@@ -157,6 +159,12 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
     phases.end("check");
     fault::point("rollback.observed");
     let memory = plan_memory(stopped, checkpoint, &observed, &populated)?;
+    let asked = std::mem::take(&mut questions.segments);
+    let found = asked
+        .into_iter()
+        .filter_map(|(pid, asked)| Some((asked, answers.outputs.get(&pid)?)));
+    let found: Vec<_> = found.collect();
+    let segments = checkpoint.segments.check(stopped, &found)?;
     let objects = objects::prepare(
         stopped,
         &checkpoint.objects,
@@ -167,6 +175,7 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
     Ok(Plan {
         tasks,
         memory,
+        segments,
         objects,
     })
 }
@@ -174,6 +183,7 @@ fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) 
 /// What is asked of the processes of a checkpoint: a batch for each, all of which run at the same time.
 struct Questions {
     processes: Vec<(Pid, task::Questions, StepId)>,
+    segments: Vec<(Pid, memory::Asked)>,
     tables: objects::Asked,
 }
 
@@ -186,12 +196,15 @@ impl Questions {
     fn start(stopped: &mut Stopped, checkpoint: &Checkpoint) -> Result<Self> {
         let mut all = Self {
             processes: Vec::with_capacity(checkpoint.spaces.len()),
+            segments: Vec::new(),
             tables: objects::Asked::new(),
         };
         for pid in checkpoint.spaces.iter().map(|image| image.pid) {
             let mut batch = Batch::new();
             let brk = batch.call(libc::SYS_brk, &[0.into()]);
             let of_task = task::Questions::add(&mut batch);
+            let asked = checkpoint.segments.ask(pid, &mut batch);
+            all.segments.extend(asked.map(|asked| (pid, asked)));
             objects::ask(&checkpoint.objects, pid, &mut batch, &mut all.tables);
             stopped.start(pid, &batch)?;
             all.processes.push((pid, of_task, brk));
@@ -265,6 +278,7 @@ fn execute(
     for (image, (pid, plan)) in checkpoint.spaces.iter().zip(&plan.memory) {
         space(spaces, *pid)?.restore_layout(stopped, image, plan)?;
     }
+    memory::Segments::remove(stopped, &plan.segments)?;
     phases.end("layout");
     fault::point("rollback.layout");
     let effects = objects::execute(stopped, &mut checkpoint.objects, &plan.objects)?;
@@ -332,6 +346,7 @@ fn compare(
     for shared in &checkpoint.shared {
         differences.extend(shared.verify()?);
     }
+    differences.extend(checkpoint.segments.verify(stopped)?);
     differences.extend(task::verify(stopped, &recorded)?);
     let found = objects::verify(stopped, &checkpoint.objects)?;
     differences.extend(found.into_iter().map(|difference| Difference {
