@@ -64,6 +64,29 @@ fn every_fixture_program_is_tested() {
     }
 }
 
+/// The words between backticks in the last column of the tables of `docs/coverage.md`.
+fn covered() -> BTreeSet<String> {
+    let text = fs::read_to_string(directory("docs").join("coverage.md"))
+        .expect("reading docs/coverage.md");
+    text.lines()
+        .filter_map(|line| line.strip_suffix('|')?.rsplit_once('|'))
+        .flat_map(|(_, column)| column.split('`').skip(1).step_by(2))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn the_coverage_page_names_every_fixture_program_and_no_other() {
+    let programs = stems(&directory("fixtures/programs"), "c");
+    let covered = covered();
+    let missing: Vec<_> = programs.difference(&covered).collect();
+    let unknown: Vec<_> = covered.difference(&programs).collect();
+    assert!(
+        missing.is_empty() && unknown.is_empty(),
+        "docs/coverage.md does not name {missing:?}, and there is no {unknown:?}"
+    );
+}
+
 #[test]
 fn every_fixture_program_builds() {
     let build = fixture::build_directory();

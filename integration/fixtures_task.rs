@@ -31,6 +31,7 @@ crate::support::fixture_tests! {
     seccomp_strict,
     sigaction,
     sigmask,
+    sleep_goes_on,
     thread_exits,
     thread_exits_in_call,
     thread_flags,

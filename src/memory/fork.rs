@@ -4,8 +4,8 @@ use nix::unistd::Pid;
 
 use crate::freeze::{self, Batch, StepId, Stopped};
 
-use super::locks;
 use super::Result;
+use super::locks;
 use super::shadow::{self, Adoption, Shadow};
 use super::space::refuse;
 
@@ -84,7 +84,12 @@ impl Fork {
         let arguments = [libc::CLONE_FILES.into(), zero, zero, zero, zero];
         let clone = batch.call(libc::SYS_clone, &arguments);
         stopped.start(parent, &batch)?;
-        Ok(Self { parent, brk, future, clone })
+        Ok(Self {
+            parent,
+            brk,
+            future,
+            clone,
+        })
     }
 
     fn finish(self, stopped: &mut Stopped) -> Result<Child> {

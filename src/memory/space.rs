@@ -215,7 +215,11 @@ impl Space {
     pub fn capture<'i>(
         &mut self,
         stopped: &mut Stopped,
-        Fresh { shadow, brk, locks_future }: Fresh,
+        Fresh {
+            shadow,
+            brk,
+            locks_future,
+        }: Fresh,
         others: impl Iterator<Item = &'i mut SpaceImage>,
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
@@ -225,7 +229,8 @@ impl Space {
             let generation = stopped.member(pid)?.generation;
             let (header_id, layout, armed, populated) =
                 self.finish(stopped, others, context, &shadow, (brk, locks_future))?;
-            let mut image = SpaceImage::new(header_id, pid, generation, shadow, layout, locks_future);
+            let mut image =
+                SpaceImage::new(header_id, pid, generation, shadow, layout, locks_future);
             let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated);
             let image = match saved {
                 Ok(bytes) => (

@@ -21,7 +21,8 @@
 //! # What is not exact
 //!
 //! - A relative sleep (`nanosleep`, `poll`, a futex wait with a time limit) that was interrupted by the checkpoint
-//!   starts again with its whole time after a rollback: how long it had slept is known to the kernel alone. An
+//!   starts again with its whole time after a rollback: how long it had slept is known to the kernel alone. Sleeps that
+//!   have what is left written over what they asked for, as most do, go on with that. An
 //!   `epoll_wait` with a time limit does so at every stop, where the kernel would have ended it with `EINTR`.
 //! - A POSIX timer signal that was pending at the checkpoint is queued again as a plain signal, with the overrun count
 //!   that it had when it was queued.
