@@ -73,6 +73,7 @@ honesty_tests! {
     deny_write_execute,
     effective_ids,
     hard_limits,
+    hugetlb,
     local_descriptors,
     login_uid,
     namespaces,

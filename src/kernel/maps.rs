@@ -49,6 +49,11 @@ impl Vma {
         self.shared && self.name.starts_with(b"/SYSV")
     }
 
+    /// Whether it was made by `MAP_HUGETLB` without a file.
+    pub fn is_of_huge_pages(&self) -> bool {
+        self.name.starts_with(b"/anon_hugepage")
+    }
+
     /// Whether `next` continues it: adjacent, and alike in all else.
     pub fn continued_by(&self, next: &Self) -> bool {
         self.end == next.start

@@ -263,6 +263,14 @@ impl Space {
         let window = window_span(stopped, pid)?;
         let text = read_maps(member)?;
         let layout = parse_map(pid, &text, window)?;
+        if let Some(huge) = layout.private().find(|vma| vma.is_of_huge_pages()) {
+            // A shadow would use up as many again, and the program be killed for want of one.
+            return Err(refuse(
+                pid,
+                format!("memory {huge:?}"),
+                "huge pages of hugetlbfs can't be taken yet; let it use transparent ones",
+            ));
+        }
         self.register(&layout)?;
         let failed = |errno| system(pid, "scan its pages", errno);
         let mut written = Vec::new();
