@@ -19,8 +19,8 @@ use super::space::system;
 use super::store::Slots;
 use super::{Error, Result};
 
-/// Payload of an `AddressSpace` record; a list of [`Locked`] follows. The records `VmaList` (the text of `/proc/PID/maps`)
-/// and `PopulatedRanges` (a list of [`Span`]) have the same object id.
+/// Payload of an `AddressSpace` record; a list of `Locked`, the spans kept in RAM, follows. The records `VmaList` (the text
+/// of `/proc/PID/maps`) and `PopulatedRanges` (a list of [`Span`]) have the same object id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub struct AddressSpaceHeader {
