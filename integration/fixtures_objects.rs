@@ -1,12 +1,18 @@
 //! Fixture programs of descriptors other than sockets.
 
+use std::os::fd::AsRawFd;
 use std::process::Command;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::support::fixture::{self, Fixture};
 use crate::support::fixture_tests;
 use crate::support::session::{REFUSED, Session};
 
 fixture_tests!(
+    aio,
+    chrooted,
+    console,
     deleted_file,
     directory_stream,
     epoll,
@@ -20,16 +26,24 @@ fixture_tests!(
     fd_opened_since,
     fd_shared_table,
     fifo,
+    file_deleted_linked,
     file_locks,
     file_offset,
     inotify,
     inotify_removed,
     many_descriptors,
     memfd,
+    owner_since,
     pidfd,
     pipe_content,
     pipe_ended,
+    pipe_packet,
     plain_devices,
+    proc_files,
+    pty_closed,
+    pty_content,
+    pty_foreground,
+    pty_settings,
     signal_driven,
     signalfd,
     timerfd,
@@ -87,6 +101,49 @@ fn a_thread_with_a_table_of_its_own_is_refused() {
     refused_at_checkpoint("table_unshared", "", "file table of thread");
 }
 
+#[test]
+fn a_debugger_inside_is_refused() {
+    let mut session = Session::new();
+    let mut fixture = Fixture::start("tracer_inside");
+    let answer = session
+        .try_checkpoint(fixture.pid())
+        .expect(REFUSED, "checkpoint");
+    let remedy = answer.report["refused"]["remedy"].as_str();
+    let tracer = format!("it is traced by pid {}", fixture.pid());
+    assert!(
+        remedy.is_some_and(|text| text.starts_with(&tracer)),
+        "{answer:#?}"
+    );
+    fixture.verify("after a refused checkpoint");
+}
+
+/// A terminal whose master is outside: its settings come back, its window size and what was typed are the user's.
+#[test]
+fn console_from_outside() {
+    let pair = nix::pty::openpty(None, None).expect("openpty");
+    let path = nix::unistd::ttyname(&pair.slave).expect("ttyname");
+    for end in [&pair.master, &pair.slave] {
+        let own = FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC);
+        fcntl(end.as_raw_fd(), own).expect("F_SETFD");
+    }
+    let mut command = Command::new(fixture::build_directory().join("console"));
+    command.env("TTY", &path);
+    let mut session = Session::new();
+    let mut fixture = Fixture::launch("console", command);
+    session.checkpoint(fixture.pid());
+    let mut outside = std::fs::File::from(pair.master);
+    for _ in 0..2 {
+        fixture.mutate();
+        snapback::kernel::tty::set_window_size(&outside, &[10, 20, 0, 0]).expect("TIOCSWINSZ");
+        std::io::Write::write_all(&mut outside, b"typed").expect("write");
+        session.rollback(fixture.pid());
+        fixture.verify("after a rollback");
+        let now = snapback::kernel::tty::window_size(&outside).expect("TIOCGWINSZ");
+        assert_eq!(now, [10, 20, 0, 0]);
+        fixture.run_on();
+    }
+}
+
 /// What can't be brought back: the rollback is refused, naming it, and nothing is touched.
 #[track_caller]
 fn refused_at_rollback(program: &str, object: &str) {
@@ -118,6 +175,16 @@ fn refused_at_rollback(program: &str, object: &str) {
 #[test]
 fn file_gone() {
     refused_at_rollback("file_gone", "fd 28");
+}
+
+#[test]
+fn cwd_removed() {
+    refused_at_rollback("cwd_removed", "its working directory");
+}
+
+#[test]
+fn pidfd_dead() {
+    refused_at_rollback("pidfd_dead", "fd 95: anon_inode:[pidfd]");
 }
 
 #[test]

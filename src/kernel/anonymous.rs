@@ -136,13 +136,6 @@ pub fn readable_bytes(fd: impl AsFd) -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// The signal an `O_ASYNC` description sends instead of `SIGIO` (`F_GETSIG`); 0 is `SIGIO`.
-pub fn io_signal(fd: impl AsFd) -> Result<i32> {
-    const F_GETSIG: libc::c_int = 11;
-    // SAFETY: takes integers.
-    Errno::result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_GETSIG) })
-}
-
 /// Opens the file of a handle as name_to_handle_at(2) and fdinfo give it, with `O_PATH`, through a descriptor on the same
 /// file system. Needs `CAP_DAC_READ_SEARCH`.
 pub fn open_by_handle(mount: impl AsFd, kind: i32, handle: &[u8]) -> Result<OwnedFd> {

@@ -24,5 +24,6 @@ pub mod smaps;
 pub(crate) mod sock_diag;
 pub mod socket;
 pub mod terminal;
+pub mod tty;
 pub mod userfaultfd;
 pub mod window;

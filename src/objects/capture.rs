@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
 use super::live::{Holder, Live};
-use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Slot, Table};
+use super::model::{Description, Inode, ObjectId, Place, Recorded, Slot, Table};
 use super::pipe::Pipe;
 use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
-use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag};
+use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag, terminal};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 use crate::outcome::Refusal;
@@ -102,7 +102,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
         {
             capture.pins.insert(*id, file::pin(live)?);
         }
-        let owner = owner(live, sighting)?;
+        let owner = sighting.owner;
         recorded.descriptions.insert(
             *id,
             Description {
@@ -137,6 +137,8 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
             .collect();
         recorded.locks = find_locks(&by_place, &recorded.tables, &holders)?.0;
     }
+    let all: Vec<_> = ids.iter().copied().zip(&lives).collect();
+    recorded.terminals = terminal::capture(stopped, recorded, &all)?;
     records::write(context, recorded)?;
     socket_diag::close();
     Ok(capture)
@@ -233,17 +235,6 @@ pub(super) fn lives<'a>(
             Ok(Live::new(holder, fd, sighting.common, sighting.glance))
         })
         .collect()
-}
-
-/// Who gets `SIGIO` of a description.
-pub(super) fn owner(live: &Live<'_>, sighting: &Sighting) -> Result<Option<Owner>, Error> {
-    let (kind, id) = sighting.owner;
-    if id == 0 {
-        return Ok(None);
-    }
-    let signal =
-        crate::kernel::anonymous::io_signal(live.duplicate()?).map_err(live.failed("F_GETSIG"))?;
-    Ok(Some(Owner { kind, id, signal }))
 }
 
 /// The pipes behind the ends; with content if nobody outside the tree has an end.

@@ -19,7 +19,7 @@ use super::socket_inside::Inside;
 use super::state::{Change, State};
 use super::table::TablePlan;
 use super::transfer::{self, Passage};
-use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make};
+use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make, terminal};
 use crate::freeze::{Batch, Stopped};
 
 /// What carrying out a plan did that users are told of.
@@ -112,6 +112,7 @@ pub fn execute(
     for (id, change) in &plan.changes {
         apply(*id, change, &reach)?;
     }
+    work.terminals(&capture.recorded, plan, &reach)?;
     work.settle(&reach, &plan.settle)?;
     work.watch(recorded, &plan.watch)?;
     work.lock(&reach, &plan.locks)?;
@@ -339,6 +340,24 @@ impl Work<'_, '_> {
         }
         for (pid, batch) in batches {
             self.run(pid, &batch)?;
+        }
+        Ok(())
+    }
+
+    /// Puts terminals back.
+    fn terminals(
+        &mut self,
+        recorded: &Recorded,
+        plan: &Plan,
+        reach: &Reach<'_>,
+    ) -> Result<(), Error> {
+        for (index, change) in &plan.terminals {
+            recorded.terminals[*index].apply(change, reach)?;
+            if let Some(foreground) = change.foreground() {
+                let mut batch = Batch::new();
+                terminal::set_foreground(&mut batch, foreground);
+                self.run(foreground.place.pid, &batch)?;
+            }
         }
         Ok(())
     }

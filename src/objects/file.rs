@@ -24,11 +24,13 @@ pub enum Form {
     Memfd,
     /// A device without state of its own: null, zero, full, random, urandom.
     Device,
-    /// A terminal, kept as it is.
+    /// A terminal; of a pseudo-terminal the slave.
     Terminal,
+    /// The master of a pseudo-terminal, which can't be opened again.
+    Master,
     /// A process (pidfd_open(2)), by its host PID.
     Process(i32),
-    /// Something that is kept as long as it is open, but can't be opened again: a namespace, a pseudo-terminal's master.
+    /// Something that is kept as long as it is open, but can't be opened again: a namespace.
     Kept,
 }
 
@@ -60,7 +62,7 @@ fn device(live: &Live<'_>) -> Result<Form, Error> {
     );
     match (major, minor) {
         (MEM_MAJOR, 3 | 5 | 7 | 8 | 9) => Ok(Form::Device),
-        (TTY_ALTERNATIVES_MAJOR, PTMX_MINOR) => Ok(Form::Kept),
+        (TTY_ALTERNATIVES_MAJOR, PTMX_MINOR) => Ok(Form::Master),
         (TTY_MAJOR | TTY_ALTERNATIVES_MAJOR, _) => Ok(Form::Terminal),
         (major, _) if PTS_MAJORS.contains(&major) => Ok(Form::Terminal),
         _ => Err(live
@@ -128,7 +130,7 @@ pub fn capture(live: &Live<'_>) -> Result<State, Error> {
             None => false,
             Some(_) => locate(live.holder.pid, &path, &live.common).is_none(),
         },
-        Form::Device | Form::Terminal | Form::Process(_) | Form::Kept => false,
+        Form::Device | Form::Terminal | Form::Master | Form::Process(_) | Form::Kept => false,
     };
     Ok(State {
         form,
@@ -228,7 +230,7 @@ impl State {
     pub fn complain_gone(&self) -> Complaint {
         let remedy = match self.form {
             Form::Process(_) => "the process it means has ended since the checkpoint",
-            Form::Kept | Form::Terminal => {
+            Form::Kept | Form::Terminal | Form::Master => {
                 "it was closed since the checkpoint and can't be opened again"
             }
             Form::Plain | Form::Memfd | Form::Device => {

@@ -62,6 +62,8 @@ pub mod table;
 pub mod tcp;
 mod tcp_join;
 mod tcp_queue;
+pub mod terminal;
+pub mod terminal_queue;
 pub mod timerfd;
 pub mod transfer;
 mod udp;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::unistd::Pid;
 
 use super::Error;
-use super::capture::{Capture, every_number, find_locks, holders, lives, owner};
+use super::capture::{Capture, every_number, find_locks, holders, lives};
 use super::epoll_watch;
 use super::file::{self, Form};
 use super::live::{Holder, Live};
@@ -20,6 +20,7 @@ use super::socket_ends::inner_tcp;
 use super::state::{self, State};
 use super::survey::{self, Ask, Expected, survey};
 use super::tcp_queue::complete;
+use super::terminal;
 use crate::freeze::{Batch, Outputs, Stopped};
 use crate::kernel::{kcmp, pidfd};
 use crate::outcome::Refusal;
@@ -91,7 +92,7 @@ pub fn observe(
             Some(id) => recorded.descriptions[&id].state.observe(live)?,
             None => None,
         };
-        let owner = owner(live, sighting)?;
+        let owner = sighting.owner;
         let (place, common) = (live.place(), live.common);
         observed.descriptions.push(LiveDescription {
             place,
@@ -110,6 +111,7 @@ pub fn observe(
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;
     observe_gone(capture, &mut observed)?;
+    observed.terminals = terminal::observe(stopped, recorded, &observed, &lives)?;
     if !recorded.locks.is_empty() || any_lock_held(&observed)? {
         (observed.locks, observed.foreign_locks) = observe_locks(&observed, &holders)?;
     }
@@ -138,7 +140,7 @@ fn expected(recorded: &Recorded, table: usize, fd: i32) -> Expected {
     Expected {
         is: Some((slot.description, description.common)),
         ask,
-        owner: description.owner.is_some(),
+        signal: description.owner.is_some(),
     }
 }
 

@@ -12,7 +12,9 @@ use super::observe::{Asked, observe};
 use super::pipe::Content;
 use super::state::{Change, State, Verdict};
 use super::table::{self, TablePlan};
-use super::{Error, epoll, locks, socket_diag, socket_make, socket_plan, socket_substitute};
+use super::{
+    Error, epoll, locks, socket_diag, socket_make, socket_plan, socket_substitute, terminal,
+};
 use crate::freeze::{Outputs, Stopped};
 use crate::outcome::Refusal;
 
@@ -43,6 +45,8 @@ pub struct Plan {
     pub settle: Vec<(ObjectId, Settle)>,
     /// Epoll entries to set, in this order: the instance and the entry.
     pub watch: Vec<(ObjectId, epoll::Entry)>,
+    /// Terminals to change, by their index.
+    pub terminals: Vec<(usize, terminal::Change)>,
     /// File locks to drop and take.
     pub locks: locks::Change,
     /// External pipes and the like that are left as they are, in words.
@@ -238,6 +242,17 @@ pub fn plan(recorded: &Recorded, observed: &Observed) -> Result<Plan, Refusal> {
         }
     }
     plan_pipes(recorded, observed, &mut plan);
+    for (index, (then, now)) in recorded
+        .terminals
+        .iter()
+        .zip(&observed.terminals)
+        .enumerate()
+    {
+        let change = then
+            .difference(now)
+            .map_err(|complaint| recorded.refuse(then.any, complaint))?;
+        plan.terminals.extend(change.map(|change| (index, change)));
+    }
     plan.locks = locks::plan(
         &recorded.locks,
         &observed.locks,
@@ -259,11 +274,7 @@ fn settle(then: &Description, now: Option<(&Common, Option<Owner>)>) -> Settle {
     if path_only {
         return settle;
     }
-    let nobody = then.owner.unwrap_or(Owner {
-        kind: 1,
-        id: 0,
-        signal: 0,
-    });
+    let nobody = then.owner.unwrap_or(Owner::NOBODY);
     match now {
         Some((common, owner)) => {
             if common.settable_flags() != then.common.settable_flags() {

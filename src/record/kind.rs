@@ -108,6 +108,8 @@ kinds! {
     OtherFile = 60, version 1, "other file";
     /// The file locks of a tree.
     FileLocks = 61, version 1, "file locks";
+    /// A terminal: what all its descriptions have in common.
+    Terminal = 72, version 1, "terminal";
 }
 
 impl Kind {
