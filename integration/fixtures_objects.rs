@@ -31,6 +31,7 @@ fixture_tests!(
     file_offset,
     inotify,
     inotify_removed,
+    leases,
     many_descriptors,
     memfd,
     owner_since,
@@ -46,8 +47,37 @@ fixture_tests!(
     pty_settings,
     signal_driven,
     signalfd,
+    sysv_messages,
+    sysv_semaphores,
     timerfd,
 );
+
+/// In the IPC namespace of the machine those are the tree's that it used last.
+#[test]
+fn system_v_objects_of_the_machine() {
+    for (program, remove) in [("sysv_messages", "-Q"), ("sysv_semaphores", "-S")] {
+        let mut command = Command::new(fixture::build_directory().join(program));
+        command.env("HOST_IPC", "1");
+        let mut session = Session::new();
+        let mut fixture = Fixture::launch(program, command);
+        session.checkpoint(fixture.pid());
+        for _ in 0..2 {
+            fixture.mutate();
+            session.rollback(fixture.pid());
+            fixture.verify("after a rollback");
+            fixture.run_on();
+        }
+        let mut removal = Command::new("ipcrm");
+        let key = fixture.pid().to_string();
+        assert!(
+            removal
+                .args([remove, &key])
+                .status()
+                .expect("ipcrm")
+                .success()
+        );
+    }
+}
 
 /// What can't be recorded: the checkpoint is refused, naming it and its holder, and the program runs on untouched.
 #[track_caller]
@@ -93,7 +123,6 @@ unsupported!(
     mqueue: "fd 270: message queue",
     device: "fd 270: device /dev/loop-control",
     inotify_unread: "fd 270: inotify instance with unread events",
-    raw_socket: "fd 270: raw IP socket",
 );
 
 #[test]

@@ -7,18 +7,26 @@ use crate::support::session::{Answer, REFUSED, Session};
 
 crate::support::fixture_tests! {
     ended_connections,
+    icmp_socket,
+    multicast,
+    netlink,
     orphan_datagrams,
     socket_buffers,
+    socket_filter,
     socket_options,
     tcp_closed,
+    tcp_connecting,
     tcp_flooded,
     tcp_inside,
     tcp_listener,
     tcp_listener_later,
     tcp_outside,
     tcp_reading_ended,
+    tcp_urgent,
     udp,
+    udp_corked,
     unix_autobind,
+    unix_bound_deleted,
     unix_closed,
     unix_dgram,
     unix_listener,
@@ -72,7 +80,6 @@ fn sockets_of_another_network_namespace_come_back() {
 #[test]
 fn what_cannot_be_recorded_is_refused_by_name() {
     for (which, name) in [
-        ("raw", "raw IP socket"),
         ("packet", "packet socket"),
         ("vsock", "vsock socket"),
         ("rights", "SCM_RIGHTS"),
@@ -88,7 +95,6 @@ fn what_cannot_be_recorded_is_refused_by_name() {
 #[test]
 fn what_cannot_be_brought_back_is_refused_before_anything_is_touched() {
     for (which, name) in [
-        ("netlink", "netlink socket"),
         ("waiting", "accepted since"),
         ("credentials", "SO_PASSCRED"),
         ("nameless", "without a name"),

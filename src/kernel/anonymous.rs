@@ -136,6 +136,13 @@ pub fn readable_bytes(fd: impl AsFd) -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// Takes, changes or (`F_UNLCK`) drops a lease on a file (`F_SETLEASE`). Whoever takes it becomes the owner of a description
+/// that has none.
+pub fn set_lease(fd: impl AsFd, kind: i32) -> Result<()> {
+    // SAFETY: takes integers.
+    Errno::result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETLEASE, kind) }).map(drop)
+}
+
 /// Opens the file of a handle as name_to_handle_at(2) and fdinfo give it, with `O_PATH`, through a descriptor on the same
 /// file system. Needs `CAP_DAC_READ_SEARCH`.
 pub fn open_by_handle(mount: impl AsFd, kind: i32, handle: &[u8]) -> Result<OwnedFd> {

@@ -11,7 +11,7 @@ use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
-use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag, terminal};
+use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag, sysv, terminal};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 use crate::outcome::Refusal;
@@ -138,6 +138,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
         recorded.locks = find_locks(&by_place, &recorded.tables, &holders)?.0;
     }
     let all: Vec<_> = ids.iter().copied().zip(&lives).collect();
+    recorded.sysv = sysv::capture(stopped, &holders)?;
     recorded.terminals = terminal::capture(stopped, recorded, &all)?;
     records::write(context, recorded)?;
     socket_diag::close();

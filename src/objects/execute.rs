@@ -19,7 +19,7 @@ use super::socket_inside::Inside;
 use super::state::{Change, State};
 use super::table::TablePlan;
 use super::transfer::{self, Passage};
-use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make, terminal};
+use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make, sysv, terminal};
 use crate::freeze::{Batch, Stopped};
 
 /// What carrying out a plan did that users are told of.
@@ -108,6 +108,7 @@ pub fn execute(
     for pipe in &plan.pipes {
         refill(recorded, &reach, pipe)?;
     }
+    sysv::execute(work.stopped, recorded, &plan.sysv)?;
     socket_apply::apply(&plan.sockets.changes, &reach, work.effects)?;
     for (id, change) in &plan.changes {
         apply(*id, change, &reach)?;
@@ -405,7 +406,9 @@ impl Work<'_, '_> {
         let take = change.take.iter().map(|lock| (lock, false));
         for (lock, unlock) in drop.chain(take) {
             match lock.owner {
-                locks::Owner::Flock(id) | locks::Owner::Description(id) => {
+                locks::Owner::Flock(id)
+                | locks::Owner::Description(id)
+                | locks::Owner::Lease(id) => {
                     locks::apply(reach.duplicate(id)?, lock, unlock)?;
                 }
                 locks::Owner::Process(place) => {

@@ -1,4 +1,4 @@
-//! File locks: flock(2), POSIX locks and open file description locks (fcntl(2)).
+//! File locks: flock(2), POSIX locks and open file description locks (fcntl(2)); and leases, which the kernel keeps with them.
 //!
 //! `/proc/locks` lists all of the machine in one read; only the descriptors of files that have one are looked at closer.
 
@@ -16,6 +16,7 @@ use super::Error;
 use super::fdinfo::Fdinfo;
 use super::model::{Common, Complaint, Inode, ObjectId, Place};
 use crate::freeze::{Batch, StepId};
+use crate::kernel::anonymous;
 
 /// Whose a lock is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -24,6 +25,8 @@ pub enum Owner {
     Flock(ObjectId),
     /// `F_OFD_SETLK`: the description's.
     Description(ObjectId),
+    /// `F_SETLEASE`: the description's; not a lock, but somebody to be told when others open the file.
+    Lease(ObjectId),
     /// `F_SETLK`: the process's, by host PID, through a number of its table.
     Process(Place),
     /// Somebody's outside the tree.
@@ -48,7 +51,10 @@ pub struct Lock {
 impl Lock {
     fn conflicts(&self, other: &Self) -> bool {
         let sort = |lock: &Self| matches!(lock.owner, Owner::Flock(_));
-        self.inode == other.inode
+        let is_lease = |lock: &Self| matches!(lock.owner, Owner::Lease(_));
+        !is_lease(self)
+            && !is_lease(other)
+            && self.inode == other.inode
             && (self.write || other.write)
             && (self.start <= other.end && other.start <= self.end)
             && (other.owner == Owner::Foreign || sort(self) == sort(other))
@@ -87,12 +93,12 @@ struct Line<'a> {
     end: u64,
 }
 
-/// Reads `1: POSIX  ADVISORY  WRITE 359 00:13:11691 5 14`; `None` for a waiting one (`->`), a lease or a delegation.
+/// Reads `1: POSIX  ADVISORY  WRITE 359 00:13:11691 5 14`; `None` for a waiting one (`->`) or a delegation.
 fn parse(line: &str) -> Option<Line<'_>> {
     let mut words = line.split_whitespace().skip(1);
     let sort = words
         .next()
-        .filter(|sort| ["FLOCK", "POSIX", "OFDLCK"].contains(sort))?;
+        .filter(|sort| ["FLOCK", "POSIX", "OFDLCK", "LEASE"].contains(sort))?;
     let write = match words.nth(1)? {
         "WRITE" => true,
         "READ" => false,
@@ -180,6 +186,7 @@ pub fn find(
             let owner = match (line.sort, id) {
                 ("FLOCK", Some(id)) => Owner::Flock(*id),
                 ("OFDLCK", Some(id)) => Owner::Description(*id),
+                ("LEASE", Some(id)) => Owner::Lease(*id),
                 ("FLOCK" | "OFDLCK", None) => Owner::Foreign,
                 _ => continue,
             };
@@ -213,6 +220,7 @@ pub fn find(
                 });
                 own.extend(place.map(|(place, _)| lock(Owner::Process(*place))));
             }
+            "LEASE" => {}
             "POSIX" => {
                 foreign.insert(lock(Owner::Foreign));
             }
@@ -291,6 +299,18 @@ pub fn apply(duplicate: impl AsFd, lock: &Lock, unlock: bool) -> Result<(), Erro
         Owner::Description(_) => fcntl(fd, FcntlArg::F_OFD_SETLK(&lock.flock(unlock)))
             .map(drop)
             .map_err(own("F_OFD_SETLK")),
+        Owner::Lease(_) => {
+            let kind = match (unlock, lock.write) {
+                (true, _) => libc::F_UNLCK,
+                (_, true) => libc::F_WRLCK,
+                (_, false) => libc::F_RDLCK,
+            };
+            match anonymous::set_lease(duplicate, kind) {
+                // One to be dropped may have been broken meanwhile.
+                Err(Errno::EAGAIN) if unlock => Ok(()),
+                other => other.map_err(own("F_SETLEASE")),
+            }
+        }
         Owner::Process(_) | Owner::Foreign => Ok(()),
     }
 }
@@ -325,7 +345,8 @@ mod tests {
         assert!(!line.write);
         assert_eq!(line.end, u64::MAX);
         assert_eq!(parse("2: -> FLOCK  ADVISORY  READ 12 00:13:7 0 EOF"), None);
-        assert_eq!(parse("3: LEASE  ACTIVE    WRITE 12 00:13:7 0 EOF"), None);
+        let line = parse("3: LEASE  ACTIVE    WRITE 12 00:13:7 0 EOF").unwrap();
+        assert_eq!((line.sort, line.write), ("LEASE", true));
     }
 
     #[test]

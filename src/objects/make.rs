@@ -140,7 +140,8 @@ pub(super) fn adopt(
         }
     }
     for lock in &mut recorded.locks {
-        if let locks::Owner::Flock(id) | locks::Owner::Description(id) = lock.owner
+        if let locks::Owner::Flock(id) | locks::Owner::Description(id) | locks::Owner::Lease(id) =
+            lock.owner
             && let Some(description) = recorded.descriptions.get(&id)
         {
             lock.inode = description.common.inode();

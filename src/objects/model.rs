@@ -10,6 +10,7 @@ use super::locks::Lock;
 use super::pipe::Pipe;
 use super::socket;
 use super::state::State;
+use super::sysv::Sysv;
 use super::terminal::{self, Terminal};
 use crate::outcome::Refusal;
 
@@ -161,6 +162,8 @@ pub struct Recorded {
     pub pipes: BTreeMap<Inode, Pipe>,
     /// File locks.
     pub locks: Vec<Lock>,
+    /// System V semaphores and message queues.
+    pub sysv: Sysv,
     /// The terminals behind the descriptions.
     pub terminals: Vec<Terminal>,
     /// Names of the processes, for refusals.

@@ -19,14 +19,28 @@ use super::socket;
 use super::socket_ends::inner_tcp;
 use super::state::{self, State};
 use super::survey::{self, Ask, Expected, survey};
+use super::sysv;
 use super::tcp_queue::complete;
 use super::terminal;
 use crate::freeze::{Batch, Outputs, Stopped};
 use crate::kernel::{kcmp, pidfd};
 use crate::outcome::Refusal;
 
-/// What was asked of the tables that are recorded, by their index: the questions, and the process whose batch they were in.
-pub type Asked = BTreeMap<usize, (survey::Questions, Pid)>;
+/// What was asked together with other things, and the process in whose batch it was.
+#[derive(Default)]
+pub struct Asked {
+    /// About the tables that are recorded, by their index.
+    tables: BTreeMap<usize, (survey::Questions, Pid)>,
+    /// About the IPC namespace, if it is the tree's own.
+    pub(super) sysv: Option<(sysv::Counts, Pid)>,
+}
+
+impl Asked {
+    /// Nothing so far.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
 
 /// Adds the questions about the table that is reached by a process, if there is one, to a batch for it.
 pub fn ask(capture: &Capture, pid: Pid, batch: &mut Batch, asked: &mut Asked) {
@@ -36,7 +50,10 @@ pub fn ask(capture: &Capture, pid: Pid, batch: &mut Batch, asked: &mut Asked) {
         let mut numbers = table.slots.iter().map(|slot| slot.fd);
         let expected = |fd| expected(recorded, index, fd);
         let questions = survey::Questions::add(batch, &mut numbers, expected);
-        asked.insert(index, (questions, pid));
+        asked.tables.insert(index, (questions, pid));
+        if index == 0 && recorded.sysv.own_namespace {
+            asked.sysv = Some((sysv::Counts::add(batch), pid));
+        }
     }
 }
 
@@ -61,7 +78,7 @@ pub fn observe(
         slots.iter().map(|slot| slot.fd).collect()
     };
     let answers = |table: usize| {
-        let (questions, pid) = asked.get(&table)?;
+        let (questions, pid) = asked.tables.get(&table)?;
         Some((questions, outputs.get(pid)?))
     };
     let found = survey(

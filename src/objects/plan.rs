@@ -13,7 +13,7 @@ use super::pipe::Content;
 use super::state::{Change, State, Verdict};
 use super::table::{self, TablePlan};
 use super::{
-    Error, epoll, locks, socket_diag, socket_make, socket_plan, socket_substitute, terminal,
+    Error, epoll, locks, socket_diag, socket_make, socket_plan, socket_substitute, sysv, terminal,
 };
 use crate::freeze::{Outputs, Stopped};
 use crate::outcome::Refusal;
@@ -45,6 +45,8 @@ pub struct Plan {
     pub settle: Vec<(ObjectId, Settle)>,
     /// Epoll entries to set, in this order: the instance and the entry.
     pub watch: Vec<(ObjectId, epoll::Entry)>,
+    /// System V semaphores and message queues to change.
+    pub sysv: sysv::Plan,
     /// Terminals to change, by their index.
     pub terminals: Vec<(usize, terminal::Change)>,
     /// File locks to drop and take.
@@ -98,7 +100,10 @@ pub fn prepare(
 ) -> Result<Plan, Error> {
     let observed = observe(stopped, capture, asked, outputs)?;
     let recorded = &capture.recorded;
-    let plan = plan(recorded, &observed)?;
+    let mut plan = plan(recorded, &observed)?;
+    let counts = asked.sysv.as_ref();
+    let counts = counts.and_then(|(counts, pid)| Some((counts, outputs.get(pid)?)));
+    plan.sysv = sysv::plan(stopped, recorded, counts)?;
     // Processes born since go, and their sockets with them.
     let is_born = |pid: i32| {
         let mut tables = recorded.tables.iter();

@@ -11,6 +11,7 @@ use super::file::{self, Form};
 use super::model::{Common, Description, ObjectId, Owner, Recorded, Slot, Table};
 use super::pipe::{Content, Pipe};
 use super::state::State;
+use super::sysv::Sysv;
 use crate::record::{self, Context, Kind, ObjectKey, Record};
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -125,6 +126,10 @@ pub fn write(context: &mut Context, recorded: &Recorded) -> Result<(), Error> {
             state => drop(context.put_json(kind(state), *id, description)?),
         }
     }
+    if recorded.sysv != Sysv::default() {
+        let id = context.new_object();
+        context.put_json(Kind::SystemVIpc, id, &recorded.sysv)?;
+    }
     for terminal in &recorded.terminals {
         let id = context.new_object();
         context.put_json(Kind::Terminal, id, terminal)?;
@@ -232,6 +237,9 @@ pub fn read(context: &Context) -> Result<Recorded, Error> {
             _ => record.json()?,
         };
         recorded.descriptions.insert(record.id(), description);
+    }
+    for record in context.records_of(Kind::SystemVIpc) {
+        recorded.sysv = record.json()?;
     }
     for record in context.records_of(Kind::Terminal) {
         recorded.terminals.push(record.json()?);

@@ -110,6 +110,8 @@ kinds! {
     FileLocks = 61, version 1, "file locks";
     /// A terminal: what all its descriptions have in common.
     Terminal = 72, version 1, "terminal";
+    /// The System V semaphores and message queues of a tree.
+    SystemVIpc = 73, version 1, "System V IPC";
 }
 
 impl Kind {
