@@ -26,9 +26,13 @@ fixture_tests!(
     fd_opened_since,
     fd_shared_table,
     fifo,
+    fifo_closed,
+    fifo_deleted,
     file_deleted_linked,
+    file_gone,
     file_locks,
     file_offset,
+    file_renamed,
     inotify,
     inotify_removed,
     leases,
@@ -119,11 +123,23 @@ unsupported!(
     io_uring: "fd 270: io_uring ring",
     userfaultfd: "fd 270: userfaultfd",
     perf_event: "fd 270: perf event",
+    bpf: "fd 270: bpf-map",
     fanotify: "fd 270: fanotify",
     mqueue: "fd 270: message queue",
     device: "fd 270: device /dev/loop-control",
     inotify_unread: "fd 270: inotify instance with unread events",
 );
+
+#[test]
+fn events_of_aio_that_wait_are_refused() {
+    refused_at_checkpoint("aio_unread", "", "AIO context with events");
+}
+
+#[test]
+fn an_epoll_entry_without_its_number_is_refused() {
+    let object = "fd 90: epoll entry for fd 91";
+    refused_at_checkpoint("epoll_closed_target", "", object);
+}
 
 #[test]
 fn a_thread_with_a_table_of_its_own_is_refused() {
@@ -199,11 +215,6 @@ fn refused_at_rollback(program: &str, object: &str) {
         wrecked,
         "a refused rollback changed something"
     );
-}
-
-#[test]
-fn file_gone() {
-    refused_at_rollback("file_gone", "fd 28");
 }
 
 #[test]

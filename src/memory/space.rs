@@ -246,6 +246,7 @@ impl Space {
                     shadow,
                     layout,
                 );
+                super::aio::check(pid, &image.layout)?;
                 let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated)?;
                 Ok((
                     image,

@@ -22,7 +22,7 @@ use crate::record::Context;
 pub struct Capture {
     /// What was recorded.
     pub recorded: Recorded,
-    /// `O_PATH` descriptors on files that had no path any more.
+    /// `O_PATH` descriptors on files, so that they can be opened again wherever they are by then.
     pub pins: BTreeMap<ObjectId, OwnedFd>,
 }
 
@@ -97,10 +97,13 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
         .zip(&lives)
         .zip(found.descriptions.iter().zip(&ids))
     {
-        if let State::File(state) = &state
-            && state.pinned
-        {
+        if file::must_be_pinned(&state) {
             capture.pins.insert(*id, file::pin(live)?);
+        } else if file::may_be_pinned(&state, &live.common)
+            && let Ok(pin) = file::pin(live)
+        {
+            // If there are too many, those left over have to be found by their paths.
+            capture.pins.insert(*id, pin);
         }
         let owner = sighting.owner;
         recorded.descriptions.insert(

@@ -209,7 +209,7 @@ impl Work<'_, '_> {
         for (id, source) in &plan.make {
             let description = &recorded.descriptions[id];
             let fd = match &description.state {
-                State::Pipe(_) => make_pipe_end(capture, description, source, &mut pipes)?,
+                State::Pipe(_) => make_pipe_end(capture, *id, description, source, &mut pipes)?,
                 State::File(state) => open_file(capture, *id, description, state, source)?,
                 State::Eventfd(state) => state.make()?,
                 State::Timerfd(state) => state.make()?,

@@ -1,7 +1,7 @@
 //! Descriptions of things in a file system: regular files, directories, memfds, plain devices, terminals, `O_PATH`.
 //!
-//! Content is not recorded here. What was closed is opened again by its path, if that still leads to the same inode, or
-//! through another descriptor on it, or, if it had no path any more at the checkpoint, through a pin.
+//! Content is not recorded here. What was closed is opened again through a pin, which leads to it also if it was renamed or
+//! deleted since; devices and terminals by their path, if that still leads to the same inode, or through another descriptor.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::live::Live;
 use super::model::{Common, Complaint};
+use super::state::State as AnyState;
 
 /// What sort of file it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +146,22 @@ fn seals(live: &Live<'_>) -> Result<i32, Error> {
         Ok(seals) => Ok(seals),
         Err(Errno::EINVAL) => Ok(SealFlag::F_SEAL_SEAL.bits()),
         Err(errno) => Err(live.failed("F_GET_SEALS")(errno)),
+    }
+}
+
+/// Whether nothing else leads to it.
+pub fn must_be_pinned(state: &AnyState) -> bool {
+    matches!(state, AnyState::File(file) if file.pinned)
+}
+
+/// Whether it can be opened again through a pin: a regular file, a directory, a FIFO.
+pub fn may_be_pinned(state: &AnyState, common: &Common) -> bool {
+    match state {
+        AnyState::File(file) => {
+            file.form == Form::Plain && matches!(common.file_type(), libc::S_IFREG | libc::S_IFDIR)
+        }
+        AnyState::Pipe(pipe) => pipe.fifo.is_some(),
+        _ => false,
     }
 }
 

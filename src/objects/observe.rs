@@ -358,6 +358,7 @@ fn source(
             let by_name = || state.fifo.as_deref().and_then(by_path);
             match by_inode().or_else(by_name) {
                 Some(source) => source,
+                None if capture.pins.contains_key(&id) => Source::Pin,
                 None if internal && state.fifo.is_none() => Source::New,
                 None => match pipe::outside_holder(common.inode())? {
                     Some(place) => Source::Inode(place),

@@ -361,8 +361,18 @@ fn plan_pipes(recorded: &Recorded, observed: &Observed, plan: &mut Plan) {
             }));
             continue;
         };
-        // One that is gone is made with its content.
         let Some(now) = observed.pipes.get(inode) else {
+            // A pipe that is gone is made with its content, a FIFO is opened again and is empty.
+            let is_reopened = |(id, source): &(ObjectId, Source)| {
+                *source != Source::New && recorded.descriptions[id].common.inode() == *inode
+            };
+            if plan.make.iter().any(is_reopened) {
+                plan.pipes.push(PipePlan {
+                    inode: *inode,
+                    capacity: Some(then.capacity),
+                    content: Some(content.clone()),
+                });
+            }
             continue;
         };
         let differs = now.content.as_ref() != Some(content);
