@@ -263,20 +263,13 @@ fn idle_netlink(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Result<Sta
     Ok(state)
 }
 
-/// The queue of a socket, or a refusal of what can't be recorded.
+/// The queue of a socket.
 pub(super) fn capture_queue(
     live: &Live<'_>,
     fd: BorrowedFd<'_>,
     shape: Shape,
 ) -> Result<Vec<Message>, Error> {
-    let queue = socket_queue::peek(fd, shape).map_err(live.failed("recvmsg"))?;
-    if queue.iter().any(|message| message.rights) {
-        let remedy = "take the checkpoint when the receiver has read it";
-        return Err(live
-            .refuse("socket with descriptors in flight (SCM_RIGHTS)", remedy)
-            .into());
-    }
-    Ok(queue)
+    socket_queue::peek(fd, shape).map_err(live.failed("recvmsg"))
 }
 
 impl State {

@@ -57,6 +57,9 @@ const ON_ITS_WAY: Duration = Duration::from_millis(2);
 const NETLINK_ADD_MEMBERSHIP: i32 = 1;
 const NETLINK_DROP_MEMBERSHIP: i32 = 2;
 const NETLINK_LIST_MEMBERSHIPS: i32 = 9;
+/// Why a queue can't be put back.
+const IN_FLIGHT: &str = "descriptors waited in it (SCM_RIGHTS), and what waits there has changed since the checkpoint, so that \
+                         they can't be put back; take the checkpoint when the receiver has read them";
 /// More groups than any family has.
 const MOST_GROUPS: usize = 256;
 
@@ -277,9 +280,22 @@ pub(super) fn plan(
         let filtered = record.extra.filter != Filter::None
             || same.is_some_and(|now| now.extra.filter != Filter::None);
         let change = plan.changes.get_mut(&id);
+        let in_flight = record
+            .queue
+            .iter()
+            .any(|message| !message.rights.is_empty());
+        let is_queue = |step: &Step| matches!(step, Step::Queue(_));
+        let is_filled = change
+            .as_ref()
+            .is_some_and(|change| change.steps.iter().any(is_queue));
+        if in_flight && (is_filled || plan.replaced.contains(&id)) {
+            return Err(Obstacle {
+                id,
+                remedy: IN_FLIGHT.to_owned(),
+            });
+        }
         let refilled = change.is_some_and(|change| {
-            let is_queue = |step: &Step| matches!(step, Step::Queue(_));
-            let refilled = filtered && change.steps.iter().any(is_queue);
+            let refilled = filtered && is_filled;
             if refilled {
                 change.steps.push(Step::Unfilter);
             }
