@@ -1,12 +1,18 @@
 //! Fixture programs of descriptors other than sockets.
 
+use std::os::fd::AsRawFd;
 use std::process::Command;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::support::fixture::{self, Fixture};
 use crate::support::fixture_tests;
 use crate::support::session::{REFUSED, Session};
 
 fixture_tests!(
+    aio,
+    chrooted,
+    console,
     deleted_file,
     directory_stream,
     epoll,
@@ -20,20 +26,62 @@ fixture_tests!(
     fd_opened_since,
     fd_shared_table,
     fifo,
+    fifo_closed,
+    fifo_deleted,
+    file_deleted_linked,
+    file_gone,
     file_locks,
     file_offset,
+    file_renamed,
     inotify,
     inotify_removed,
+    leases,
     many_descriptors,
     memfd,
+    owner_since,
     pidfd,
     pipe_content,
     pipe_ended,
+    pipe_packet,
     plain_devices,
+    proc_files,
+    pty_closed,
+    pty_content,
+    pty_foreground,
+    pty_settings,
     signal_driven,
     signalfd,
+    sysv_messages,
+    sysv_semaphores,
     timerfd,
 );
+
+/// In the IPC namespace of the machine those are the tree's that it used last.
+#[test]
+fn system_v_objects_of_the_machine() {
+    for (program, remove) in [("sysv_messages", "-Q"), ("sysv_semaphores", "-S")] {
+        let mut command = Command::new(fixture::build_directory().join(program));
+        command.env("HOST_IPC", "1");
+        let mut session = Session::new();
+        let mut fixture = Fixture::launch(program, command);
+        session.checkpoint(fixture.pid());
+        for _ in 0..2 {
+            fixture.mutate();
+            session.rollback(fixture.pid());
+            fixture.verify("after a rollback");
+            fixture.run_on();
+        }
+        let mut removal = Command::new("ipcrm");
+        let key = fixture.pid().to_string();
+        assert!(
+            removal
+                .args([remove, &key])
+                .status()
+                .expect("ipcrm")
+                .success()
+        );
+    }
+}
 
 /// What can't be recorded: the checkpoint is refused, naming it and its holder, and the program runs on untouched.
 #[track_caller]
@@ -75,16 +123,70 @@ unsupported!(
     io_uring: "fd 270: io_uring ring",
     userfaultfd: "fd 270: userfaultfd",
     perf_event: "fd 270: perf event",
+    bpf: "fd 270: bpf-map",
     fanotify: "fd 270: fanotify",
     mqueue: "fd 270: message queue",
     device: "fd 270: device /dev/loop-control",
     inotify_unread: "fd 270: inotify instance with unread events",
-    raw_socket: "fd 270: raw IP socket",
 );
+
+#[test]
+fn events_of_aio_that_wait_are_refused() {
+    refused_at_checkpoint("aio_unread", "", "AIO context with events");
+}
+
+#[test]
+fn an_epoll_entry_without_its_number_is_refused() {
+    let object = "fd 90: epoll entry for fd 91";
+    refused_at_checkpoint("epoll_closed_target", "", object);
+}
 
 #[test]
 fn a_thread_with_a_table_of_its_own_is_refused() {
     refused_at_checkpoint("table_unshared", "", "file table of thread");
+}
+
+#[test]
+fn a_debugger_inside_is_refused() {
+    let mut session = Session::new();
+    let mut fixture = Fixture::start("tracer_inside");
+    let answer = session
+        .try_checkpoint(fixture.pid())
+        .expect(REFUSED, "checkpoint");
+    let remedy = answer.report["refused"]["remedy"].as_str();
+    let tracer = format!("it is traced by pid {}", fixture.pid());
+    assert!(
+        remedy.is_some_and(|text| text.starts_with(&tracer)),
+        "{answer:#?}"
+    );
+    fixture.verify("after a refused checkpoint");
+}
+
+/// A terminal whose master is outside: its settings come back, its window size and what was typed are the user's.
+#[test]
+fn console_from_outside() {
+    let pair = nix::pty::openpty(None, None).expect("openpty");
+    let path = nix::unistd::ttyname(&pair.slave).expect("ttyname");
+    for end in [&pair.master, &pair.slave] {
+        let own = FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC);
+        fcntl(end.as_raw_fd(), own).expect("F_SETFD");
+    }
+    let mut command = Command::new(fixture::build_directory().join("console"));
+    command.env("TTY", &path);
+    let mut session = Session::new();
+    let mut fixture = Fixture::launch("console", command);
+    session.checkpoint(fixture.pid());
+    let mut outside = std::fs::File::from(pair.master);
+    for _ in 0..2 {
+        fixture.mutate();
+        snapback::kernel::tty::set_window_size(&outside, &[10, 20, 0, 0]).expect("TIOCSWINSZ");
+        std::io::Write::write_all(&mut outside, b"typed").expect("write");
+        session.rollback(fixture.pid());
+        fixture.verify("after a rollback");
+        let now = snapback::kernel::tty::window_size(&outside).expect("TIOCGWINSZ");
+        assert_eq!(now, [10, 20, 0, 0]);
+        fixture.run_on();
+    }
 }
 
 /// What can't be brought back: the rollback is refused, naming it, and nothing is touched.
@@ -116,8 +218,13 @@ fn refused_at_rollback(program: &str, object: &str) {
 }
 
 #[test]
-fn file_gone() {
-    refused_at_rollback("file_gone", "fd 28");
+fn cwd_removed() {
+    refused_at_rollback("cwd_removed", "its working directory");
+}
+
+#[test]
+fn pidfd_dead() {
+    refused_at_rollback("pidfd_dead", "fd 95: anon_inode:[pidfd]");
 }
 
 #[test]

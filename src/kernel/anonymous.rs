@@ -136,11 +136,11 @@ pub fn readable_bytes(fd: impl AsFd) -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// The signal an `O_ASYNC` description sends instead of `SIGIO` (`F_GETSIG`); 0 is `SIGIO`.
-pub fn io_signal(fd: impl AsFd) -> Result<i32> {
-    const F_GETSIG: libc::c_int = 11;
+/// Takes, changes or (`F_UNLCK`) drops a lease on a file (`F_SETLEASE`). Whoever takes it becomes the owner of a description
+/// that has none.
+pub fn set_lease(fd: impl AsFd, kind: i32) -> Result<()> {
     // SAFETY: takes integers.
-    Errno::result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_GETSIG) })
+    Errno::result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETLEASE, kind) }).map(drop)
 }
 
 /// Opens the file of a handle as name_to_handle_at(2) and fdinfo give it, with `O_PATH`, through a descriptor on the same

@@ -32,6 +32,7 @@ const INET_DIAG_SHUTDOWN: u16 = 8;
 /// Connection states of `net/tcp_states.h`, which unix sockets use as well.
 pub(crate) mod state {
     pub(crate) const ESTABLISHED: u8 = 1;
+    pub(crate) const SYN_SENT: u8 = 2;
     pub(crate) const FIN_WAIT1: u8 = 4;
     pub(crate) const FIN_WAIT2: u8 = 5;
     pub(crate) const TIME_WAIT: u8 = 6;

@@ -97,8 +97,8 @@ pub struct Message {
     pub source: Address,
     /// Of a socket with `SO_PASSCRED`.
     pub credentials: Option<Credentials>,
-    /// It carries descriptors (`SCM_RIGHTS`).
-    pub rights: bool,
+    /// Device and inode of each descriptor that it carries (`SCM_RIGHTS`).
+    pub rights: Vec<(u64, u64)>,
     /// The last bytes of it did not fit.
     pub truncated: bool,
 }
@@ -397,7 +397,9 @@ pub fn receive(fd: BorrowedFd<'_>, room: usize, flags: i32) -> nix::Result<Optio
     };
     message.truncated = header.msg_flags & libc::MSG_TRUNC != 0;
     // Control data that did not fit can only be descriptors: the buffer has room for everything else.
-    message.rights = header.msg_flags & libc::MSG_CTRUNC != 0;
+    if header.msg_flags & libc::MSG_CTRUNC != 0 {
+        message.rights.push((0, 0));
+    }
     // SAFETY: the header is the one the kernel filled in; CMSG_FIRSTHDR and CMSG_NXTHDR stay within it.
     let mut entry = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     while !entry.is_null() {
@@ -410,12 +412,13 @@ pub fn receive(fd: BorrowedFd<'_>, room: usize, flags: i32) -> nix::Result<Optio
         let length = length.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
         match (level, kind) {
             (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
-                message.rights = true;
                 for index in 0..length / size_of::<RawFd>() {
                     // SAFETY: within the payload of this entry; the descriptor is new and ours.
-                    drop(unsafe {
+                    let carried = unsafe {
                         OwnedFd::from_raw_fd(payload.cast::<RawFd>().add(index).read_unaligned())
-                    });
+                    };
+                    let at = nix::sys::stat::fstat(carried.as_raw_fd())?;
+                    message.rights.push((at.st_dev, at.st_ino));
                 }
             }
             (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if length >= size_of::<libc::ucred>() => {

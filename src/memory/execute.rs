@@ -145,6 +145,7 @@ impl Space {
         context: &Context,
         plan: &Plan,
     ) -> Result<Copied> {
+        super::aio::empty(self.pid, &image.layout)?;
         let pid = self.pid;
         let pages = &plan.copy;
         let (cached, missing) = runs(pages, &image.slots);

@@ -5,6 +5,7 @@
 //! the VMA list, copies back the pages that were written since, drops those that were not there, and arms again.
 
 mod advice;
+mod aio;
 mod execute;
 mod fork;
 mod hot;

@@ -231,6 +231,7 @@ impl Space {
                 self.finish(stopped, others, context, &shadow, (brk, locks_future))?;
             let mut image =
                 SpaceImage::new(header_id, pid, generation, shadow, layout, locks_future);
+            super::aio::check(pid, &image.layout)?;
             let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated);
             let image = match saved {
                 Ok(bytes) => (

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use super::live::{Holder, Live};
-use super::model::{Description, Inode, ObjectId, Owner, Place, Recorded, Slot, Table};
+use super::model::{Description, Inode, ObjectId, Place, Recorded, Slot, Table};
 use super::pipe::Pipe;
 use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
-use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag};
+use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag, sysv, terminal};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 use crate::outcome::Refusal;
@@ -22,7 +22,7 @@ use crate::record::Context;
 pub struct Capture {
     /// What was recorded.
     pub recorded: Recorded,
-    /// `O_PATH` descriptors on files that had no path any more.
+    /// `O_PATH` descriptors on files, so that they can be opened again wherever they are by then.
     pub pins: BTreeMap<ObjectId, OwnedFd>,
 }
 
@@ -97,12 +97,15 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
         .zip(&lives)
         .zip(found.descriptions.iter().zip(&ids))
     {
-        if let State::File(state) = &state
-            && state.pinned
-        {
+        if file::must_be_pinned(&state) {
             capture.pins.insert(*id, file::pin(live)?);
+        } else if file::may_be_pinned(&state, &live.common)
+            && let Ok(pin) = file::pin(live)
+        {
+            // If there are too many, those left over have to be found by their paths.
+            capture.pins.insert(*id, pin);
         }
-        let owner = owner(live, sighting)?;
+        let owner = sighting.owner;
         recorded.descriptions.insert(
             *id,
             Description {
@@ -131,6 +134,9 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
     let files = every_number(&found.tables)
         .map(|(place, index, holders)| (ids[index], lives[index].common, place, holders));
     recorded.locks = locks::held(files)?;
+    let all: Vec<_> = ids.iter().copied().zip(&lives).collect();
+    recorded.sysv = sysv::capture(stopped, &holders)?;
+    recorded.terminals = terminal::capture(stopped, recorded, &all)?;
     records::write(context, recorded)?;
     socket_diag::close();
     Ok(capture)
@@ -220,17 +226,6 @@ pub(super) fn lives<'a>(
             Ok(Live::new(holder, fd, sighting.common, sighting.glance))
         })
         .collect()
-}
-
-/// Who gets `SIGIO` of a description.
-pub(super) fn owner(live: &Live<'_>, sighting: &Sighting) -> Result<Option<Owner>, Error> {
-    let (kind, id) = sighting.owner;
-    if id == 0 {
-        return Ok(None);
-    }
-    let signal =
-        crate::kernel::anonymous::io_signal(live.duplicate()?).map_err(live.failed("F_GETSIG"))?;
-    Ok(Some(Owner { kind, id, signal }))
 }
 
 /// The pipes behind the ends; with content if nobody outside the tree has an end.

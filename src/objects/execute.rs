@@ -19,7 +19,7 @@ use super::socket_inside::Inside;
 use super::state::{Change, State};
 use super::table::TablePlan;
 use super::transfer::{self, Passage};
-use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make};
+use super::{Error, epoll, locks, pipe, socket_apply, socket_diag, socket_make, sysv, terminal};
 use crate::freeze::{Batch, Stopped};
 
 /// What carrying out a plan did that users are told of.
@@ -108,10 +108,12 @@ pub fn execute(
     for pipe in &plan.pipes {
         refill(recorded, &reach, pipe)?;
     }
+    sysv::execute(work.stopped, recorded, &plan.sysv)?;
     socket_apply::apply(&plan.sockets.changes, &reach, work.effects)?;
     for (id, change) in &plan.changes {
         apply(*id, change, &reach)?;
     }
+    work.terminals(&capture.recorded, plan, &reach)?;
     work.settle(&reach, &plan.settle)?;
     work.watch(recorded, &plan.watch)?;
     work.lock(&reach, &plan.locks)?;
@@ -207,7 +209,7 @@ impl Work<'_, '_> {
         for (id, source) in &plan.make {
             let description = &recorded.descriptions[id];
             let fd = match &description.state {
-                State::Pipe(_) => make_pipe_end(capture, description, source, &mut pipes)?,
+                State::Pipe(_) => make_pipe_end(capture, *id, description, source, &mut pipes)?,
                 State::File(state) => open_file(capture, *id, description, state, source)?,
                 State::Eventfd(state) => state.make()?,
                 State::Timerfd(state) => state.make()?,
@@ -343,6 +345,24 @@ impl Work<'_, '_> {
         Ok(())
     }
 
+    /// Puts terminals back.
+    fn terminals(
+        &mut self,
+        recorded: &Recorded,
+        plan: &Plan,
+        reach: &Reach<'_>,
+    ) -> Result<(), Error> {
+        for (index, change) in &plan.terminals {
+            recorded.terminals[*index].apply(change, reach)?;
+            if let Some(foreground) = change.foreground() {
+                let mut batch = Batch::new();
+                terminal::set_foreground(&mut batch, foreground);
+                self.run(foreground.place.pid, &batch)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sets epoll entries, those of inner instances first.
     fn watch(
         &mut self,
@@ -386,7 +406,9 @@ impl Work<'_, '_> {
         let take = change.take.iter().map(|lock| (lock, false));
         for (lock, unlock) in drop.chain(take) {
             match lock.owner {
-                locks::Owner::Flock(id) | locks::Owner::Description(id) => {
+                locks::Owner::Flock(id)
+                | locks::Owner::Description(id)
+                | locks::Owner::Lease(id) => {
                     locks::apply(reach.duplicate(id)?, lock, unlock)?;
                 }
                 locks::Owner::Process(place) => {

@@ -1,7 +1,7 @@
 //! Descriptions of things in a file system: regular files, directories, memfds, plain devices, terminals, `O_PATH`.
 //!
-//! Content is not recorded here. What was closed is opened again by its path, if that still leads to the same inode, or
-//! through another descriptor on it, or, if it had no path any more at the checkpoint, through a pin.
+//! Content is not recorded here. What was closed is opened again through a pin, which leads to it also if it was renamed or
+//! deleted since; devices and terminals by their path, if that still leads to the same inode, or through another descriptor.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::live::Live;
 use super::model::{Common, Complaint};
+use super::state::State as AnyState;
 
 /// What sort of file it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,11 +25,13 @@ pub enum Form {
     Memfd,
     /// A device without state of its own: null, zero, full, random, urandom.
     Device,
-    /// A terminal, kept as it is.
+    /// A terminal; of a pseudo-terminal the slave.
     Terminal,
+    /// The master of a pseudo-terminal, which can't be opened again.
+    Master,
     /// A process (pidfd_open(2)), by its host PID.
     Process(i32),
-    /// Something that is kept as long as it is open, but can't be opened again: a namespace, a pseudo-terminal's master.
+    /// Something that is kept as long as it is open, but can't be opened again: a namespace.
     Kept,
 }
 
@@ -60,7 +63,7 @@ fn device(live: &Live<'_>) -> Result<Form, Error> {
     );
     match (major, minor) {
         (MEM_MAJOR, 3 | 5 | 7 | 8 | 9) => Ok(Form::Device),
-        (TTY_ALTERNATIVES_MAJOR, PTMX_MINOR) => Ok(Form::Kept),
+        (TTY_ALTERNATIVES_MAJOR, PTMX_MINOR) => Ok(Form::Master),
         (TTY_MAJOR | TTY_ALTERNATIVES_MAJOR, _) => Ok(Form::Terminal),
         (major, _) if PTS_MAJORS.contains(&major) => Ok(Form::Terminal),
         _ => Err(live
@@ -128,7 +131,7 @@ pub fn capture(live: &Live<'_>) -> Result<State, Error> {
             None => false,
             Some(_) => locate(live.holder.pid, &path, &live.common).is_none(),
         },
-        Form::Device | Form::Terminal | Form::Process(_) | Form::Kept => false,
+        Form::Device | Form::Terminal | Form::Master | Form::Process(_) | Form::Kept => false,
     };
     Ok(State {
         form,
@@ -143,6 +146,22 @@ fn seals(live: &Live<'_>) -> Result<i32, Error> {
         Ok(seals) => Ok(seals),
         Err(Errno::EINVAL) => Ok(SealFlag::F_SEAL_SEAL.bits()),
         Err(errno) => Err(live.failed("F_GET_SEALS")(errno)),
+    }
+}
+
+/// Whether nothing else leads to it.
+pub fn must_be_pinned(state: &AnyState) -> bool {
+    matches!(state, AnyState::File(file) if file.pinned)
+}
+
+/// Whether it can be opened again through a pin: a regular file, a directory, a FIFO.
+pub fn may_be_pinned(state: &AnyState, common: &Common) -> bool {
+    match state {
+        AnyState::File(file) => {
+            file.form == Form::Plain && matches!(common.file_type(), libc::S_IFREG | libc::S_IFDIR)
+        }
+        AnyState::Pipe(pipe) => pipe.fifo.is_some(),
+        _ => false,
     }
 }
 
@@ -228,7 +247,7 @@ impl State {
     pub fn complain_gone(&self) -> Complaint {
         let remedy = match self.form {
             Form::Process(_) => "the process it means has ended since the checkpoint",
-            Form::Kept | Form::Terminal => {
+            Form::Kept | Form::Terminal | Form::Master => {
                 "it was closed since the checkpoint and can't be opened again"
             }
             Form::Plain | Form::Memfd | Form::Device => {

@@ -1,4 +1,4 @@
-//! File locks: flock(2), POSIX locks and open file description locks (fcntl(2)).
+//! File locks: flock(2), POSIX locks and open file description locks (fcntl(2)); and leases, which the kernel keeps with them.
 //!
 //! Descriptors tell in their fdinfo which locks are held through them. `/proc/locks`, which tells of everybody's, can take
 //! milliseconds, and is read only where a lock has to be taken that others might have now.
@@ -17,6 +17,7 @@ use super::Error;
 use super::fdinfo::Fdinfo;
 use super::model::{Common, Complaint, Inode, ObjectId, Place};
 use crate::freeze::{Batch, StepId};
+use crate::kernel::anonymous;
 
 /// Whose a lock is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -25,6 +26,8 @@ pub enum Owner {
     Flock(ObjectId),
     /// `F_OFD_SETLK`: the description's.
     Description(ObjectId),
+    /// `F_SETLEASE`: the description's; not a lock, but somebody to be told when others open the file.
+    Lease(ObjectId),
     /// `F_SETLK`: the process's, by host PID, through a number of its table.
     Process(Place),
     /// Somebody's outside the tree.
@@ -49,7 +52,10 @@ pub struct Lock {
 impl Lock {
     fn conflicts(&self, other: &Self) -> bool {
         let sort = |lock: &Self| matches!(lock.owner, Owner::Flock(_));
-        self.inode == other.inode
+        let is_lease = |lock: &Self| matches!(lock.owner, Owner::Lease(_));
+        !is_lease(self)
+            && !is_lease(other)
+            && self.inode == other.inode
             && (self.write || other.write)
             && (self.start <= other.end && other.start <= self.end)
             && (other.owner == Owner::Foreign || sort(self) == sort(other))
@@ -110,12 +116,12 @@ impl Line<'_> {
     }
 }
 
-/// Reads `1: POSIX  ADVISORY  WRITE 359 00:13:11691 5 14`; `None` for a waiting one (`->`), a lease or a delegation.
+/// Reads `1: POSIX  ADVISORY  WRITE 359 00:13:11691 5 14`; `None` for a waiting one (`->`) or a delegation.
 fn parse(line: &str) -> Option<Line<'_>> {
     let mut words = line.split_whitespace().skip(1);
     let sort = words
         .next()
-        .filter(|sort| ["FLOCK", "POSIX", "OFDLCK"].contains(sort))?;
+        .filter(|sort| ["FLOCK", "POSIX", "OFDLCK", "LEASE"].contains(sort))?;
     let write = match words.nth(1)? {
         "WRITE" => true,
         "READ" => false,
@@ -182,6 +188,7 @@ pub fn held<'t>(
             let owner = match line.sort {
                 "FLOCK" => Owner::Flock(id),
                 "OFDLCK" => Owner::Description(id),
+                "LEASE" => Owner::Lease(id),
                 // Others that share the description have locks of their own, which are shown here too; and one of theirs
                 // is shown with each description, or each that leads to the file.
                 _ if holders.contains(&line.pid)
@@ -219,7 +226,7 @@ pub fn others(wanted: &[Lock], now: &[Lock], pids: &BTreeSet<i32>) -> Result<Vec
     };
     with_lines(|lines| {
         lines
-            .filter(|line| !pids.contains(&line.pid))
+            .filter(|line| line.sort != "LEASE" && !pids.contains(&line.pid))
             .filter_map(|line| {
                 let inode = *inodes.get(&(line.device, line.ino))?;
                 Some(line.lock(inode, Owner::Foreign))
@@ -305,6 +312,18 @@ pub fn apply(duplicate: impl AsFd, lock: &Lock, unlock: bool) -> Result<(), Erro
         Owner::Description(_) => fcntl(fd, FcntlArg::F_OFD_SETLK(&lock.flock(unlock)))
             .map(drop)
             .map_err(own("F_OFD_SETLK")),
+        Owner::Lease(_) => {
+            let kind = match (unlock, lock.write) {
+                (true, _) => libc::F_UNLCK,
+                (_, true) => libc::F_WRLCK,
+                (_, false) => libc::F_RDLCK,
+            };
+            match anonymous::set_lease(duplicate, kind) {
+                // One to be dropped may have been broken meanwhile.
+                Err(Errno::EAGAIN) if unlock => Ok(()),
+                other => other.map_err(own("F_SETLEASE")),
+            }
+        }
         Owner::Process(_) | Owner::Foreign => Ok(()),
     }
 }
@@ -339,7 +358,8 @@ mod tests {
         assert!(!line.write);
         assert_eq!(line.end, u64::MAX);
         assert_eq!(parse("2: -> FLOCK  ADVISORY  READ 12 00:13:7 0 EOF"), None);
-        assert_eq!(parse("3: LEASE  ACTIVE    WRITE 12 00:13:7 0 EOF"), None);
+        let line = parse("3: LEASE  ACTIVE    WRITE 12 00:13:7 0 EOF").unwrap();
+        assert_eq!((line.sort, line.write), ("LEASE", true));
     }
 
     #[test]

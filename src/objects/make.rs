@@ -57,6 +57,7 @@ pub(super) fn open_file(
 /// Makes an end of a pipe: of one that is still open somewhere, or of a new one, made with the first of its ends.
 pub(super) fn make_pipe_end(
     capture: &Capture,
+    id: ObjectId,
     description: &Description,
     source: &Source,
     made: &mut BTreeMap<Inode, (OwnedFd, OwnedFd)>,
@@ -73,7 +74,14 @@ pub(super) fn make_pipe_end(
             let at = file::locate(*pid, path, common).ok_or_else(|| own("open")(Errno::ENOENT))?;
             pipe::open(&format!("/proc/self/fd/{}", at.as_raw_fd()), access)
         }
-        Source::New | Source::Pin | Source::Nowhere(_) => {
+        Source::Pin => {
+            let pin = capture
+                .pins
+                .get(&id)
+                .ok_or_else(|| own("open")(Errno::ENOENT))?;
+            pipe::open(&format!("/proc/self/fd/{}", pin.as_raw_fd()), access)
+        }
+        Source::New | Source::Nowhere(_) => {
             let inode = common.inode();
             let ends = match made.entry(inode) {
                 Entry::Occupied(ends) => ends.into_mut(),
@@ -140,7 +148,8 @@ pub(super) fn adopt(
         }
     }
     for lock in &mut recorded.locks {
-        if let locks::Owner::Flock(id) | locks::Owner::Description(id) = lock.owner
+        if let locks::Owner::Flock(id) | locks::Owner::Description(id) | locks::Owner::Lease(id) =
+            lock.owner
             && let Some(description) = recorded.descriptions.get(&id)
         {
             lock.inode = description.common.inode();

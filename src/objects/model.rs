@@ -10,6 +10,8 @@ use super::locks::Lock;
 use super::pipe::Pipe;
 use super::socket;
 use super::state::State;
+use super::sysv::Sysv;
+use super::terminal::{self, Terminal};
 use crate::outcome::Refusal;
 
 /// What stands in the way of something, for a [`Refusal`] whose holder is added later: the object
@@ -97,10 +99,19 @@ pub struct Description {
 pub struct Owner {
     /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
     pub kind: i32,
-    /// Its ID as the owner's process sees it.
+    /// Its ID as the owner's process sees it; 0 is nobody.
     pub id: i32,
     /// `F_GETSIG`: 0 for `SIGIO`.
     pub signal: i32,
+}
+
+impl Owner {
+    /// What a description has that was never given an owner.
+    pub const NOBODY: Self = Self {
+        kind: 1,
+        id: 0,
+        signal: 0,
+    };
 }
 
 /// A number of a table.
@@ -151,6 +162,10 @@ pub struct Recorded {
     pub pipes: BTreeMap<Inode, Pipe>,
     /// File locks.
     pub locks: Vec<Lock>,
+    /// System V semaphores and message queues.
+    pub sysv: Sysv,
+    /// The terminals behind the descriptions.
+    pub terminals: Vec<Terminal>,
     /// Names of the processes, for refusals.
     pub names: BTreeMap<i32, String>,
 }
@@ -287,4 +302,6 @@ pub struct Observed {
     pub pipes: BTreeMap<Inode, Pipe>,
     /// File locks of the tree.
     pub locks: Vec<Lock>,
+    /// The terminals, in the order of [`Recorded::terminals`].
+    pub terminals: Vec<terminal::Now>,
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::unistd::Pid;
 
 use super::Error;
-use super::capture::{Capture, every_number, holders, lives, owner};
+use super::capture::{Capture, every_number, holders, lives};
 use super::epoll_watch;
 use super::file::{self, Form};
 use super::live::{Holder, Live};
@@ -17,13 +17,28 @@ use super::socket;
 use super::socket_ends::inner_tcp;
 use super::state::{self, State};
 use super::survey::{self, Ask, Expected, survey};
+use super::sysv;
 use super::tcp_queue::complete;
+use super::terminal;
 use crate::freeze::{Batch, Outputs, Stopped};
 use crate::kernel::{kcmp, pidfd};
 use crate::outcome::Refusal;
 
-/// What was asked of the tables that are recorded, by their index: the questions, and the process whose batch they were in.
-pub type Asked = BTreeMap<usize, (survey::Questions, Pid)>;
+/// What was asked together with other things, and the process in whose batch it was.
+#[derive(Default)]
+pub struct Asked {
+    /// About the tables that are recorded, by their index.
+    tables: BTreeMap<usize, (survey::Questions, Pid)>,
+    /// About the IPC namespace, if it is the tree's own.
+    pub(super) sysv: Option<(sysv::Counts, Pid)>,
+}
+
+impl Asked {
+    /// Nothing so far.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
 
 /// Adds the questions about the table that is reached by a process, if there is one, to a batch for it.
 pub fn ask(capture: &Capture, pid: Pid, batch: &mut Batch, asked: &mut Asked) {
@@ -33,7 +48,10 @@ pub fn ask(capture: &Capture, pid: Pid, batch: &mut Batch, asked: &mut Asked) {
         let mut numbers = table.slots.iter().map(|slot| slot.fd);
         let expected = |fd| expected(recorded, index, fd);
         let questions = survey::Questions::add(batch, &mut numbers, expected);
-        asked.insert(index, (questions, pid));
+        asked.tables.insert(index, (questions, pid));
+        if index == 0 && recorded.sysv.own_namespace {
+            asked.sysv = Some((sysv::Counts::add(batch), pid));
+        }
     }
 }
 
@@ -58,7 +76,7 @@ pub fn observe(
         slots.iter().map(|slot| slot.fd).collect()
     };
     let answers = |table: usize| {
-        let (questions, pid) = asked.get(&table)?;
+        let (questions, pid) = asked.tables.get(&table)?;
         Some((questions, outputs.get(pid)?))
     };
     let found = survey(
@@ -89,7 +107,7 @@ pub fn observe(
             Some(id) => recorded.descriptions[&id].state.observe(live)?,
             None => None,
         };
-        let owner = owner(live, sighting)?;
+        let owner = sighting.owner;
         let (place, common) = (live.place(), live.common);
         observed.descriptions.push(LiveDescription {
             place,
@@ -108,6 +126,7 @@ pub fn observe(
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;
     observe_gone(capture, &mut observed)?;
+    observed.terminals = terminal::observe(stopped, recorded, &observed, &lives)?;
     let numbers = every_number(&observed.tables).filter_map(|(place, index, holders)| {
         let live = &observed.descriptions[index];
         Some((live.is?, live.common, place, holders))
@@ -130,7 +149,7 @@ fn expected(recorded: &Recorded, table: usize, fd: i32) -> Expected {
     Expected {
         is: Some((slot.description, description.common)),
         ask,
-        owner: description.owner.is_some(),
+        signal: description.owner.is_some(),
     }
 }
 
@@ -331,6 +350,7 @@ fn source(
             let by_name = || state.fifo.as_deref().and_then(by_path);
             match by_inode().or_else(by_name) {
                 Some(source) => source,
+                None if capture.pins.contains_key(&id) => Source::Pin,
                 None if internal && state.fifo.is_none() => Source::New,
                 None => match pipe::outside_holder(common.inode())? {
                     Some(place) => Source::Inode(place),

@@ -3,7 +3,7 @@
 //! A pipe is *internal* if nobody outside the tree has an end of it: its content goes back. One with an end outside
 //! (the standard output that a supervisor reads) is *external*: it is kept and its content left alone.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -36,12 +36,15 @@ pub struct Pipe {
     pub content: Option<Content>,
 }
 
+/// Bytes a pipe's buffer has, which is the longest packet too.
+const PAGE: usize = 4096;
+
 /// The content of a pipe.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Content {
     /// All bytes.
     pub bytes: Vec<u8>,
-    /// Lengths of the packets, if one was written in packet mode (`O_DIRECT`).
+    /// Lengths of the packets with which it begins, if it was written in packet mode (`O_DIRECT`).
     pub packets: Vec<usize>,
 }
 
@@ -98,7 +101,8 @@ pub fn content(end: impl AsFd) -> Result<Content, Error> {
         return Ok(Content::default());
     }
     let capacity = capacity(&end)?;
-    let (read, write) = scratch(capacity, OFlag::empty())?;
+    // Room for a marker too, of which a single packet must leave some.
+    let (read, write) = scratch(capacity.max(2 * PAGE), OFlag::empty())?;
     tee(
         &end,
         &write,
@@ -106,8 +110,7 @@ pub fn content(end: impl AsFd) -> Result<Content, Error> {
         SpliceFFlags::SPLICE_F_NONBLOCK,
     )
     .map_err(own("tee"))?;
-    drop(write);
-    let content = read_all(read.into(), expected)?;
+    let content = read_all(read.into(), write.into(), expected)?;
     if content.bytes.len() == expected {
         Ok(content)
     } else {
@@ -115,25 +118,30 @@ pub fn content(end: impl AsFd) -> Result<Content, Error> {
     }
 }
 
-/// Reads a pipe of ours to its end. A read that ends before the buffer is full ends at a packet's end.
-fn read_all(mut pipe: std::fs::File, expected: usize) -> Result<Content, Error> {
+/// Reads what is in a pipe of ours. A read that ends before the buffer is full ends at a packet's end. Whether the last one
+/// is a packet tells a marker behind it, which a read takes as well if not. When there is no room for the marker at first,
+/// there is either more than one packet, or none.
+fn read_all(mut pipe: File, mut end: File, expected: usize) -> Result<Content, Error> {
     let mut content = Content {
-        bytes: vec![0; expected + 1],
+        bytes: vec![0; expected + 2],
         packets: Vec::new(),
     };
     let mut done = 0;
+    let mut marked = false;
     while done < expected {
+        marked = marked || end.write(b"!").is_ok();
         let got = pipe.read(&mut content.bytes[done..]).map_err(io("read"))?;
         if got == 0 {
             break;
         }
-        content.packets.push(got);
+        content.packets.push(got.min(expected - done));
         done += got;
     }
-    content.bytes.truncate(done);
-    if content.packets.len() == 1 {
-        content.packets.clear();
+    if done > expected || !marked {
+        // The last one was none.
+        content.packets.pop();
     }
+    content.bytes.truncate(done.min(expected));
     Ok(content)
 }
 
@@ -157,28 +165,18 @@ pub fn fill(end: impl AsFd, content: &Content) -> Result<(), Error> {
     if content.bytes.is_empty() {
         return Ok(());
     }
-    let capacity = capacity(&end)?;
-    let mode = if content.packets.is_empty() {
-        OFlag::empty()
-    } else {
-        OFlag::O_DIRECT
-    };
-    let (read, write) = scratch(capacity, mode)?;
-    let mut write = std::fs::File::from(write);
-    let whole = [content.bytes.len()];
-    let packets = if content.packets.is_empty() {
-        &whole[..]
-    } else {
-        &content.packets
-    };
+    let (read, write) = scratch(capacity(&end)?, OFlag::O_DIRECT)?;
+    let mut write = File::from(write);
     let mut rest = &content.bytes[..];
-    for &len in packets {
+    for &len in &content.packets {
         let (packet, after) = rest
             .split_at_checked(len)
             .ok_or_else(|| own("packets")(Errno::EINVAL))?;
         write.write_all(packet).map_err(io("write"))?;
         rest = after;
     }
+    fcntl(write.as_raw_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(own("F_SETFL"))?;
+    write.write_all(rest).map_err(io("write"))?;
     let mut left = content.bytes.len();
     while left > 0 {
         match splice(
@@ -267,7 +265,7 @@ mod tests {
     fn looking_removes_nothing_and_refilling_gives_the_same() {
         let (read, write) = pair(OFlag::empty());
         let bytes: Vec<u8> = (0..60_000u32).map(|i| (i % 251) as u8).collect();
-        let mut file = std::fs::File::from(write.try_clone().unwrap());
+        let mut file = File::from(write.try_clone().unwrap());
         file.write_all(&bytes).unwrap();
         let seen = content(&read).unwrap();
         assert_eq!(seen.bytes, bytes);
@@ -283,7 +281,7 @@ mod tests {
     #[test]
     fn packets_stay_apart() {
         let (read, write) = pair(OFlag::O_DIRECT);
-        let mut file = std::fs::File::from(write.try_clone().unwrap());
+        let mut file = File::from(write.try_clone().unwrap());
         for packet in [&b"one"[..], b"three", b""] {
             file.write_all(packet).unwrap();
         }
@@ -293,7 +291,23 @@ mod tests {
         fill(&write, &seen).unwrap();
         assert_eq!(content(&read).unwrap(), seen);
         let mut buffer = [0; 100];
-        assert_eq!(std::fs::File::from(read).read(&mut buffer).unwrap(), 3);
+        assert_eq!(File::from(read).read(&mut buffer).unwrap(), 3);
+    }
+
+    #[test]
+    fn a_single_packet_is_one() {
+        for (flags, packets) in [(OFlag::O_DIRECT, vec![5]), (OFlag::empty(), vec![])] {
+            let (read, write) = pair(flags);
+            set_capacity(&read, PAGE).unwrap();
+            File::from(write.try_clone().unwrap())
+                .write_all(b"three")
+                .unwrap();
+            let seen = content(&read).unwrap();
+            assert_eq!((&seen.bytes[..], &seen.packets), (&b"three"[..], &packets));
+            drain(&read).unwrap();
+            fill(&write, &seen).unwrap();
+            assert_eq!(content(&read).unwrap(), seen);
+        }
     }
 
     #[test]

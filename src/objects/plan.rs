@@ -12,7 +12,9 @@ use super::observe::{Asked, observe};
 use super::pipe::Content;
 use super::state::{Change, State, Verdict};
 use super::table::{self, TablePlan};
-use super::{Error, epoll, locks, socket_diag, socket_make, socket_plan, socket_substitute};
+use super::{
+    Error, epoll, locks, socket_diag, socket_make, socket_plan, socket_substitute, sysv, terminal,
+};
 use crate::freeze::{Outputs, Stopped};
 use crate::outcome::Refusal;
 
@@ -43,6 +45,10 @@ pub struct Plan {
     pub settle: Vec<(ObjectId, Settle)>,
     /// Epoll entries to set, in this order: the instance and the entry.
     pub watch: Vec<(ObjectId, epoll::Entry)>,
+    /// System V semaphores and message queues to change.
+    pub sysv: sysv::Plan,
+    /// Terminals to change, by their index.
+    pub terminals: Vec<(usize, terminal::Change)>,
     /// File locks to drop and take.
     pub locks: locks::Change,
     /// External pipes and the like that are left as they are, in words.
@@ -94,7 +100,7 @@ pub fn prepare(
 ) -> Result<Plan, Error> {
     let observed = observe(stopped, capture, asked, outputs)?;
     let recorded = &capture.recorded;
-    let plan = plan(recorded, &observed)?;
+    let mut plan = plan(recorded, &observed)?;
     if !plan.locks.take.is_empty() {
         let pids = stopped.processes().map(|process| process.pid.as_raw());
         let others = locks::others(&plan.locks.take, &observed.locks, &pids.collect())?;
@@ -104,6 +110,9 @@ pub fn prepare(
             remedy,
         })?;
     }
+    let counts = asked.sysv.as_ref();
+    let counts = counts.and_then(|(counts, pid)| Some((counts, outputs.get(pid)?)));
+    plan.sysv = sysv::plan(stopped, recorded, counts)?;
     // Processes born since go, and their sockets with them.
     let is_born = |pid: i32| {
         let mut tables = recorded.tables.iter();
@@ -247,6 +256,17 @@ pub fn plan(recorded: &Recorded, observed: &Observed) -> Result<Plan, Refusal> {
         }
     }
     plan_pipes(recorded, observed, &mut plan);
+    for (index, (then, now)) in recorded
+        .terminals
+        .iter()
+        .zip(&observed.terminals)
+        .enumerate()
+    {
+        let change = then
+            .difference(now)
+            .map_err(|complaint| recorded.refuse(then.any, complaint))?;
+        plan.terminals.extend(change.map(|change| (index, change)));
+    }
     plan.locks = locks::plan(&recorded.locks, &observed.locks, !plan.tables.is_empty());
     Ok(plan)
 }
@@ -258,11 +278,7 @@ fn settle(then: &Description, now: Option<(&Common, Option<Owner>)>) -> Settle {
     if path_only {
         return settle;
     }
-    let nobody = then.owner.unwrap_or(Owner {
-        kind: 1,
-        id: 0,
-        signal: 0,
-    });
+    let nobody = then.owner.unwrap_or(Owner::NOBODY);
     match now {
         Some((common, owner)) => {
             if common.settable_flags() != then.common.settable_flags() {
@@ -344,8 +360,18 @@ fn plan_pipes(recorded: &Recorded, observed: &Observed, plan: &mut Plan) {
             }));
             continue;
         };
-        // One that is gone is made with its content.
         let Some(now) = observed.pipes.get(inode) else {
+            // A pipe that is gone is made with its content, a FIFO is opened again and is empty.
+            let is_reopened = |(id, source): &(ObjectId, Source)| {
+                *source != Source::New && recorded.descriptions[id].common.inode() == *inode
+            };
+            if plan.make.iter().any(is_reopened) {
+                plan.pipes.push(PipePlan {
+                    inode: *inode,
+                    capacity: Some(then.capacity),
+                    content: Some(content.clone()),
+                });
+            }
             continue;
         };
         let differs = now.content.as_ref() != Some(content);

@@ -11,6 +11,7 @@ use super::file::{self, Form};
 use super::model::{Common, Description, ObjectId, Owner, Recorded, Slot, Table};
 use super::pipe::{Content, Pipe};
 use super::state::State;
+use super::sysv::Sysv;
 use crate::record::{self, Context, Kind, ObjectKey, Record};
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -69,6 +70,7 @@ fn form_number(form: Form) -> (u32, i32) {
         Form::Terminal => (4, 0),
         Form::Process(pid) => (5, pid),
         Form::Kept => (6, 0),
+        Form::Master => (7, 0),
     }
 }
 
@@ -80,6 +82,7 @@ fn form(number: u32, pid: i32) -> Option<Form> {
         4 => Form::Terminal,
         5 => Form::Process(pid),
         6 => Form::Kept,
+        7 => Form::Master,
         _ => return None,
     })
 }
@@ -122,6 +125,14 @@ pub fn write(context: &mut Context, recorded: &Recorded) -> Result<(), Error> {
             State::File(state) => write_file(context, *id, description, state)?,
             state => drop(context.put_json(kind(state), *id, description)?),
         }
+    }
+    if recorded.sysv != Sysv::default() {
+        let id = context.new_object();
+        context.put_json(Kind::SystemVIpc, id, &recorded.sysv)?;
+    }
+    for terminal in &recorded.terminals {
+        let id = context.new_object();
+        context.put_json(Kind::Terminal, id, terminal)?;
     }
     if !recorded.locks.is_empty() {
         let id = context.new_object();
@@ -181,11 +192,7 @@ fn write_file(
     state: &file::State,
 ) -> Result<(), Error> {
     let common = description.common;
-    let owner = description.owner.unwrap_or(Owner {
-        kind: 0,
-        id: 0,
-        signal: 0,
-    });
+    let owner = description.owner.unwrap_or(Owner::NOBODY);
     let (form, process) = form_number(state.form);
     let head = FileRecord {
         flags: common.flags,
@@ -230,6 +237,12 @@ pub fn read(context: &Context) -> Result<Recorded, Error> {
             _ => record.json()?,
         };
         recorded.descriptions.insert(record.id(), description);
+    }
+    for record in context.records_of(Kind::SystemVIpc) {
+        recorded.sysv = record.json()?;
+    }
+    for record in context.records_of(Kind::Terminal) {
+        recorded.terminals.push(record.json()?);
     }
     for record in context.records_of(Kind::FileLocks) {
         recorded.locks = record.json()?;
@@ -301,7 +314,7 @@ fn read_file(record: &Record<'_>) -> Result<Description, Error> {
             mode: head.mode,
             rdev: head.rdev,
         },
-        owner: (owner.id != 0).then_some(owner),
+        owner: (owner.id != 0 || owner.signal != 0).then_some(owner),
         state: State::File(file::State {
             form: form(head.form, head.process).ok_or_else(|| bad(record, "an unknown form"))?,
             path: path

@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use super::live::Live;
+use super::socket_extra::{self, Extra};
 use super::socket_options::{Options, Sort};
 use super::socket_queue::{self, Shape};
 use super::{Error, tcp, udp, unix};
@@ -39,6 +40,8 @@ pub struct State {
     pub peer: Address,
     /// Options.
     pub options: Options,
+    /// What it has besides.
+    pub extra: Extra,
     /// The file a unix socket is bound to.
     pub file: Option<unix::BoundFile>,
     /// What it is used for.
@@ -91,6 +94,11 @@ impl State {
         }
     }
 
+    /// Whether it is a UDP socket.
+    pub(super) fn is_udp(&self) -> bool {
+        self.sort.kind == libc::SOCK_DGRAM && self.sort.protocol == libc::IPPROTO_UDP
+    }
+
     /// Whether it listens.
     pub(super) fn listens(&self) -> bool {
         matches!(self.role, Role::Listening { .. })
@@ -107,6 +115,8 @@ impl State {
     /// What it is, as refusals call it: `unix stream socket (/run/x)`.
     pub fn describe(&self) -> String {
         let kind = match (self.sort.family, self.sort.kind, self.sort.protocol) {
+            (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW, _) => "raw IP socket",
+            (_, _, libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6) => "ICMP socket",
             (libc::AF_UNIX, libc::SOCK_STREAM, _) => "unix stream socket",
             (libc::AF_UNIX, libc::SOCK_DGRAM, _) => "unix datagram socket",
             (libc::AF_UNIX, ..) => "unix seqpacket socket",
@@ -153,7 +163,10 @@ pub fn capture(live: &Live<'_>) -> Result<State, Error> {
     let inet = matches!(sort.family, libc::AF_INET | libc::AF_INET6);
     match (sort.kind, sort.protocol) {
         _ if sort.family == libc::AF_UNIX => {}
-        (libc::SOCK_STREAM, libc::IPPROTO_TCP) | (libc::SOCK_DGRAM, libc::IPPROTO_UDP) if inet => {}
+        (libc::SOCK_STREAM, libc::IPPROTO_TCP) if inet => {}
+        (libc::SOCK_DGRAM, libc::IPPROTO_UDP | libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6)
+        | (libc::SOCK_RAW, _)
+            if inet => {}
         _ if sort.family == libc::AF_NETLINK => {}
         _ => {
             return Err(live
@@ -187,8 +200,6 @@ fn unsupported(sort: Sort) -> String {
         libc::AF_XDP => "XDP socket".to_owned(),
         libc::AF_CAN => "CAN socket".to_owned(),
         libc::AF_INET | libc::AF_INET6 => match (sort.kind, sort.protocol) {
-            (libc::SOCK_RAW, protocol) => format!("raw IP socket (protocol {protocol})"),
-            (_, libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6) => "ICMP socket".to_owned(),
             (_, libc::IPPROTO_MPTCP) => "MPTCP socket".to_owned(),
             (_, libc::IPPROTO_SCTP) => "SCTP socket".to_owned(),
             (_, protocol) => format!("IP socket of protocol {protocol}"),
@@ -202,6 +213,7 @@ fn unsupported(sort: Sort) -> String {
 fn capture_common(live: &Live<'_>, fd: BorrowedFd<'_>, sort: Sort) -> Result<State, Error> {
     let number =
         |name: i32| u64_option(fd, libc::SOL_SOCKET, name).map_err(live.failed("getsockopt"));
+    let extra = socket_extra::capture(live, fd, sort)?;
     Ok(State {
         cookie: number(SO_COOKIE)?,
         // Linux before 5.14 can't tell: all are then taken to be of one namespace.
@@ -216,23 +228,18 @@ fn capture_common(live: &Live<'_>, fd: BorrowedFd<'_>, sort: Sort) -> Result<Sta
                 .unwrap_or_default(),
         },
         options: Options::read(fd, sort).map_err(live.failed("getsockopt"))?,
+        irreplaceable: extra.irreplaceable().or_else(|| irreplaceable(fd)),
+        extra,
         file: None,
         role: Role::Plain { ended: 0 },
         queue: Vec::new(),
-        irreplaceable: irreplaceable(fd),
         inner: false,
         credentials: None,
     })
 }
 
-/// A filter (socket(7), `SO_GET_FILTER`) or an upper-layer protocol (tcp(7), `TCP_ULP`: TLS in the kernel).
+/// An upper-layer protocol (tcp(7), `TCP_ULP`: TLS in the kernel).
 fn irreplaceable(fd: BorrowedFd<'_>) -> Option<String> {
-    const SO_GET_FILTER: i32 = 26;
-    // Asked with no room it tells the number of instructions; of an eBPF program it tells nothing (EACCES).
-    match option(fd, libc::SOL_SOCKET, SO_GET_FILTER, &mut []) {
-        Ok(1..) | Err(Errno::EACCES) => return Some("it has a socket filter".into()),
-        _ => {}
-    }
     let mut name = [0; 16];
     match option(fd, libc::IPPROTO_TCP, libc::TCP_ULP, &mut name) {
         Ok(length @ 1..) => {
@@ -256,20 +263,13 @@ fn idle_netlink(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Result<Sta
     Ok(state)
 }
 
-/// The queue of a socket, or a refusal of what can't be recorded.
+/// The queue of a socket.
 pub(super) fn capture_queue(
     live: &Live<'_>,
     fd: BorrowedFd<'_>,
     shape: Shape,
 ) -> Result<Vec<Message>, Error> {
-    let queue = socket_queue::peek(fd, shape).map_err(live.failed("recvmsg"))?;
-    if queue.iter().any(|message| message.rights) {
-        let remedy = "take the checkpoint when the receiver has read it";
-        return Err(live
-            .refuse("socket with descriptors in flight (SCM_RIGHTS)", remedy)
-            .into());
-    }
-    Ok(queue)
+    socket_queue::peek(fd, shape).map_err(live.failed("recvmsg"))
 }
 
 impl State {
@@ -296,6 +296,7 @@ impl State {
         let options = options.map_err(live.failed("getsockopt"))?;
         let state = Self {
             options,
+            extra: socket_extra::read(live, fd, self.sort)?,
             queue: Vec::new(),
             ..self.clone()
         };

@@ -11,6 +11,7 @@ use super::Error;
 use super::execute::{Effects, Reach};
 use super::model::ObjectId;
 use super::socket::{Role, State, own};
+use super::socket_extra::Extra;
 use super::socket_options::Options;
 use super::socket_queue::{drain, fill};
 use super::socket_substitute::substitute;
@@ -49,8 +50,12 @@ pub enum Step {
     Queue(Vec<Option<ObjectId>>),
     /// Shut down `RCV_SHUTDOWN` (1), `SEND_SHUTDOWN` (2).
     Shutdown(u8),
+    /// Take a filter away, so that what is put back comes through.
+    Unfilter,
     /// Put back options.
     Options,
+    /// Put back filter and memberships.
+    Extra,
 }
 
 impl Step {
@@ -61,9 +66,11 @@ impl Step {
             Self::DrainBacklog => 1,
             Self::Backlog(_) => 2,
             Self::Connect => 3,
-            Self::Queue(_) => 4,
-            Self::Shutdown(_) => 5,
-            Self::Options => 6,
+            Self::Unfilter => 4,
+            Self::Queue(_) => 5,
+            Self::Shutdown(_) => 6,
+            Self::Options => 7,
+            Self::Extra => 8,
         }
     }
 }
@@ -107,6 +114,11 @@ pub fn apply(
                 }
             }
             Step::Options => restore_options(&record.options, fd, record)?,
+            Step::Unfilter => Extra::unfilter(fd)?,
+            Step::Extra => {
+                let pid = reach.place(id).map_or(0, |place| place.pid);
+                record.extra.apply(fd, record.sort, pid)?;
+            }
         }
     }
     Ok(())

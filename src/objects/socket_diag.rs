@@ -83,4 +83,5 @@ pub(super) fn inet(pid: i32, family: i32, protocol: i32) -> Result<Rc<Vec<InetSo
 pub(super) fn close() {
     CLIENTS.with_borrow_mut(HashMap::clear);
     LISTS.with_borrow_mut(HashMap::clear);
+    super::socket_extra::close();
 }

@@ -272,7 +272,7 @@ fn alone(
 /// Gives a socket its address, unless it has it, and lets it listen if the recorded one did.
 fn bind_and_listen(socket: BorrowedFd<'_>, record: &State) -> Result<(), Error> {
     let now = local_address(socket).map_err(own("getsockname"))?;
-    if is_bound(&record.local) && !is_bound(&now) {
+    if is_bound(&record.local) && now != record.local {
         bind(socket, &record.local).map_err(own("bind"))?;
     }
     match record.role {
@@ -286,9 +286,10 @@ fn bind_and_listen(socket: BorrowedFd<'_>, record: &State) -> Result<(), Error> 
 
 /// Whether an address is more than a family.
 fn is_bound(local: &Address) -> bool {
-    match local.inet() {
-        Some(inet) => inet.port() != 0,
-        None => local.unix_name().is_some(),
+    match (local.inet(), local.family()) {
+        (Some(inet), _) => inet.port() != 0,
+        (None, libc::AF_NETLINK) => local.0[4..].iter().any(|byte| *byte != 0),
+        (None, _) => local.unix_name().is_some(),
     }
 }
 
@@ -308,13 +309,13 @@ fn bind_to_file(socket: BorrowedFd<'_>, record: &State, path: &[u8]) -> Result<(
         _ => {}
     }
     bind(socket, &record.local).map_err(own("bind"))?;
-    if let Some(BoundFile { mode, uid, gid, .. }) = record.file {
-        chown(path, Some(uid), Some(gid)).map_err(failed("chown of a unix socket's file"))?;
-        let permissions = std::fs::Permissions::from_mode(mode);
-        std::fs::set_permissions(path, permissions)
-            .map_err(failed("chmod of a unix socket's file"))?;
-    }
-    Ok(())
+    let Some(BoundFile { mode, uid, gid, .. }) = record.file else {
+        // It had none any more.
+        return std::fs::remove_file(path).map_err(failed("unlink of a unix socket's file"));
+    };
+    chown(path, Some(uid), Some(gid)).map_err(failed("chown of a unix socket's file"))?;
+    let permissions = std::fs::Permissions::from_mode(mode);
+    std::fs::set_permissions(path, permissions).map_err(failed("chmod of a unix socket's file"))
 }
 
 /// Connections of the lost listener may keep its port: those without an owner are removed, and those that the tree keeps

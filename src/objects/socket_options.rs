@@ -14,8 +14,8 @@ use crate::kernel::socket::{int_option, option, set_option};
 const SO_BUF_LOCK: i32 = 72;
 const SNDBUF_LOCKED: i32 = 1;
 const RCVBUF_LOCKED: i32 = 2;
-/// Longest option value kept: `IFNAMSIZ`, `TCP_CA_NAME_MAX`, `struct timeval`.
-const LONGEST: usize = 16;
+/// Longest option value kept: `struct icmp6_filter`.
+const LONGEST: usize = 32;
 
 /// Which sockets have an option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +26,9 @@ enum Of {
     AnyInet,
     Tcp,
     Udp,
+    Datagram,
+    Raw,
+    Netlink,
 }
 
 /// An option: level, name, most bytes of its value, who has it, how messages call it.
@@ -36,6 +39,10 @@ const IP: i32 = libc::IPPROTO_IP;
 const IPV6: i32 = libc::IPPROTO_IPV6;
 const TCP: i32 = libc::IPPROTO_TCP;
 const UDP: i32 = libc::IPPROTO_UDP;
+/// `SOL_RAW`.
+const RAW: i32 = libc::IPPROTO_RAW;
+const ICMPV6: i32 = libc::IPPROTO_ICMPV6;
+const NETLINK: i32 = libc::SOL_NETLINK;
 
 /// Options that count only until a TCP connection is established: of one they are recorded, and not looked at again.
 const OF_SETUP: &[(i32, i32)] = &[
@@ -112,18 +119,30 @@ const KNOWN: &[Known] = &[
         Of::AnyInet,
         "IP_BIND_ADDRESS_NO_PORT",
     ),
-    Known(IP, libc::IP_PKTINFO, 4, Of::Udp, "IP_PKTINFO"),
-    Known(IP, libc::IP_RECVTOS, 4, Of::Udp, "IP_RECVTOS"),
-    Known(IP, libc::IP_RECVTTL, 4, Of::Udp, "IP_RECVTTL"),
+    Known(IP, libc::IP_PKTINFO, 4, Of::Datagram, "IP_PKTINFO"),
+    Known(IP, libc::IP_RECVTOS, 4, Of::Datagram, "IP_RECVTOS"),
+    Known(IP, libc::IP_RECVTTL, 4, Of::Datagram, "IP_RECVTTL"),
     Known(
         IP,
         libc::IP_RECVORIGDSTADDR,
         4,
-        Of::Udp,
+        Of::Datagram,
         "IP_RECVORIGDSTADDR",
     ),
-    Known(IP, libc::IP_MULTICAST_TTL, 4, Of::Udp, "IP_MULTICAST_TTL"),
-    Known(IP, libc::IP_MULTICAST_LOOP, 4, Of::Udp, "IP_MULTICAST_LOOP"),
+    Known(
+        IP,
+        libc::IP_MULTICAST_TTL,
+        4,
+        Of::Datagram,
+        "IP_MULTICAST_TTL",
+    ),
+    Known(
+        IP,
+        libc::IP_MULTICAST_LOOP,
+        4,
+        Of::Datagram,
+        "IP_MULTICAST_LOOP",
+    ),
     Known(IPV6, libc::IPV6_V6ONLY, 4, Of::Inet6, "IPV6_V6ONLY"),
     Known(IPV6, libc::IPV6_TCLASS, 4, Of::Inet6, "IPV6_TCLASS"),
     Known(
@@ -168,6 +187,17 @@ const KNOWN: &[Known] = &[
     ),
     Known(TCP, 36, 4, Of::Tcp, "TCP_INQ"),
     Known(UDP, libc::UDP_CORK, 4, Of::Udp, "UDP_CORK"),
+    Known(IP, libc::IP_HDRINCL, 4, Of::Raw, "IP_HDRINCL"),
+    Known(RAW, 1, 4, Of::Raw, "ICMP_FILTER"),
+    Known(RAW, 7, 4, Of::Raw, "IPV6_CHECKSUM"),
+    Known(ICMPV6, 1, 32, Of::Raw, "ICMPV6_FILTER"),
+    Known(NETLINK, 3, 4, Of::Netlink, "NETLINK_PKTINFO"),
+    Known(NETLINK, 4, 4, Of::Netlink, "NETLINK_BROADCAST_ERROR"),
+    Known(NETLINK, 5, 4, Of::Netlink, "NETLINK_NO_ENOBUFS"),
+    Known(NETLINK, 8, 4, Of::Netlink, "NETLINK_LISTEN_ALL_NSID"),
+    Known(NETLINK, 10, 4, Of::Netlink, "NETLINK_CAP_ACK"),
+    Known(NETLINK, 11, 4, Of::Netlink, "NETLINK_EXT_ACK"),
+    Known(NETLINK, 12, 4, Of::Netlink, "NETLINK_GET_STRICT_CHK"),
     Known(UDP, 103, 4, Of::Udp, "UDP_SEGMENT"),
     Known(UDP, 104, 4, Of::Udp, "UDP_GRO"),
 ];
@@ -206,6 +236,9 @@ impl Sort {
             Of::AnyInet => inet,
             Of::Tcp => inet && self.protocol == libc::IPPROTO_TCP,
             Of::Udp => inet && self.protocol == libc::IPPROTO_UDP,
+            Of::Datagram => inet && self.kind != libc::SOCK_STREAM,
+            Of::Raw => inet && self.kind == libc::SOCK_RAW,
+            Of::Netlink => self.family == libc::AF_NETLINK,
         }
     }
 

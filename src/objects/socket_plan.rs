@@ -6,7 +6,7 @@ use super::model::ObjectId;
 use super::socket::{Role, State};
 use super::socket_apply::{Change, Step};
 use super::socket_ends::{Ends, canonical};
-use super::socket_queue;
+use super::{socket_extra, socket_queue};
 use crate::kernel::sock_diag::state;
 use crate::kernel::socket::{Address, Message};
 
@@ -65,7 +65,13 @@ pub fn plan(
         planner.socket(id, record)?;
     }
     planner.follow_replaced()?;
-    Ok(planner.plan)
+    let mut plan = planner.plan;
+    socket_extra::plan(recorded, now, &mut plan)?;
+    // Connections and options come before the messages that need them.
+    for change in plan.changes.values_mut() {
+        change.steps.sort_by_key(Step::order);
+    }
+    Ok(plan)
 }
 
 struct Planner<'a> {
@@ -102,7 +108,7 @@ impl<'a> Planner<'a> {
             (Role::Tcp(_), ..) => self.tcp(id, record),
             (Role::Reset, ..) if self.now(id).is_some() => Ok(()),
             (Role::Reset, ..) => self.make(id, Recipe::Reset),
-            (_, _, libc::SOCK_DGRAM) => self.datagram(id, record),
+            (_, _, libc::SOCK_DGRAM | libc::SOCK_RAW) => self.datagram(id, record),
             (Role::Unix { peer, ended }, ..) => self.unix_connection(id, record, *peer, *ended),
             (Role::Plain { ended }, ..) => {
                 let same = self.now(id).is_some_and(|now| {
@@ -186,14 +192,10 @@ impl<'a> Planner<'a> {
 
     fn netlink(&mut self, id: ObjectId, record: &State) -> Result<(), Obstacle> {
         match self.now(id) {
-            None => Err(refuse(
-                id,
-                "it was closed since the checkpoint and can't be made again",
-            )),
-            Some(now) if now.local != record.local => Err(refuse(
-                id,
-                "it was bound since the checkpoint, which can't be undone",
-            )),
+            None => self.make(id, Recipe::Alone),
+            Some(now) if netlink_port(&now.local) != netlink_port(&record.local) => {
+                self.make(id, Recipe::Alone)
+            }
             Some(now) => {
                 if now.role != record.role {
                     self.step(id, Step::Queue(Vec::new()));
@@ -384,7 +386,7 @@ impl<'a> Planner<'a> {
         });
         if let Some(other) = self.ends.of(record) {
             let same = |now: &State| socket_queue::same(&record.queue, &now.queue, record.shape());
-            return match now {
+            return match now.filter(|(now, _)| !now.extra.urgent) {
                 Some((now, connection)) if connection.is_open_like(before) && same(now) => Ok(()),
                 Some((now, connection))
                     if connection.is_open_like(before)
@@ -467,7 +469,9 @@ impl<'a> Planner<'a> {
         };
         let now = self
             .now(id)
-            .filter(|now| now.local == record.local && ended(now) == ended(record));
+            .filter(|now| now.local == record.local && ended(now) == ended(record))
+            // What it holds back would be sent.
+            .filter(|now| !now.extra.half_sent);
         let connected = |state: &State| match state.role {
             Role::Unix { peer, .. } => (peer, Address::default()),
             _ => (0, state.peer.clone()),
@@ -585,8 +589,10 @@ impl<'a> Planner<'a> {
             .iter()
             .find(|(_, state)| alike(state) && from(state))
             .map(|(&id, _)| id);
-        match record.sort.kind {
-            libc::SOCK_DGRAM => found.or(connected_pair),
+        match (record.sort.family, record.sort.kind) {
+            // Raw and ICMP sockets send other things than they receive.
+            (libc::AF_INET | libc::AF_INET6, _) if !record.is_udp() => connected_pair,
+            (_, libc::SOCK_DGRAM) => found.or(connected_pair),
             _ => connected_pair,
         }
     }
@@ -610,10 +616,6 @@ impl<'a> Planner<'a> {
         for id in followers {
             Self::check_peer_has_a_name(id, self.recorded[&id])?;
             self.step(id, Step::Connect);
-        }
-        // Connections and options come before the messages that need them.
-        for change in self.plan.changes.values_mut() {
-            change.steps.sort_by_key(Step::order);
         }
         Ok(())
     }
@@ -660,6 +662,11 @@ impl Plan {
 const TWO_NAMES: &str = "both ends of it have names; it can't be connected again";
 const NO_LISTENER: &str = "the connection ended since the checkpoint, and its listener is not in the tree, so that it \
                            can't be connected again";
+
+/// The number of a netlink socket (netlink(7)); its groups are apart.
+fn netlink_port(address: &Address) -> Option<&[u8]> {
+    address.0.get(4..8)
+}
 
 fn refuse(id: ObjectId, remedy: &str) -> Obstacle {
     Obstacle {

@@ -20,6 +20,7 @@ fn state(index: usize, family: i32, kind: i32, protocol: i32, role: Role) -> Sta
         },
         local: Address::default(),
         peer: Address::default(),
+        extra: Default::default(),
         options: Options::default(),
         file: None,
         role,

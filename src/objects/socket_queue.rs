@@ -113,7 +113,16 @@ pub(super) fn same(one: &[Message], other: &[Message], shape: Shape) -> bool {
                 senders.dedup();
                 senders
             };
-            senders(one) == senders(other) && flat(one) == flat(other)
+            // Where in the stream they are, they stay; what was read before them shows in the bytes.
+            let rights = |queue: &[Message]| -> Vec<_> {
+                queue
+                    .iter()
+                    .flat_map(|message| message.rights.iter().copied())
+                    .collect()
+            };
+            senders(one) == senders(other)
+                && flat(one) == flat(other)
+                && rights(one) == rights(other)
         }
     }
 }

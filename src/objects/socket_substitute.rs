@@ -66,7 +66,8 @@ pub(super) fn substitute(
     let source = &message.source;
     let family = receiver.sort.family;
     let reachable = family != libc::AF_UNIX || receiver.local.unix_name().is_some();
-    if receiver.sort.kind != libc::SOCK_DGRAM || !reachable || source.unix_path().is_some() {
+    let takes_datagrams = family == libc::AF_UNIX && receiver.sort.kind == libc::SOCK_DGRAM;
+    if !(takes_datagrams || receiver.is_udp()) || !reachable || source.unix_path().is_some() {
         return Ok(None);
     }
     let made = as_seen_by(home, || {

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::Error;
 use super::live::{Glance, Holder};
-use super::model::{Common, ObjectId, Place, Slot, Table};
+use super::model::{Common, ObjectId, Owner, Place, Slot, Table};
 use crate::freeze::{Arg, Batch, Output, Outputs, StepId, Stopped};
 use crate::kernel::kcmp;
 
@@ -37,8 +37,8 @@ pub struct Expected {
     pub is: Option<(ObjectId, Common)>,
     /// What to ask.
     pub ask: Ask,
-    /// Whether to ask who gets `SIGIO`.
-    pub owner: bool,
+    /// Whether to ask which signal its owner gets. Who that is, is always asked: sockets send `SIGURG` whatever their flags.
+    pub signal: bool,
 }
 
 impl Expected {
@@ -46,7 +46,7 @@ impl Expected {
     pub const NOTHING: Self = Self {
         is: None,
         ask: Ask::All,
-        owner: true,
+        signal: true,
     };
 }
 
@@ -59,8 +59,8 @@ pub struct Sighting {
     pub close_on_exec: bool,
     /// What all kinds have.
     pub common: Common,
-    /// `F_GETOWN_EX`: kind and ID of who gets `SIGIO`; ID 0 is nobody.
-    pub owner: (i32, i32),
+    /// Who gets `SIGIO`, and by which signal; `None` is nobody, by `SIGIO`.
+    pub owner: Option<Owner>,
     /// What was asked of a socket or pipe.
     pub glance: Glance,
     /// What was recorded there.
@@ -81,7 +81,7 @@ pub struct Survey {
 /// `struct stat` on x86-64.
 const STAT_SIZE: usize = size_of::<libc::stat>();
 /// Steps asked per number at most.
-const STEPS: usize = 8;
+const STEPS: usize = 9;
 /// Bytes of results per number at most.
 const DATA: usize = STAT_SIZE + 8 * 4;
 const SO_COOKIE: i32 = 57;
@@ -94,7 +94,8 @@ struct Asked {
     stat: StepId,
     stat_room: Output,
     position: Option<StepId>,
-    owner: Option<(StepId, Output)>,
+    owner: (StepId, Output),
+    signal: Option<StepId>,
     cookie: Option<(StepId, Output)>,
     unread: Option<(StepId, Output)>,
     capacity: Option<StepId>,
@@ -112,10 +113,9 @@ fn ask(batch: &mut Batch, fd: i32, expected: Expected) -> Asked {
         let arguments = [fd.into(), 0.into(), libc::SEEK_CUR.into()];
         batch.call(libc::SYS_lseek, &arguments)
     });
-    let owner = expected.owner.then(|| {
-        let room = batch.output(8);
-        (fcntl(batch, F_GETOWN_EX, room.arg()), room)
-    });
+    let room = batch.output(8);
+    let owner = (fcntl(batch, F_GETOWN_EX, room.arg()), room);
+    let signal = expected.signal.then(|| fcntl(batch, F_GETSIG, 0.into()));
     let is_pipe = expected.ask == Ask::Pipe;
     let capacity = is_pipe.then(|| fcntl(batch, libc::F_GETPIPE_SZ, 0.into()));
     let unread = is_pipe.then(|| {
@@ -144,12 +144,14 @@ fn ask(batch: &mut Batch, fd: i32, expected: Expected) -> Asked {
         stat_room,
         position,
         owner,
+        signal,
         cookie,
         unread,
         capacity,
     }
 }
 
+const F_GETSIG: i32 = 11;
 const F_GETOWN_EX: i32 = 16;
 
 fn word(bytes: &[u8]) -> u64 {
@@ -165,6 +167,21 @@ fn int(bytes: &[u8]) -> i32 {
 }
 
 impl Asked {
+    fn read_owner(&self, outputs: &Outputs) -> Option<Owner> {
+        let (asked, room) = &self.owner;
+        // O_PATH descriptors have none.
+        outputs.result(*asked).ok()?;
+        let bytes = outputs.bytes(room);
+        let (kind, id) = (int(bytes), int(&bytes[4..]));
+        let signal = self.signal.and_then(|step| outputs.result(step).ok());
+        let signal = signal.map_or(0, |signal| signal as i32);
+        (id != 0 || signal != 0).then_some(Owner {
+            kind: if id == 0 { Owner::NOBODY.kind } else { kind },
+            id,
+            signal,
+        })
+    }
+
     fn read(&self, pid: i32, outputs: &Outputs) -> Result<Sighting, Error> {
         let must = |step, call| {
             outputs.result(step).map_err(|errno| Error::Descriptor {
@@ -182,13 +199,7 @@ impl Asked {
         must(self.stat, "fstat")?;
         let stat = outputs.bytes(&self.stat_room);
         let field = |offset: usize| word(&stat[offset..]);
-        let owner = match &self.owner {
-            Some((step, room)) if outputs.result(*step).is_ok() => {
-                let bytes = outputs.bytes(room);
-                (int(bytes), int(&bytes[4..]))
-            }
-            _ => (0, 0),
-        };
+        let owner = self.read_owner(outputs);
         let offset = match (self.position, self.expected.is) {
             (Some(step), _) => outputs.result(step).map_or(-1, |position| position as i64),
             (None, Some((_, then))) => then.offset,
@@ -371,7 +382,7 @@ fn look_at(
             fd,
             Expected {
                 ask: Ask::All,
-                owner: true,
+                signal: true,
                 ..expected
             },
         );
@@ -553,7 +564,7 @@ mod tests {
                 mode: 0,
                 rdev: 0,
             },
-            owner: (0, 0),
+            owner: None,
             glance: Glance::default(),
             expected: expected.and_then(ObjectId::from_raw),
         }

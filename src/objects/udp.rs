@@ -1,4 +1,5 @@
-//! UDP sockets: bound and connected addresses, and the datagrams that wait.
+//! UDP sockets: bound and connected addresses, and the datagrams that wait. Raw and ICMP sockets, whose packets are the
+//! network's and can't be sent again: of those the first that waits tells whether the program has read since.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -9,21 +10,37 @@ use super::Error;
 use super::live::Live;
 use super::socket::{State, capture_queue};
 use super::socket_queue::{Shape, peek};
-use crate::kernel::socket::{local_address, option, peer_address, set_option};
+use crate::kernel::socket::{Message, local_address, option, peer_address, receive, set_option};
 
 /// How long a datagram may take over the loopback interface.
 const DEADLINE: Duration = Duration::from_secs(2);
 /// `SO_MEMINFO` (Linux 4.12), whose first number is what the receive queue takes.
 const SO_MEMINFO: i32 = 55;
+/// More than an IP packet has.
+const LARGEST_PACKET: usize = 1 << 16;
 /// More than any queue took that a program has been given.
 const ROOMY: i32 = 512 << 20;
 
 /// Records what only UDP has.
 pub(super) fn capture(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Result<State, Error> {
     Ok(State {
-        queue: capture_queue(live, fd, Shape::Messages)?,
+        queue: match state.is_udp() {
+            true => capture_queue(live, fd, Shape::Messages)?,
+            false => first(fd).map_err(live.failed("recvmsg"))?,
+        },
+        // Who may have one is the network namespace's to say, by group.
+        irreplaceable: match (state.sort.kind, state.is_udp()) {
+            (libc::SOCK_DGRAM, false) => Some("it is an ICMP socket".into()),
+            _ => state.irreplaceable,
+        },
         ..state
     })
+}
+
+/// The first packet that waits.
+fn first(fd: BorrowedFd<'_>) -> nix::Result<Vec<Message>> {
+    let found = receive(fd, LARGEST_PACKET, libc::MSG_PEEK)?;
+    Ok(found.into_iter().collect())
 }
 
 /// The state now.
@@ -33,7 +50,11 @@ pub(super) fn observe(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Resu
         peer: peer_address(fd)
             .map_err(live.failed("getpeername"))?
             .unwrap_or_default(),
-        queue: peek(fd, Shape::Messages).map_err(live.failed("recvmsg"))?,
+        queue: match state.is_udp() {
+            true => peek(fd, Shape::Messages),
+            false => first(fd),
+        }
+        .map_err(live.failed("recvmsg"))?,
         ..state
     })
 }

@@ -109,11 +109,19 @@ pub(super) fn capture(live: &Live<'_>, fd: BorrowedFd<'_>, state: State) -> Resu
         Role::Listening { .. } => Vec::new(),
         _ => capture_queue(live, fd, state.shape())?,
     };
+    // The kernel does not tell in which directory a name was looked up.
+    let relative = state.local.unix_path().is_some_and(|path| path[0] != b'/');
+    let is_named = !matches!(role, Role::Unix { .. }) || state.sort.kind == libc::SOCK_DGRAM;
+    let irreplaceable = match found.file.is_some() && file.is_none() && relative && is_named {
+        true => Some("its name does not lead to its file any more".into()),
+        false => state.irreplaceable,
+    };
     let credentials = Some(peer_credentials(fd).map_err(live.failed("getsockopt"))?);
     Ok(State {
         file,
         role,
         queue,
+        irreplaceable,
         credentials,
         ..state
     })

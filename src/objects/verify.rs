@@ -52,6 +52,7 @@ pub fn verify(stopped: &Stopped<'_>, capture: &Capture) -> Result<Vec<Difference
     oracle.descriptions()?;
     oracle.pipes()?;
     oracle.locks()?;
+    oracle.terminals()?;
     socket_diag::close();
     Ok(oracle.differences)
 }
@@ -297,6 +298,27 @@ impl Oracle<'_> {
                     );
                     self.differ(self.name(place), what);
                 }
+            }
+        }
+        Ok(())
+    }
+
+    fn terminals(&mut self) -> Result<(), Error> {
+        for terminal in &self.recorded.terminals {
+            let place = |id| self.places.get(&id).copied();
+            let duplicate = |id| {
+                let holder =
+                    place(id).and_then(|place| Some((self.holders.get(&place.pid)?, place.fd)));
+                let (holder, fd) = holder.ok_or(Error::Own {
+                    call: "finding a terminal",
+                    errno: nix::errno::Errno::EBADF,
+                })?;
+                holder.duplicate(fd)
+            };
+            let differences = terminal.compare(duplicate)?;
+            let name = place(terminal.any).map_or_else(String::new, |place| self.name(place));
+            for what in differences {
+                self.differ(name.clone(), what);
             }
         }
         Ok(())

@@ -108,6 +108,10 @@ kinds! {
     OtherFile = 60, version 1, "other file";
     /// The file locks of a tree.
     FileLocks = 61, version 1, "file locks";
+    /// A terminal: what all its descriptions have in common.
+    Terminal = 72, version 1, "terminal";
+    /// The System V semaphores and message queues of a tree.
+    SystemVIpc = 73, version 1, "System V IPC";
 }
 
 impl Kind {
