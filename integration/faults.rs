@@ -133,6 +133,7 @@ macro_rules! fault_tests {
 
 fault_tests! {
     blocked_sleeps,
+    child_threads,
     children_born,
     hundred_processes,
     many_vmas,

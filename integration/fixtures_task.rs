@@ -6,6 +6,15 @@ crate::support::fixture_tests! {
     blocked_signals,
     blocked_sleeps,
     blocked_waits,
+    child_execs,
+    child_exits,
+    child_family,
+    child_had_left,
+    child_leaves,
+    child_memory,
+    child_program,
+    child_threads,
+    child_zombie,
     children_born,
     comm,
     cwd,
@@ -37,4 +46,25 @@ crate::support::fixture_tests! {
 #[test]
 fn thread_exits_unprivileged() {
     crate::support::fixture::unprivileged_run("thread_exits");
+}
+
+/// Processes are made again without a privilege of the program's own, under numbers that are others outside.
+#[test]
+fn child_exits_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_exits");
+}
+
+#[test]
+fn child_threads_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_threads");
+}
+
+#[test]
+fn child_family_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_family");
+}
+
+#[test]
+fn child_memory_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_memory");
 }

@@ -157,9 +157,14 @@ impl Stopped<'_> {
 
     /// Makes sure that a process has a window with a page store of at least `store` bytes.
     ///
-    /// A window that the program has unmapped is replaced. The first use in an address space costs two
-    /// injected calls and a batch.
+    /// The first use in an address space costs two injected calls and a batch.
     pub fn open_window(&mut self, pid: Pid, store: usize) -> Result<()> {
+        self.open_window_at(pid, store, None)
+    }
+
+    /// As [`Stopped::open_window`], at an address of which nothing is known to be in the way of the window; what is there is
+    /// replaced.
+    pub fn open_window_at(&mut self, pid: Pid, store: usize, at: Option<u64>) -> Result<()> {
         if self.member(pid)?.window.is_some() {
             return Ok(());
         }
@@ -198,15 +203,12 @@ impl Stopped<'_> {
             .context(|| format!("pidfd_getfd {pid} {remote_fd}"))?;
         nix::unistd::ftruncate(&memfd, len as i64).context(|| "size a window".into())?;
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let (wanted, flags) = match at {
+            Some(address) => (address, libc::MAP_SHARED | libc::MAP_FIXED),
+            None => (place.quiet, libc::MAP_SHARED),
+        };
         let address = place.call(thread, &member.memory, libc::SYS_mmap, |_| {
-            [
-                place.quiet,
-                len as u64,
-                prot as u64,
-                libc::MAP_SHARED as u64,
-                remote_fd,
-                0,
-            ]
+            [wanted, len as u64, prot as u64, flags as u64, remote_fd, 0]
         })?;
         place.erase(&member.memory)?;
         let address = address.map_err(|errno| {
@@ -250,6 +252,14 @@ impl Stopped<'_> {
                 .map_err(|errno| Error::Call { pid, what, errno })?;
         }
         member.window = Some(target);
+        Ok(())
+    }
+
+    /// Notes that the kernel's own mappings in an address space are so many bytes further up now.
+    pub fn special_mappings_moved(&mut self, pid: Pid, offset: u64) -> Result<()> {
+        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let window = member.window.as_mut().ok_or(Error::Gone(pid))?;
+        window.bootstrap.address = window.bootstrap.address.wrapping_add(offset);
         Ok(())
     }
 

@@ -54,7 +54,8 @@ impl Stopped<'_> {
     }
 }
 
-fn await_end(tid: Pid) -> Result<()> {
+/// Waits for the end of a task that is traced.
+pub(super) fn await_end(tid: Pid) -> Result<()> {
     loop {
         match ptrace::wait(tid) {
             Ok(Event::Exited(_)) => return Ok(()),

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use crate::freeze::{self, Batch, Stopped};
 use crate::kernel::maps::{self, Vma};
 use crate::kernel::pagemap::Scan;
-use crate::kernel::{procfs, smaps};
+use crate::kernel::{procfs, remote_memory, smaps};
 use crate::record::Context;
 
 use super::advice::Advised;
@@ -132,7 +132,10 @@ impl Space {
         let pid = self.pid;
         let pages = &plan.copy;
         let (cached, missing) = runs(pages, &image.slots);
-        let (fetched, overflow) = self.fetch(stopped, image, &missing)?;
+        let (fetched, overflow) = match plan.remade {
+            true => (Vec::new(), missing),
+            false => self.fetch(stopped, image, &missing)?,
+        };
         let mut batch = Batch::new();
         for (pages, advice) in [
             (&plan.unguard, MADV_GUARD_REMOVE),
@@ -180,7 +183,7 @@ impl Space {
                 .shadow
                 .read(&[span], &mut bytes)
                 .map_err(|error| system(pid, "read its shadow", error))?;
-            force(&stopped.member(pid)?.memory, pid, span, &bytes)?;
+            write(&stopped.member(pid)?.memory, pid, span, &bytes)?;
         }
         Ok(Copied {
             pages: pages.pages(),
@@ -325,6 +328,18 @@ impl Space {
     /// Bytes of pre-images in the page store.
     pub fn store_bytes(&self) -> u64 {
         self.store.bytes()
+    }
+}
+
+/// Writes to memory, be it that the program itself may not.
+fn write(memory: &File, pid: Pid, span: Span, bytes: &[u8]) -> Result<()> {
+    let range = remote_memory::Range {
+        start: span.start,
+        len: bytes.len(),
+    };
+    match remote_memory::write(pid, &[range], bytes) {
+        Ok(()) => Ok(()),
+        Err(_) => force(memory, pid, span, bytes),
     }
 }
 

@@ -51,6 +51,8 @@ pub struct SpaceImage {
     pub(super) slots: Slots,
     pub(super) advice: OnceCell<Vec<Advised>>,
     guards: OnceCell<Ranges>,
+    /// The text of the VMA list once the process was made again: its window is another.
+    pub(super) new_text: Option<Vec<u8>>,
     /// Which of the process's address spaces it is of.
     pub(super) generation: u64,
 }
@@ -73,8 +75,14 @@ impl SpaceImage {
             slots: Slots::default(),
             advice: OnceCell::new(),
             guards: OnceCell::new(),
+            new_text: None,
             generation,
         }
+    }
+
+    /// Names the address space that it is of in the tree.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Its header, read in place.

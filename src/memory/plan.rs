@@ -29,6 +29,8 @@ pub struct Plan {
     pub arm: Ranges,
     /// VMAs that are not registered for tracking.
     pub register: Vec<Span>,
+    /// All that is to be copied is of a process that was made again: too much for the page store.
+    pub remade: bool,
 }
 
 /// What the image says, as the plan needs it.
@@ -141,6 +143,7 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         copy,
         arm,
         register,
+        remade: false,
     })
 }
 

@@ -43,6 +43,7 @@ pub mod model;
 pub mod observe;
 pub mod pipe;
 pub mod plan;
+mod reborn;
 pub mod records;
 pub mod signalfd;
 pub mod socket;
@@ -73,6 +74,7 @@ pub use execute::{Effects, execute};
 pub use model::{Observed, Recorded};
 pub use observe::{Asked, ask, observe};
 pub use plan::{Plan, plan, prepare};
+pub use reborn::{Gone, reborn};
 pub use verify::{Difference, verify};
 
 use nix::errno::Errno;

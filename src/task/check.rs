@@ -10,11 +10,12 @@ use crate::kernel::procfs;
 use crate::outcome::Refusal;
 
 use super::layout::{LIMITS, Rights, ThreadState};
+use super::lost::Lost;
 use super::posix_timers;
 use super::probe::{self, Leader, ProcessProbe};
 use super::recorded::{Recorded, RecordedProcess};
 use super::revive::check_ended;
-use super::{About, Result, capture};
+use super::{About, Error, Result, capture};
 
 /// The live state of the recorded processes and threads before a rollback, for [`restore`](super::restore) to compare.
 #[derive(Debug, Clone, Default)]
@@ -25,11 +26,12 @@ pub struct Observed {
     pub(super) ended: Vec<(Pid, Pid)>,
 }
 
-/// Observes the tree, and refuses what a rollback could not undo: ended processes, changed credentials,
-/// filters, parents, sessions, lowered hard limits, a working directory that is gone.
+/// Observes the recorded processes but those that are `lost` already. Returns what was found, and which of them have changed
+/// what can't be undone where they are, with the refusal if they can't be made again: credentials, filters, parents,
+/// sessions, lowered hard limits, a working directory that is gone.
 ///
 /// Nothing is changed. `leaders` are the answers of the recorded processes' leaders to [`Questions`](probe::Questions);
-/// [`check_presence`] and [`prepare`](super::prepare) must have been called.
+/// [`prepare`](super::prepare) must have been called.
 ///
 /// A process is known by its pidfd; a thread by its TID within the process: should one have ended and another have got
 /// its TID, that other becomes the recorded one, since nothing that distinguishes them is kept. Credentials that
@@ -38,25 +40,38 @@ pub struct Observed {
 pub fn check(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded<'_>,
+    lost: &Lost,
     mut leaders: BTreeMap<Pid, Leader>,
-) -> Result<Observed> {
+) -> Result<(Observed, Vec<(Pid, Refusal)>)> {
     let mut observed = Observed::default();
-    for process in recorded.processes().filter(|process| !process.is_zombie()) {
-        check_family(stopped, recorded, process)?;
-        check_rights(stopped, process)?;
+    let mut changed = Vec::new();
+    let staying = |process: &&RecordedProcess<'_>| !lost.contains(process.pid());
+    for process in recorded.processes().filter(staying) {
+        if process.is_zombie() {
+            continue;
+        }
         let gone = crate::freeze::Error::Gone(process.pid());
         let leader = leaders.remove(&process.pid()).ok_or(gone)?;
-        observe(stopped, process, leader, &mut observed)?;
-        check_timers(stopped, process)?;
+        match check_process(stopped, recorded, process, leader, &mut observed) {
+            Ok(()) => {}
+            Err(Error::Refused(refusal)) => changed.push((process.pid(), refusal)),
+            Err(error) => return Err(error),
+        }
     }
-    Ok(observed)
+    Ok((observed, changed))
 }
 
-/// Refuses if a recorded process is not there any more.
-pub fn check_presence(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<()> {
-    recorded
-        .processes()
-        .try_for_each(|process| check_is_there(stopped, process))
+fn check_process(
+    stopped: &mut Stopped<'_>,
+    recorded: &Recorded<'_>,
+    process: &RecordedProcess<'_>,
+    leader: Leader,
+    observed: &mut Observed,
+) -> Result<()> {
+    check_family(stopped, recorded, process)?;
+    check_rights(stopped, process)?;
+    observe(stopped, process, leader, observed)?;
+    check_timers(stopped, process)
 }
 
 /// A refusal about a recorded process that is still there.
@@ -92,13 +107,14 @@ pub(super) fn comm(bytes: &[u8]) -> String {
 
 pub(super) const TAKE_ANOTHER: &str = "it can't be brought back; take a new checkpoint";
 
-fn check_is_there(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Result<()> {
+/// Refuses if a recorded process is not there any more.
+pub(super) fn check_is_there(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Result<()> {
     let pid = recorded.pid();
     let gone = |what: &str| {
         let remedy = format!("it has {what} since the checkpoint; {TAKE_ANOTHER}");
         Err(refuse(recorded, "the process", remedy).into())
     };
-    let identity = &recorded.record.identity;
+    let identity = &recorded.identity;
     let Some(live) = stopped.process(pid) else {
         return gone(if recorded.is_zombie() {
             "been reaped"
@@ -135,7 +151,7 @@ fn check_family(
     process: &RecordedProcess<'_>,
 ) -> Result<()> {
     let pid = process.pid();
-    let identity = &process.record.identity;
+    let identity = &process.identity;
     let changed = |object: &str, from: i32, to: i32| {
         let remedy = format!("it was {from} at the checkpoint and is {to} now; {TAKE_ANOTHER}");
         Err(refuse(process, object, remedy).into())
@@ -238,7 +254,7 @@ pub(super) fn check_thread_rights(
 }
 
 /// A nice value can be lowered, and a policy raised, with the privilege for it only.
-fn check_scheduling(
+pub(super) fn check_scheduling(
     process: &RecordedProcess<'_>,
     tid: Pid,
     was: &ThreadState,
