@@ -15,5 +15,6 @@ mod leaks;
 mod orphans;
 mod real_programs;
 mod refusals;
+mod revival;
 mod runtime;
 mod stress;

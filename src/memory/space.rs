@@ -354,8 +354,10 @@ impl Space {
     /// Gives up an image: its shadow and its slots. The process must be stopped for its shadow to be reaped; one
     /// that is gone leaves that to its init.
     pub fn discard(space: Option<&mut Self>, stopped: &mut Stopped, image: SpaceImage) {
+        // That of a process which has ended since is another's child.
+        let parent = procfs::Stat::read(image.shadow.pid).map_or(image.pid, |stat| stat.parent());
         image.shadow.kill();
-        reap(stopped, image.pid, image.shadow.pid);
+        reap(stopped, parent, image.shadow.pid);
         stopped.tree_mut().remove_shadow(image.shadow.pid);
         if let Some(space) = space {
             image

@@ -172,6 +172,16 @@ impl Lost {
         if let Some(obstacle) = timer_obstacle(stopped, self, process)? {
             return Ok(Some(obstacle.into()));
         }
+        if let Ok(stat) = procfs::Stat::read(pid)
+            && stat.start_time() == process.identity.start_time
+            && stopped.process(pid).is_none()
+        {
+            let reaper = stat.parent();
+            return Ok(Some(format!(
+                "pid {reaper} ({}), which has adopted it, has not reaped it",
+                procfs::comm(reaper)
+            )));
+        }
         // In a PID namespace of its own its numbers are free, as what was born since is ended before.
         let has_namespace = process.identity.namespace_pid != pid.as_raw();
         let mut numbers = process.threads.keys().filter(|_| !has_namespace);
