@@ -3,6 +3,7 @@
 crate::support::fixture_tests! {
     altstack,
     blocked_io,
+    blocked_poll,
     blocked_signals,
     blocked_sleeps,
     blocked_waits,

@@ -51,6 +51,9 @@ pub struct Member {
     pub namespaces: File,
     /// The window into it, once one was needed.
     pub window: Option<TargetWindow>,
+    /// Calls in which threads were interrupted, to go on by a restart block: by TID and what else tells it from others, the
+    /// number of each.
+    pub calls: BTreeMap<(Pid, [u64; 6]), u64>,
     /// Names its address space in this tree: another process of the same PID, or the same one after execve(2), has
     /// another.
     pub generation: u64,
@@ -83,6 +86,7 @@ impl Member {
             numbers: open("fd", false)?,
             namespaces: open("ns", false)?,
             window: None,
+            calls: BTreeMap::new(),
             generation: 0,
         })
     }

@@ -167,12 +167,21 @@ fn capture_thread(
         .and_then(|process| process.threads.iter_mut().find(|thread| thread.tid == tid))
         .ok_or(gone)?;
     let rseq = ptrace::rseq(tid).about(tid, "rseq configuration")?;
-    let registers = interrupted::to_record(thread.registers()?);
+    let (registers, signal_mask) = (*thread.registers()?, thread.signal_mask()?);
+    if interrupted::is_unnamed(&registers) {
+        return Err(refuse(
+            pid,
+            format!("thread {tid}: its system call"),
+            "it waits for a limited time, was interrupted before, and the kernel does not tell what call it was; try again when it is in another",
+        )
+        .into());
+    }
+    let registers = interrupted::to_record(&registers);
     let record = ThreadRecord {
         process: context.refer(process_id)?,
         tid: tid.as_raw() as u64,
         registers: registers::to_words(&registers),
-        signal_mask: thread.signal_mask()?,
+        signal_mask,
         rseq_address: rseq.address,
         rseq_size: rseq.size,
         rseq_signature: rseq.signature,

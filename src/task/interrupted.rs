@@ -59,12 +59,57 @@ pub(super) fn from_the_start(registers: &Registers) -> Registers {
 /// The registers to record. The kernel restarts a call from `orig_rax` wherever the thread is when they are put back, but
 /// not by a restart block, which by then belongs to a later call.
 pub(super) fn to_record(registers: &Registers) -> Registers {
-    if registers.orig_rax as i64 >= 0 && registers.rax as i64 == -ERESTART_RESTARTBLOCK {
+    if has_restart_block(registers) {
         from_the_start(registers)
     } else {
         *registers
     }
 }
+
+/// Whether the thread is in a call that goes on by a restart block.
+pub(super) fn has_restart_block(registers: &Registers) -> bool {
+    registers.orig_rax as i64 >= 0 && registers.rax as i64 == -ERESTART_RESTARTBLOCK
+}
+
+/// Whether the thread is in such a call that was interrupted before, and goes on as restart_syscall(2): what it was is not to
+/// be seen any more.
+pub(super) fn is_unnamed(registers: &Registers) -> bool {
+    has_restart_block(registers) && registers.orig_rax as i64 == libc::SYS_restart_syscall
+}
+
+/// The same call, with its number. It goes on by its restart block as before.
+pub(super) fn named(registers: &Registers, number: u64) -> Registers {
+    Registers {
+        orig_rax: number,
+        ..*registers
+    }
+}
+
+/// What tells one call of a thread from another: where it is made, and the arguments.
+pub(super) fn place(registers: &Registers) -> [u64; 6] {
+    let Registers {
+        rip,
+        rsp,
+        rdi,
+        rsi,
+        rdx,
+        r10,
+        ..
+    } = *registers;
+    [rip, rsp, rdi, rsi, rdx, r10]
+}
+
+/// The number of a call by the instructions that end before where it returns to, if those are the plainest ones:
+/// `mov eax, number; syscall`.
+pub(super) fn number_in(code: &[u8; INSTRUCTIONS]) -> Option<u64> {
+    let [0xb8, a, b, 0, 0, 0x0f, 0x05] = *code else {
+        return None;
+    };
+    Some(u64::from(u16::from_le_bytes([a, b])))
+}
+
+/// Bytes that [`number_in`] looks at.
+pub(super) const INSTRUCTIONS: usize = 7;
 
 #[cfg(test)]
 mod tests {
@@ -99,5 +144,17 @@ mod tests {
         );
         let plain = in_call(libc::SYS_read, -crate::kernel::runner::ERESTARTSYS);
         assert_eq!(to_record(&plain).rip, plain.rip);
+    }
+
+    #[test]
+    fn a_call_interrupted_twice_is_named() {
+        let twice = in_call(libc::SYS_restart_syscall, -ERESTART_RESTARTBLOCK);
+        assert!(
+            is_unnamed(&twice) && !is_unnamed(&in_call(libc::SYS_poll, -ERESTART_RESTARTBLOCK))
+        );
+        let again = to_record(&named(&twice, libc::SYS_poll as u64));
+        assert_eq!((again.rip, again.rax), (0x1000, libc::SYS_poll as u64));
+        assert_eq!(number_in(&[0xb8, 0xca, 0, 0, 0, 0x0f, 0x05]), Some(202));
+        assert_eq!(number_in(&[0x48, 0x89, 0xf8, 0x90, 0x90, 0x0f, 0x05]), None);
     }
 }

@@ -27,6 +27,10 @@ pub fn prepare(stopped: &mut Stopped<'_>) -> Result<()> {
             continue;
         };
         restart_calls(process)?;
+        name_calls(stopped, pid)?;
+        let Some(process) = stopped.process_mut(pid) else {
+            continue;
+        };
         let aborted = abort_sequences(process)?;
         let memory = &stopped.member(pid)?.memory;
         for area in aborted {
@@ -51,6 +55,55 @@ fn restart_calls(process: &mut Process) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A call that goes on by a restart block does so as restart_syscall(2). When it is interrupted again, be it by the next of our
+/// stops, its number is not to be seen any more, without which it can't start again after a rollback. So that is noted, and
+/// put back.
+fn name_calls(stopped: &mut Stopped<'_>, pid: Pid) -> Result<()> {
+    let Some(process) = stopped.process_mut(pid) else {
+        return Ok(());
+    };
+    let mut calls = Vec::new();
+    for thread in &mut process.threads {
+        let registers = *thread.registers()?;
+        if interrupted::has_restart_block(&registers) {
+            calls.push((thread.tid, registers));
+        }
+    }
+    let gone = || crate::freeze::Error::Gone(pid);
+    let member = stopped.tree_mut().member_mut(pid).ok_or_else(gone)?;
+    let before = std::mem::take(&mut member.calls);
+    for (tid, registers) in calls {
+        let call = (tid, interrupted::place(&registers));
+        let number = if interrupted::is_unnamed(&registers) {
+            let by_code = || number_at(&stopped.member(pid).ok()?.memory, registers.rip);
+            match before.get(&call).copied().or_else(by_code) {
+                Some(number) => number,
+                None => continue,
+            }
+        } else {
+            registers.orig_rax
+        };
+        let process = stopped.process_mut(pid).ok_or_else(gone)?;
+        let mut threads = process.threads.iter_mut();
+        if let Some(thread) = threads.find(|thread| thread.tid == tid)
+            && number != registers.orig_rax
+        {
+            thread.set_registers(&interrupted::named(&registers, number));
+        }
+        let member = stopped.tree_mut().member_mut(pid).ok_or_else(gone)?;
+        member.calls.insert(call, number);
+    }
+    Ok(())
+}
+
+/// The number of the call that returns to an address, if the code there says it plainly.
+fn number_at(memory: &std::fs::File, returns_to: u64) -> Option<u64> {
+    let mut code = [0; interrupted::INSTRUCTIONS];
+    let at = returns_to.checked_sub(code.len() as u64)?;
+    memory.read_exact_at(&mut code, at).ok()?;
+    interrupted::number_in(&code)
 }
 
 /// Whether a signal waits that will interrupt what the thread does: neither blocked nor ignored.
