@@ -110,25 +110,25 @@ impl Stopped<'_> {
         let levels = procfs::namespace_pids(&text).len();
         let (inside, outside) = (wanted.inside, wanted.number.as_raw());
         let deadline = Instant::now() + PATIENCE;
-        if levels == 1 {
-            // Others fork too, and most of what they make ends soon.
-            while procfs::path(wanted.number, "stat").exists() && Instant::now() < deadline {
-                std::thread::sleep(SOON);
-            }
-            if let Some(made) = self.clone_with_ids(maker, wanted, &[inside])? {
-                return Ok(made);
-            }
-        } else {
-            if levels == 2
-                && let Some(made) = self.clone_with_ids(maker, wanted, &[inside, outside])?
-            {
-                return Ok(made);
-            }
-            if let Some(made) = self.clone_with_ids(maker, wanted, &[inside])? {
-                if !avoid.contains(&made) {
-                    return Ok(made);
+        let both = [inside, outside];
+        let choices: &[&[i32]] = match levels {
+            1 => &[&both[..1]],
+            2 => &[&both, &both[..1]],
+            _ => &[&both[..1]],
+        };
+        for ids in choices.iter().cycle() {
+            match self.clone_with_ids(maker, wanted, ids)? {
+                Ok(made) if ids.len() == levels || !avoid.contains(&made) => return Ok(made),
+                Ok(made) => self.undo(maker, wanted, made)?,
+                // One that is ending has it for a while longer than it is to be seen; others fork too, and most of what
+                // they make ends soon.
+                Err(Errno::EEXIST) if Instant::now() < deadline => {
+                    if ids.len() == 1 {
+                        std::thread::sleep(SOON);
+                    }
                 }
-                self.undo(maker, wanted, made)?;
+                Err(Errno::EPERM | Errno::ENOSYS | Errno::EINVAL | Errno::E2BIG) => break,
+                Err(errno) => return Err(failed(maker, "clone3", errno)),
             }
         }
         // It takes a privilege that processes of containers do not have. So the number is asked for from outside.
@@ -169,8 +169,13 @@ impl Stopped<'_> {
         ))
     }
 
-    /// The same with numbers that the maker chooses (`set_tid` of clone3(2), Linux 5.5), if the kernel lets it.
-    fn clone_with_ids(&mut self, maker: Pid, wanted: Wanted, ids: &[i32]) -> Result<Option<Pid>> {
+    /// The same with numbers that the maker chooses (`set_tid` of clone3(2), Linux 5.5), or says why not.
+    fn clone_with_ids(
+        &mut self,
+        maker: Pid,
+        wanted: Wanted,
+        ids: &[i32],
+    ) -> Result<std::result::Result<Pid, Errno>> {
         let mut batch = Batch::new();
         let set_tid = batch.filled(ids.as_bytes());
         let arguments = batch.filled(
@@ -194,12 +199,9 @@ impl Stopped<'_> {
                 let [born] = outputs.born[..] else {
                     return Err(Error::Gone(maker));
                 };
-                Ok(Some(born))
+                Ok(Ok(born))
             }
-            Err(Errno::EPERM | Errno::ENOSYS | Errno::EINVAL | Errno::E2BIG) => Ok(None),
-            // Ours is taken; it does not matter to the program.
-            Err(Errno::EEXIST) if ids.len() > 1 => Ok(None),
-            Err(errno) => Err(failed(maker, "clone3", errno)),
+            Err(errno) => Ok(Err(errno)),
         }
     }
 
