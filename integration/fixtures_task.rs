@@ -69,3 +69,14 @@ fn child_family_unprivileged() {
 fn child_memory_unprivileged() {
     crate::support::fixture::unprivileged_run("child_memory");
 }
+
+/// Where it may not tell the kernel what program it is, it executes it.
+#[test]
+fn child_program_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_program");
+}
+
+#[test]
+fn child_execs_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_execs");
+}

@@ -324,7 +324,7 @@ impl Stopped<'_> {
         let result = place.call(thread, &member.memory, libc::SYS_munmap, |_| {
             [target.address, target.window.len() as u64, 0, 0, 0, 0]
         })?;
-        Bootstrap::leave_call(thread)?;
+        leave_call(thread.tid)?;
         place.erase(&member.memory)?;
         result.map(drop).map_err(|errno| Error::Call {
             pid,
@@ -479,7 +479,8 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
 /// Most batches end within microseconds: look for so long before going to sleep, from which it takes as long to wake up.
 const LOOK: Duration = Duration::from_micros(100);
 
-fn wait(tid: Pid) -> Result<Event> {
+/// Waits for the next stop, or the end, of a task that runs.
+pub(super) fn wait(tid: Pid) -> Result<Event> {
     let began = Instant::now();
     loop {
         for _ in 0..16 {
@@ -489,6 +490,20 @@ fn wait(tid: Pid) -> Result<Event> {
         }
         if began.elapsed() > LOOK {
             return ptrace::wait(tid).context(|| format!("wait for {tid}"));
+        }
+    }
+}
+
+/// Takes a thread from the end of a call to where it looks whether the call that the program was in is to be
+/// restarted, which it does for other stops only.
+pub(super) fn leave_call(tid: Pid) -> Result<()> {
+    ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
+    loop {
+        ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+        match wait(tid)? {
+            Event::Interrupted => return Ok(()),
+            Event::Exited(_) => return Err(Error::Gone(tid)),
+            _ => {}
         }
     }
 }
@@ -611,21 +626,6 @@ impl Bootstrap {
                         event: format!("{event:?}"),
                     });
                 }
-            }
-        }
-    }
-
-    /// Takes a thread from the end of a call to where it looks whether the call that the program was in is to be
-    /// restarted, which it does for other stops only.
-    fn leave_call(thread: &Thread) -> Result<()> {
-        let tid = thread.tid;
-        ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
-        loop {
-            ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
-            match wait(tid)? {
-                Event::Interrupted => return Ok(()),
-                Event::Exited(_) => return Err(Error::Gone(tid)),
-                _ => {}
             }
         }
     }

@@ -10,6 +10,7 @@ mod kill;
 mod lineage;
 mod orphans;
 mod pass;
+mod program;
 mod revive;
 mod stopped;
 mod thread;

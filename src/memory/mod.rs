@@ -24,7 +24,7 @@ pub use layout::Layout;
 pub use observe::{Map, Observed, look_at_map};
 pub use plan::{Plan, Recorded, plan};
 pub use ranges::{Ranges, Span};
-pub use remake::{obstacle, same_program};
+pub use remake::{execute_program, obstacle, same_program};
 pub use shadow::Shadow;
 pub use shared::{SharedImage, SharedObject};
 pub use space::{Copied, Space};

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -46,11 +46,40 @@ pub fn obstacle(
 
 /// Whether the programs that two images have run are the same file.
 pub fn same_program(one: &SpaceImage, other: &SpaceImage) -> bool {
-    let program = |image: &SpaceImage| {
-        let metadata = std::fs::metadata(procfs::path(image.shadow.pid, "exe")).ok()?;
+    run_the_same(one.shadow.pid, other.shadow.pid)
+}
+
+fn run_the_same(one: Pid, other: Pid) -> bool {
+    let program = |pid| {
+        let metadata = std::fs::metadata(procfs::path(pid, "exe")).ok()?;
         Some((metadata.dev(), metadata.ino()))
     };
     program(one).is_some_and(|file| program(other) == Some(file))
+}
+
+/// Has a process that was made again execute the program of the image, where it may not pass for it otherwise. It has
+/// another address space then, and no window.
+pub fn execute_program(stopped: &mut Stopped, pid: Pid, image: &SpaceImage) -> Result<()> {
+    stopped.open_window(pid, PAGE as usize)?;
+    // Of those that its parent has.
+    let mut batch = Batch::new();
+    let close = batch.call(
+        libc::SYS_close_range,
+        &[0.into(), u32::MAX.into(), 0.into()],
+    );
+    let closed = stopped.run(pid, &batch)?;
+    closed
+        .result(close)
+        .map_err(|errno| system(pid, "close its descriptors", errno))?;
+    let number = pass_program(stopped, pid, image.shadow.pid)?;
+    Ok(stopped.execute_program(pid, number)?)
+}
+
+/// Gives a process a descriptor, close-on-exec, of the program of a shadow, and returns its number.
+fn pass_program(stopped: &mut Stopped, pid: Pid, shadow: Pid) -> Result<i32> {
+    let file = File::open(procfs::path(shadow, "exe"))
+        .map_err(|error| system(shadow, "open the program of a shadow", error))?;
+    Ok(stopped.pass_descriptor(pid, file.as_fd())?)
 }
 
 /// The window into the address space of an image, if that is the one the process had last.
@@ -170,13 +199,12 @@ impl Space {
         }
     }
 
-    /// Tells the kernel where the parts of the program are, and which it is if its parent's is another; to be called when
-    /// the VMAs are as in the image.
+    /// Tells the kernel where the parts of the program are, and which it is if that is another; to be called when the VMAs
+    /// are as in the image.
     pub fn restore_program(
         &self,
         stopped: &mut Stopped,
         image: &SpaceImage,
-        maker: &SpaceImage,
         context: &Context,
     ) -> Result<()> {
         let (pid, shadow) = (self.pid, image.shadow.pid);
@@ -184,16 +212,9 @@ impl Space {
             .map_err(|error| system(shadow, "read the stat of a shadow", error))?;
         let auxv = std::fs::read(procfs::path(shadow, "auxv"))
             .map_err(|error| system(shadow, "read the auxv of a shadow", error))?;
-        let program = match same_program(image, maker) {
+        let program = match run_the_same(pid, shadow) {
             true => None,
-            false => {
-                let file = File::options()
-                    .read(true)
-                    .custom_flags(libc::O_CLOEXEC)
-                    .open(procfs::path(shadow, "exe"))
-                    .map_err(|error| system(shadow, "open the program of a shadow", error))?;
-                Some(stopped.pass_descriptor(pid, file.as_fd())?)
-            }
+            false => Some(pass_program(stopped, pid, shadow)?),
         };
         let parts = ProgramParts {
             code: [stat.field(26), stat.field(27)],

@@ -163,9 +163,12 @@ fn check_lost(
         let obstacle = match maker {
             None => Some("nothing is known of its parent's memory"),
             Some((maker, of_maker)) => match memory::obstacle(stopped, image, of_maker)? {
-                None if !memory::same_program(image, of_maker) && !task::may_set_program(maker) => {
+                None if !memory::same_program(image, of_maker)
+                    && !task::may_set_program(maker)
+                    && !task::keeps_rights(maker) =>
+                {
                     Some(
-                        "it had executed another program than its parent, which lacks the privilege to pass for it",
+                        "it had executed another program than its parent, which would lose privileges by that",
                     )
                 }
                 obstacle => obstacle,

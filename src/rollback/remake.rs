@@ -64,6 +64,7 @@ fn process(
     let is = task::make(stopped, &recorded(&checkpoints[to])?, was, avoid)?;
     let pid = Pid::from_raw(is.pid);
     learn(checkpoints, to, was, &is)?;
+    execute_program(stopped, &checkpoints[to], pid, index)?;
 
     let checkpoint = &checkpoints[to];
     let image = &checkpoint.spaces[index];
@@ -80,10 +81,7 @@ fn process(
     task::clear(stopped, &recorded, pid)?;
     let todo = space.plan_remake(stopped, image, context)?;
     space.restore_layout(stopped, image, &todo)?;
-    let maker = recorded.process(pid).map(task::RecordedProcess::parent);
-    let maker = maker.and_then(|maker| checkpoint.space_of(maker));
-    let maker = maker.ok_or(freeze::Error::Gone(was))?;
-    space.restore_program(stopped, image, maker, context)?;
+    space.restore_program(stopped, image, context)?;
     task::settle_in(stopped, &recorded, pid, image.shadow.pid, &mut plan.tasks)?;
     let todo = memory::Plan {
         layout: Vec::new(),
@@ -94,6 +92,36 @@ fn process(
     spaces.remove(&was);
     spaces.insert(pid, space);
     Ok(pid)
+}
+
+/// Has a process that was made again execute its program, if that is another than its parent's and there is no other way
+/// to pass for it.
+fn execute_program(
+    stopped: &mut Stopped,
+    checkpoint: &Checkpoint,
+    pid: Pid,
+    index: usize,
+) -> Result<()> {
+    let recorded = recorded(checkpoint)?;
+    let maker = recorded
+        .process(pid)
+        .and_then(|process| recorded.process(process.parent()))
+        .ok_or(freeze::Error::Gone(pid))?;
+    let of_maker = checkpoint.space_of(maker.pid());
+    let of_maker = of_maker.ok_or(freeze::Error::Gone(pid))?;
+    let image = &checkpoint.spaces[index];
+    if memory::same_program(image, of_maker) || task::may_set_program(maker) {
+        return Ok(());
+    }
+    memory::execute_program(stopped, pid, image)?;
+    if task::has_rights_of(stopped, pid, maker)? {
+        return Ok(());
+    }
+    Err(freeze::Error::Unexpected {
+        tid: pid,
+        event: "other rights by executing its program".into(),
+    }
+    .into())
 }
 
 /// Has all checkpoints that have this process know what names it now.

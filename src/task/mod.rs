@@ -60,7 +60,7 @@ pub use recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
 pub use remake::{clear, join_groups, make, settle_in};
 pub use restore::{loosen, restore};
 pub use revive::revive;
-pub use rights::may_set_program;
+pub use rights::{has_rights_of, keeps_rights, may_set_program};
 pub use verify::verify;
 
 use nix::errno::Errno;

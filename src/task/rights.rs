@@ -7,7 +7,7 @@ use crate::kernel::namespaces::KINDS;
 use crate::kernel::procfs;
 
 use super::Result;
-use super::capture::FEATURES;
+use super::capture::{self, FEATURES};
 use super::layout::Rights;
 use super::recorded::RecordedProcess;
 use super::steps::Steps;
@@ -108,6 +108,26 @@ pub fn may_set_program(maker: &RecordedProcess<'_>) -> bool {
     const CAP_SYS_ADMIN: u64 = 1 << 21;
     const CAP_CHECKPOINT_RESTORE: u64 = 1 << 40;
     Lines(maker.rights).set("CapEff") & (CAP_SYS_ADMIN | CAP_CHECKPOINT_RESTORE) != 0
+}
+
+/// Whether a process has the same capabilities as before when it has executed a program (capabilities(7)).
+pub fn keeps_rights(process: &RecordedProcess<'_>) -> bool {
+    let lines = Lines(process.rights);
+    let [permitted, effective, bounding, inheritable, ambient] =
+        ["CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb"].map(|key| lines.set(key));
+    let is_root = lines.numbers("Uid").iter().all(|user| *user == 0);
+    let gets = if is_root {
+        bounding | inheritable
+    } else {
+        ambient
+    };
+    rights(process).is_some_and(|rights| rights.secure_bits == 0)
+        && (permitted, effective) == (gets, gets)
+}
+
+/// Whether a process that was made again, and has executed a program, has the rights of its parent.
+pub fn has_rights_of(stopped: &Stopped<'_>, pid: Pid, maker: &RecordedProcess<'_>) -> Result<bool> {
+    Ok(capture::rights(stopped, pid)? == maker.rights)
 }
 
 fn own_user_namespace() -> Option<u64> {
