@@ -33,6 +33,16 @@ pub struct Plan {
     pub remade: bool,
 }
 
+impl Plan {
+    /// Pages that are not known any more to be as another image of the same address space has them.
+    pub fn stale_in_others(&self) -> &Ranges {
+        match self.remade {
+            true => &self.arm,
+            false => &self.copy,
+        }
+    }
+}
+
 /// What the image says, as the plan needs it.
 #[derive(Debug, Clone, Copy)]
 pub struct Recorded<'a> {

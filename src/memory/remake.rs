@@ -14,7 +14,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use crate::freeze::{self, Batch, STORE_OFFSET, Stopped, TargetWindow};
 use crate::kernel::maps::Vma;
-use crate::kernel::procfs;
+use crate::kernel::{pagemap, procfs};
 use crate::record::Context;
 
 use super::image::SpaceImage;
@@ -161,6 +161,40 @@ impl Space {
             remade: true,
             ..plan
         })
+    }
+
+    /// Takes pages out of what is to be copied that need not be: the process has the very same from its parent as the shadow,
+    /// which tells by their frames. To be called when the VMAs are as in the image.
+    pub fn keep_inherited(
+        &self,
+        stopped: &Stopped,
+        image: &SpaceImage,
+        plan: &mut Plan,
+    ) -> Result<()> {
+        /// Of the pages looked at in one go.
+        const PIECE: u64 = 4 << 20;
+        let (live, shadow) = (&stopped.member(self.pid)?.pagemap, &image.shadow.pagemap);
+        let mut same = Ranges::new();
+        for span in plan.copy.pieces(PIECE) {
+            // A page that the kernel moves leaves its frame to another, which might be the shadow's: so it is looked at twice.
+            let [before, of_shadow, after] = [live, shadow, live].map(|pagemap| {
+                pagemap::frames(pagemap, span.start, span.end)
+                    .map_err(|error| system(self.pid, "look at its page frames", error))
+            });
+            let (before, of_shadow, after) = (before?, of_shadow?, after?);
+            let pages = (span.start..span.end).step_by(PAGE as usize);
+            for (start, frame) in pages.zip(before.iter().zip(&of_shadow).zip(&after)) {
+                let ((before, of_shadow), after) = frame;
+                if *before != 0 && before == of_shadow && before == after {
+                    same.push(Span {
+                        start,
+                        end: start + PAGE,
+                    });
+                }
+            }
+        }
+        plan.copy = plan.copy.difference(&same);
+        Ok(())
     }
 
     fn live(&self, stopped: &Stopped) -> Result<Layout> {

@@ -78,7 +78,7 @@ pub fn run(
     {
         for image in &mut other.spaces {
             if let Some((_, plan)) = plan.memory.iter().find(|(pid, _)| *pid == image.pid) {
-                image.stale = image.stale.union(&plan.copy);
+                image.stale = image.stale.union(plan.stale_in_others());
             }
         }
     }

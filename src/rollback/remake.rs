@@ -79,8 +79,9 @@ fn process(
     let recorded = recorded(checkpoint)?;
     let (context, image) = (&checkpoint.context, &checkpoint.spaces[index]);
     task::clear(stopped, &recorded, pid)?;
-    let todo = space.plan_remake(stopped, image, context)?;
+    let mut todo = space.plan_remake(stopped, image, context)?;
     space.restore_layout(stopped, image, &todo)?;
+    space.keep_inherited(stopped, image, &mut todo)?;
     space.restore_program(stopped, image, context)?;
     task::settle_in(stopped, &recorded, pid, image.shadow.pid, &mut plan.tasks)?;
     let todo = memory::Plan {
