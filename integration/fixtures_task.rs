@@ -41,6 +41,7 @@ crate::support::fixture_tests! {
     tid_address,
     umask,
     xstate,
+    zombie_child,
 }
 
 /// Threads are made again without a privilege of the program's own.
@@ -79,4 +80,9 @@ fn child_program_unprivileged() {
 #[test]
 fn child_execs_unprivileged() {
     crate::support::fixture::unprivileged_run("child_execs");
+}
+
+#[test]
+fn zombie_child_unprivileged() {
+    crate::support::fixture::unprivileged_run("zombie_child");
 }

@@ -80,5 +80,4 @@ honesty_tests! {
     stopped_child,
     sysv_memory,
     vfork_waits,
-    zombie_child,
 }

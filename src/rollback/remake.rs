@@ -31,13 +31,29 @@ pub(super) fn processes(
     for checkpoint in checkpoints.iter() {
         numbers.extend(task::numbers(&recorded(checkpoint)?));
     }
-    for was in plan.lost.in_order(&recorded(&checkpoints[to])?) {
+    let records = recorded(&checkpoints[to])?;
+    let is_zombie = |pid: &Pid| {
+        records
+            .process(*pid)
+            .is_some_and(task::RecordedProcess::is_zombie)
+    };
+    let all = plan.lost.in_order(&records).into_iter();
+    let (zombies, living): (Vec<Pid>, Vec<Pid>) = all.partition(is_zombie);
+    for was in living {
         let pid = process(stopped, spaces, checkpoints, to, was, plan, &numbers)?;
         numbers.insert(pid);
         made.push(pid);
     }
+    task::join_groups(stopped, &recorded(&checkpoints[to])?, &made)?;
+    for was in zombies {
+        let is = task::make(stopped, &recorded(&checkpoints[to])?, was, &numbers)?;
+        let pid = Pid::from_raw(is.pid);
+        learn(checkpoints, to, was, &is)?;
+        task::end(stopped, &recorded(&checkpoints[to])?, pid)?;
+        numbers.insert(pid);
+        made.push(pid);
+    }
     let checkpoint = &checkpoints[to];
-    task::join_groups(stopped, &recorded(checkpoint)?, &made)?;
     plan.objects = objects::prepare(
         stopped,
         &checkpoint.objects,

@@ -13,6 +13,7 @@ use crate::outcome::Refusal;
 use super::check::{TAKE_ANOTHER, check_is_there, check_scheduling, refuse};
 use super::layout::LIMITS;
 use super::recorded::{Recorded, RecordedProcess};
+use super::remake::Ending;
 use super::revive::taken_by;
 use super::{Error, Result, pending, posix_timers, rights};
 
@@ -144,8 +145,8 @@ impl Lost {
         if pid == stopped.root() {
             return Ok(Some("it is the root of the tree".into()));
         }
-        if process.is_zombie() {
-            return Ok(Some("it had ended already".into()));
+        if process.is_zombie() && Ending::of(process).is_none() {
+            return Ok(Some("a signal had ended it".into()));
         }
         if let Some(adopter) = stopped.process(pid).map(|live| live.parent)
             && stopped.process(adopter).is_none()
@@ -163,10 +164,11 @@ impl Lost {
         if let Some(obstacle) = self.family_obstacle(recorded, process, maker) {
             return Ok(Some(obstacle.into()));
         }
-        if let Some(obstacle) = rights::obstacle(process, maker) {
+        let living = !process.is_zombie();
+        if let Some(obstacle) = living.then(|| rights::obstacle(process, maker)).flatten() {
             return Ok(Some(obstacle.into()));
         }
-        if let Some(obstacle) = state_obstacle(process, maker)? {
+        if living && let Some(obstacle) = state_obstacle(process, maker)? {
             return Ok(Some(obstacle.into()));
         }
         if let Some(obstacle) = timer_obstacle(stopped, self, process)? {
@@ -184,8 +186,9 @@ impl Lost {
         }
         // In a PID namespace of its own its numbers are free, as what was born since is ended before.
         let has_namespace = process.identity.namespace_pid != pid.as_raw();
-        let mut numbers = process.threads.keys().filter(|_| !has_namespace);
-        if let Some(other) = numbers.find_map(|tid| taken_by(stopped, *tid)) {
+        let threads = process.threads.keys().copied();
+        let mut numbers = threads.chain([pid]).filter(|_| !has_namespace);
+        if let Some(other) = numbers.find_map(|tid| taken_by(stopped, tid)) {
             return Ok(Some(format!("{other} has its number now")));
         }
         let is_ours = |process: &crate::freeze::Process| {

@@ -9,7 +9,7 @@
 //! | [`Recorded::read`] | rollback | a view of the records, in place |
 //! | [`Lost`], [`Questions`], [`check`] | rollback, before anything is touched | observes the live state; which processes are to be made again; refuses what can't be undone |
 //! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
-//! | [`make`], [`clear`], [`settle_in`], [`join_groups`] | rollback | make processes again |
+//! | [`make`], [`clear`], [`settle_in`], [`join_groups`], [`end`] | rollback | make processes again |
 //! | [`revive`] | rollback | makes threads again that have ended |
 //! | [`loosen`] | rollback, before memory and descriptors | what would be in the way of those: limits, rseq areas |
 //! | [`restore`] | rollback, after memory and descriptors | puts back what differs |
@@ -57,7 +57,7 @@ pub use posix_timers::PosixTimer;
 pub use prepare::prepare;
 pub use probe::{Leader, Questions};
 pub use recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
-pub use remake::{clear, join_groups, make, settle_in};
+pub use remake::{clear, end, join_groups, make, settle_in};
 pub use restore::{loosen, restore};
 pub use revive::revive;
 pub use rights::{has_rights_of, keeps_rights, may_set_program};

@@ -101,6 +101,57 @@ pub fn settle_in(
     Ok(())
 }
 
+/// How a recorded zombie had ended, of the ways in which one can be made to.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Ending {
+    /// By itself, with this status.
+    Exit(u64),
+    /// By `SIGKILL`. A signal that can be handled might be.
+    Killed,
+}
+
+impl Ending {
+    pub(super) fn of(process: &RecordedProcess<'_>) -> Option<Self> {
+        let status = process.identity.wait_status;
+        if libc::WIFEXITED(status) {
+            return Some(Self::Exit(libc::WEXITSTATUS(status) as u64));
+        }
+        (status == libc::SIGKILL).then_some(Self::Killed)
+    }
+}
+
+/// Ends a process that was made again as the recorded one had ended, once it is in its session and process group; its parent
+/// has yet to be told of it. It has no window.
+pub fn end(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, pid: Pid) -> Result<()> {
+    let process = recorded.process(pid).ok_or(Error::Gone(pid))?;
+    let (group, parent) = (Pid::from_raw(process.identity.group), process.parent());
+    let mut calls = Vec::new();
+    if process.identity.session == process.identity.pid {
+        calls.push((libc::SYS_setsid, [0; 3]));
+    } else if getpgid(Some(pid)).about(pid, "process group")? != group {
+        let inside = group_inside(recorded, group)?;
+        calls.push((libc::SYS_setpgid, [0, inside as u64, 0]));
+    }
+    let ending = Ending::of(process).ok_or(Error::Gone(pid))?;
+    if let Ending::Exit(status) = ending {
+        calls.push((libc::SYS_exit_group, [status, 0, 0]));
+    }
+    if !calls.is_empty() {
+        match (stopped.run_in_copy(parent, pid, &calls), ending) {
+            (Ok(()), Ending::Killed) | (Err(Error::Gone(_)), Ending::Exit(_)) => {}
+            (Err(error), _) => return Err(error.into()),
+            (Ok(()), Ending::Exit(_)) => return Err(Error::Gone(pid).into()),
+        }
+    }
+    stopped.note_end(pid)?;
+    let status = procfs::Stat::read(pid).about(pid, "stat")?;
+    // A parent that ignores SIGCHLD leaves none.
+    match status.state {
+        'Z' => Ok(()),
+        _ => Err(Error::Gone(pid).into()),
+    }
+}
+
 /// Puts processes that were made again into their process groups; all of them are there.
 pub fn join_groups(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, made: &[Pid]) -> Result<()> {
     let (leaders, members): (Vec<&RecordedProcess<'_>>, Vec<_>) = made
@@ -112,10 +163,7 @@ pub fn join_groups(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, made: &[P
         if getpgid(Some(pid)).about(pid, "process group")? == group {
             continue;
         }
-        let inside = match recorded.process(group) {
-            Some(leader) => leader.identity.namespace_pid,
-            None => group_inside(recorded, group)?,
-        };
+        let inside = group_inside(recorded, group)?;
         let mut steps = Steps::new(pid);
         steps.call("setpgid", libc::SYS_setpgid, &[0.into(), inside.into()]);
         steps.run(stopped, pid)?;
@@ -123,8 +171,11 @@ pub fn join_groups(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, made: &[P
     Ok(())
 }
 
-/// The number that a process group without a leader has in its own PID namespace.
+/// The number that a process group has in its own PID namespace.
 fn group_inside(recorded: &Recorded<'_>, group: Pid) -> Result<i32> {
+    if let Some(leader) = recorded.process(group) {
+        return Ok(leader.identity.namespace_pid);
+    }
     let is_member = |pid: &Pid| getpgid(Some(*pid)) == Ok(group);
     let member = recorded
         .processes()
