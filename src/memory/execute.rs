@@ -18,6 +18,7 @@ use super::image::SpaceImage;
 use super::layout::LayoutChange;
 use super::plan::Plan;
 use super::ranges::{Ranges, Span};
+use super::shadow::Shadow;
 use super::space::{Copied, Space, system};
 use super::store::runs;
 use super::{PAGE, Result};
@@ -177,14 +178,7 @@ impl Space {
             }
         }
         stopped.start(pid, &batch)?;
-        for span in overflow.pieces(PIECE) {
-            let mut bytes = vec![0; span.len() as usize];
-            image
-                .shadow
-                .read(&[span], &mut bytes)
-                .map_err(|error| system(pid, "read its shadow", error))?;
-            write(&stopped.member(pid)?.memory, pid, span, &bytes)?;
-        }
+        copy_past_store(&stopped.member(pid)?.memory, pid, &image.shadow, &overflow)?;
         Ok(Copied {
             pages: pages.pages(),
             bytes: pages.bytes(),
@@ -329,6 +323,41 @@ impl Space {
     pub fn store_bytes(&self) -> u64 {
         self.store.bytes()
     }
+}
+
+/// Copies pages from a shadow straight into a process, by several threads if they are many.
+fn copy_past_store(memory: &File, pid: Pid, shadow: &Shadow, pages: &Ranges) -> Result<()> {
+    /// Pieces for which another thread pays.
+    const MANY: usize = 4;
+    let pieces: Vec<Span> = pages.pieces(PIECE).collect();
+    let copy = |pieces: &[Span]| -> Result<()> {
+        let mut bytes = vec![0; PIECE as usize];
+        for span in pieces {
+            let bytes = &mut bytes[..span.len() as usize];
+            shadow
+                .read(&[*span], bytes)
+                .map_err(|error| system(pid, "read its shadow", error))?;
+            write(memory, pid, *span, bytes)?;
+        }
+        Ok(())
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = pieces.len().div_ceil(threads).max(MANY);
+    if pieces.len() <= each {
+        return copy(&pieces);
+    }
+    std::thread::scope(|scope| {
+        let copying: Vec<_> = pieces
+            .chunks(each)
+            .map(|pieces| scope.spawn(move || copy(pieces)))
+            .collect();
+        copying
+            .into_iter()
+            .try_for_each(|thread| match thread.join() {
+                Ok(result) => result,
+                Err(_) => Err(system(pid, "copy its pages", Errno::EIO)),
+            })
+    })
 }
 
 /// Writes to memory, be it that the program itself may not.
