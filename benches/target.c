@@ -89,6 +89,9 @@ static void run(char **argument)
 	for (int made = 1; made < processes; made++)
 		if (MUST(fork()) == 0) {
 			MUST(prctl(PR_SET_PDEATHSIG, SIGKILL));
+			/* Of its own, if so asked. */
+			if (getenv("TARGET_OWN_MEMORY"))
+				dirty(memory, pages, (long)pages, 1);
 			wait_for_ever(NULL);
 		}
 	for (int made = 1; made < threads; made++) {

@@ -64,10 +64,12 @@ fn every_fixture_program_is_tested() {
     }
 }
 
-/// The words between backticks in the last column of the tables of `docs/coverage.md`.
+/// The words between backticks in the last column of the tables of `docs/coverage.md` and `docs/coverage-descriptors.md`.
 fn covered() -> BTreeSet<String> {
-    let text = fs::read_to_string(directory("docs").join("coverage.md"))
-        .expect("reading docs/coverage.md");
+    let page = |name: &str| {
+        fs::read_to_string(directory("docs").join(name)).expect("reading a page of docs/")
+    };
+    let text = page("coverage.md") + &page("coverage-descriptors.md");
     text.lines()
         .filter_map(|line| line.strip_suffix('|')?.rsplit_once('|'))
         .flat_map(|(_, column)| column.split('`').skip(1).step_by(2))
@@ -83,7 +85,7 @@ fn the_coverage_page_names_every_fixture_program_and_no_other() {
     let unknown: Vec<_> = covered.difference(&programs).collect();
     assert!(
         missing.is_empty() && unknown.is_empty(),
-        "docs/coverage.md does not name {missing:?}, and there is no {unknown:?}"
+        "docs/coverage*.md do not name {missing:?}, and there is no {unknown:?}"
     );
 }
 

@@ -132,6 +132,7 @@ macro_rules! fault_tests {
 
 fault_tests! {
     blocked_sleeps,
+    child_threads,
     children_born,
     hundred_processes,
     many_vmas,

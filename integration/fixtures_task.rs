@@ -3,9 +3,19 @@
 crate::support::fixture_tests! {
     altstack,
     blocked_io,
+    blocked_poll,
     blocked_signals,
     blocked_sleeps,
     blocked_waits,
+    child_execs,
+    child_exits,
+    child_family,
+    child_had_left,
+    child_leaves,
+    child_memory,
+    child_program,
+    child_threads,
+    child_zombie,
     children_born,
     comm,
     cwd,
@@ -43,6 +53,7 @@ crate::support::fixture_tests! {
     timer_overruns,
     umask,
     xstate,
+    zombie_child,
 }
 
 /// Threads are made again without a privilege of the program's own.
@@ -68,4 +79,41 @@ fn calls_that_were_interrupted_before() {
     kill(pid, Signal::SIGCONT).expect("SIGCONT");
     fixture.settle();
     comes_back(fixture);
+}
+
+/// Processes are made again without a privilege of the program's own, under numbers that are others outside.
+#[test]
+fn child_exits_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_exits");
+}
+
+#[test]
+fn child_threads_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_threads");
+}
+
+#[test]
+fn child_family_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_family");
+}
+
+#[test]
+fn child_memory_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_memory");
+}
+
+/// Where it may not tell the kernel what program it is, it executes it.
+#[test]
+fn child_program_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_program");
+}
+
+#[test]
+fn child_execs_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_execs");
+}
+
+#[test]
+fn zombie_child_unprivileged() {
+    crate::support::fixture::unprivileged_run("zombie_child");
 }

@@ -93,5 +93,4 @@ honesty_tests! {
     thread_credentials,
     vdso_moved,
     vfork_waits,
-    zombie_child,
 }

@@ -129,6 +129,7 @@ macro_rules! leak_tests {
 }
 
 leak_tests! {
+    child_threads,
     children_born,
     munmap,
     pending_signals,

@@ -16,5 +16,6 @@ mod orphans;
 mod postgresql;
 mod real_programs;
 mod refusals;
+mod revival;
 mod runtime;
 mod stress;

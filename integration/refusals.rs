@@ -54,6 +54,5 @@ macro_rules! refused {
 }
 
 refused! {
-    child_execs,
-    child_exits,
+    child_filtered,
 }

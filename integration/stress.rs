@@ -50,6 +50,7 @@ struct Count {
     refused_checkpoints: usize,
     rollbacks: usize,
     refused_rollbacks: usize,
+    revived: u64,
 }
 
 struct Run {
@@ -107,9 +108,13 @@ impl Run {
         }
     }
 
-    /// Those that are there now must not end, or no rollback to the checkpoint is possible any more.
+    /// From now on those that are there may end, or else only those may that are born later.
     fn keep(&mut self) {
-        assert_eq!(self.fixture.ask(b'k'), "OK");
+        let command = match self.random.below(2) {
+            0 => b'k',
+            _ => b'f',
+        };
+        assert_eq!(self.fixture.ask(command), "OK");
     }
 
     fn checkpoint(&mut self) {
@@ -175,6 +180,7 @@ impl Run {
         match answer.status {
             DONE => {
                 self.count.rollbacks += 1;
+                self.count.revived += answer.number("revived");
                 let after = self.verified("after the rollback");
                 if let Some(expected) = &self.taken[at].verified {
                     assert_eq!(&after, expected, "the digest after the rollback");
@@ -202,7 +208,7 @@ impl Run {
         for _ in 0..ROUNDS {
             match self.random.below(8) {
                 0 => self.checkpoint(),
-                // A process of the checkpoint ends: refused from now on.
+                // A process of the checkpoint ends.
                 1 if self.random.below(8) == 0 => drop(self.fixture.ask(b'e')),
                 _ => self.operate(),
             }
@@ -241,6 +247,7 @@ fn random_operations_come_back() {
                 total.refused_checkpoints += count.refused_checkpoints;
                 total.rollbacks += count.rollbacks;
                 total.refused_rollbacks += count.refused_rollbacks;
+                total.revived += count.revived;
             }
             Err(_) => failed.push(seed),
         }

@@ -255,7 +255,7 @@ impl Engine {
             copied_bytes: done.copied.bytes,
             header_bytes,
             killed: done.killed,
-            revived: done.revived.len(),
+            revived: done.revived,
             reset_connections: done.reset_connections,
             refused: None,
         })

@@ -66,7 +66,8 @@ pub struct Report {
     pub header_bytes: u64,
     /// Processes and threads born since the checkpoint that were killed.
     pub killed: usize,
-    /// Threads made again that had ended since the checkpoint.
+    /// Processes made again that had ended since the checkpoint, or changed what can't be undone, and threads made again
+    /// that had ended.
     pub revived: usize,
     /// Connections that could not be kept and were reset.
     pub reset_connections: usize,

@@ -68,8 +68,11 @@ pub(crate) struct Program {
 impl Program {
     /// Starts it and waits until it is ready.
     pub(crate) fn start(program: &Path, arguments: &[String]) -> Program {
-        let mut child = Command::new(program)
-            .args(arguments)
+        Program::launch(Command::new(program).args(arguments))
+    }
+
+    fn launch(command: &mut Command) -> Program {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // Ours may be a file, whose offset a rollback would take back under what we have printed.
@@ -89,6 +92,11 @@ impl Program {
 
     /// Starts a tree of this shape.
     pub(crate) fn tree(program: &Path, shape: Shape) -> Program {
+        Program::tree_of(program, shape, false)
+    }
+
+    /// Starts a tree of this shape, whose children have written to all their memory if it is to be their own.
+    pub(crate) fn tree_of(program: &Path, shape: Shape, own: bool) -> Program {
         let Shape {
             mib,
             processes,
@@ -97,10 +105,11 @@ impl Program {
             vmas,
         } = shape;
         let numbers = [mib, processes, threads, descriptors, vmas].map(|number| number.to_string());
-        Program::start(
-            program,
-            &[vec!["run".to_owned()], numbers.to_vec()].concat(),
-        )
+        let mut command = Command::new(program);
+        if own {
+            command.env("TARGET_OWN_MEMORY", "1");
+        }
+        Program::launch(command.arg("run").args(numbers))
     }
 
     /// Gives a command and returns the microseconds it answers with.

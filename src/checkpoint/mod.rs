@@ -102,7 +102,7 @@ pub struct Checkpoint {
     pub segments: memory::Segments,
     /// Descriptors.
     pub objects: objects::Capture,
-    /// Threads that were made again since with another TID in our namespace.
+    /// What is new about processes and threads that were made again since.
     pub renamed: task::Renamed,
     /// Number of processes.
     pub processes: usize,
@@ -112,6 +112,13 @@ pub struct Checkpoint {
     pub resident_pages: u64,
     /// [`Tree::losses`] when it was taken.
     pub losses: u64,
+}
+
+impl Checkpoint {
+    /// The image of a process's address space.
+    pub fn space_of(&self, pid: Pid) -> Option<&SpaceImage> {
+        self.spaces.iter().find(|image| image.pid == pid)
+    }
 }
 
 /// Takes a checkpoint. `others` are the tree's other checkpoints, which learn what was written since.
@@ -264,7 +271,7 @@ fn capture(
         shared,
         segments,
         objects,
-        renamed: task::Renamed::new(),
+        renamed: task::Renamed::default(),
         processes: stopped.processes().count(),
         threads: stopped.thread_count(),
         resident_pages,

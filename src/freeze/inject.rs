@@ -157,9 +157,14 @@ impl Stopped<'_> {
 
     /// Makes sure that a process has a window with a page store of at least `store` bytes.
     ///
-    /// A window that the program has unmapped is replaced. The first use in an address space costs two
-    /// injected calls and a batch.
+    /// The first use in an address space costs two injected calls and a batch.
     pub fn open_window(&mut self, pid: Pid, store: usize) -> Result<()> {
+        self.open_window_at(pid, store, None)
+    }
+
+    /// As [`Stopped::open_window`], at an address of which nothing is known to be in the way of the window; what is there is
+    /// replaced.
+    pub fn open_window_at(&mut self, pid: Pid, store: usize, at: Option<u64>) -> Result<()> {
         if self.member(pid)?.window.is_some() {
             return Ok(());
         }
@@ -198,15 +203,12 @@ impl Stopped<'_> {
             .context(|| format!("pidfd_getfd {pid} {remote_fd}"))?;
         nix::unistd::ftruncate(&memfd, len as i64).context(|| "size a window".into())?;
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let (wanted, flags) = match at {
+            Some(address) => (address, libc::MAP_SHARED | libc::MAP_FIXED),
+            None => (place.quiet, libc::MAP_SHARED),
+        };
         let address = place.call(thread, &member.memory, libc::SYS_mmap, |_| {
-            [
-                place.quiet,
-                len as u64,
-                prot as u64,
-                libc::MAP_SHARED as u64,
-                remote_fd,
-                0,
-            ]
+            [wanted, len as u64, prot as u64, flags as u64, remote_fd, 0]
         })?;
         place.erase(&member.memory)?;
         let address = address.map_err(|errno| {
@@ -250,6 +252,14 @@ impl Stopped<'_> {
                 .map_err(|errno| Error::Call { pid, what, errno })?;
         }
         member.window = Some(target);
+        Ok(())
+    }
+
+    /// Notes that the kernel's own mappings in an address space are so many bytes further up now.
+    pub fn special_mappings_moved(&mut self, pid: Pid, offset: u64) -> Result<()> {
+        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        let window = member.window.as_mut().ok_or(Error::Gone(pid))?;
+        window.bootstrap.address = window.bootstrap.address.wrapping_add(offset);
         Ok(())
     }
 
@@ -298,7 +308,7 @@ impl Stopped<'_> {
         let result = place.call(thread, &member.memory, libc::SYS_munmap, |_| {
             [target.address, target.window.len() as u64, 0, 0, 0, 0]
         })?;
-        Bootstrap::leave_call(thread)?;
+        leave_call(thread.tid)?;
         place.erase(&member.memory)?;
         result.map(drop).map_err(|errno| Error::Call {
             pid,
@@ -453,7 +463,8 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
 /// Most batches end within microseconds: look for so long before going to sleep, from which it takes as long to wake up.
 const LOOK: Duration = Duration::from_micros(100);
 
-fn wait(tid: Pid) -> Result<Event> {
+/// Waits for the next stop, or the end, of a task that runs.
+pub(super) fn wait(tid: Pid) -> Result<Event> {
     let began = Instant::now();
     loop {
         for _ in 0..16 {
@@ -463,6 +474,20 @@ fn wait(tid: Pid) -> Result<Event> {
         }
         if began.elapsed() > LOOK {
             return ptrace::wait(tid).context(|| format!("wait for {tid}"));
+        }
+    }
+}
+
+/// Takes a thread from the end of a call to where it looks whether the call that the program was in is to be
+/// restarted, which it does for other stops only.
+pub(super) fn leave_call(tid: Pid) -> Result<()> {
+    ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
+    loop {
+        ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+        match wait(tid)? {
+            Event::Interrupted => return Ok(()),
+            Event::Exited(_) => return Err(Error::Gone(tid)),
+            _ => {}
         }
     }
 }
@@ -626,21 +651,6 @@ impl Bootstrap {
                         event: format!("{event:?}"),
                     });
                 }
-            }
-        }
-    }
-
-    /// Takes a thread from the end of a call to where it looks whether the call that the program was in is to be
-    /// restarted, which it does for other stops only.
-    fn leave_call(thread: &Thread) -> Result<()> {
-        let tid = thread.tid;
-        ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
-        loop {
-            ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
-            match wait(tid)? {
-                Event::Interrupted => return Ok(()),
-                Event::Exited(_) => return Err(Error::Gone(tid)),
-                _ => {}
             }
         }
     }

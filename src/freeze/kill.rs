@@ -33,6 +33,14 @@ impl Stopped<'_> {
         Ok(())
     }
 
+    /// Kills a process, if it has not just ended by itself, and keeps it in the stopped tree as the zombie that it is.
+    pub fn note_end(&mut self, pid: Pid) -> Result<()> {
+        let parent = self.processes.get(&pid).ok_or(Error::Gone(pid))?.parent;
+        self.kill(&[pid])?;
+        self.note_process(pid, parent);
+        Ok(())
+    }
+
     /// Has a thread other than the leader end by itself, as exit(2) does it.
     pub fn end_thread(&mut self, pid: Pid, tid: Pid) -> Result<()> {
         let mut batch = Batch::new();
@@ -54,7 +62,8 @@ impl Stopped<'_> {
     }
 }
 
-fn await_end(tid: Pid) -> Result<()> {
+/// Waits for the end of a task that is traced.
+pub(super) fn await_end(tid: Pid) -> Result<()> {
     loop {
         match ptrace::wait(tid) {
             Ok(Event::Exited(_)) => return Ok(()),

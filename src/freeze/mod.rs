@@ -11,6 +11,7 @@ mod kill;
 mod lineage;
 mod orphans;
 mod pass;
+mod program;
 mod revive;
 mod stopped;
 mod thread;

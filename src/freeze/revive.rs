@@ -1,5 +1,6 @@
-//! Threads of a stopped process that have ended, made again under their numbers.
+//! Processes and threads that have ended, made again under their numbers.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -9,9 +10,10 @@ use zerocopy::{Immutable, IntoBytes};
 
 use crate::kernel::{last_pid, procfs};
 
+use super::kill::await_end;
 use super::stopped::Stopped;
 use super::thread::Thread;
-use super::{Batch, Context, Error, Result};
+use super::{Arg, Batch, Context, Error, Result};
 
 /// What threads share (clone(2)).
 const THREAD: i32 = libc::CLONE_VM
@@ -23,6 +25,8 @@ const THREAD: i32 = libc::CLONE_VM
 
 /// How long others may get the number first.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long one that has it is left alone.
+const SOON: Duration = Duration::from_millis(1);
 
 /// `struct clone_args` of Linux 5.7 (clone(2)).
 #[repr(C)]
@@ -41,37 +45,98 @@ struct CloneArguments {
     cgroup: u64,
 }
 
+/// A process or thread to be made.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    /// `CLONE_*` (clone(2)).
+    flags: i32,
+    exit_signal: i32,
+    /// Its number in our namespace, if that can be had.
+    number: Pid,
+    /// Its number in its own.
+    inside: i32,
+}
+
 impl Stopped<'_> {
     /// Makes a thread with the TID `inside` in its own PID namespace, and in ours with `tid` if that is the same one or can
-    /// be had; returns which it has. It is stopped, before its first instruction, and has the credentials, filters and
-    /// namespaces of the process's leader; registers and signal mask are to be set.
-    pub fn make_thread(&mut self, pid: Pid, tid: Pid, inside: i32) -> Result<Pid> {
-        let text = procfs::text_held(&self.member(pid)?.status)
-            .context(|| format!("read /proc/{pid}/status"))?;
-        let levels = procfs::namespace_pids(&text).len();
-        let ids = match levels {
-            1 => vec![inside],
-            2 => vec![inside, tid.as_raw()],
-            _ => Vec::new(),
+    /// be had, in any case with none of `avoid`; returns which it has. It is stopped, before its first instruction, and has
+    /// the credentials, filters and namespaces of the process's leader; registers and signal mask are to be set.
+    pub fn make_thread(
+        &mut self,
+        pid: Pid,
+        tid: Pid,
+        inside: i32,
+        avoid: &BTreeSet<Pid>,
+    ) -> Result<Pid> {
+        let wanted = Wanted {
+            flags: THREAD,
+            exit_signal: 0,
+            number: tid,
+            inside,
         };
+        let tid = self.clone_numbered(pid, wanted, avoid)?;
+        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
+        process.add_thread(Thread::born(tid));
+        Ok(tid)
+    }
+
+    /// Makes a process, a child of `parent` and a copy of it as fork(2) makes it, with numbers as
+    /// [`Stopped::make_thread`] has them. It is stopped before its first instruction, and of the tree; it has no window.
+    pub fn make_process(
+        &mut self,
+        parent: Pid,
+        pid: Pid,
+        inside: i32,
+        exit_signal: i32,
+        avoid: &BTreeSet<Pid>,
+    ) -> Result<Pid> {
+        let wanted = Wanted {
+            flags: 0,
+            exit_signal,
+            number: pid,
+            inside,
+        };
+        let born = self.clone_numbered(parent, wanted, avoid)?;
+        self.note_process(born, parent)
+            .add_thread(Thread::born(born));
+        self.open_member(born)?;
+        Ok(born)
+    }
+
+    /// Has the leader of `maker` make what is wanted.
+    fn clone_numbered(&mut self, maker: Pid, wanted: Wanted, avoid: &BTreeSet<Pid>) -> Result<Pid> {
+        let text = procfs::text_held(&self.member(maker)?.status)
+            .context(|| format!("read /proc/{maker}/status"))?;
+        let levels = procfs::namespace_pids(&text).len();
+        let (inside, outside) = (wanted.inside, wanted.number.as_raw());
         let deadline = Instant::now() + PATIENCE;
-        if !ids.is_empty() {
-            let mut made = self.clone_with_ids(pid, &ids);
-            // Somebody outside was quicker since it was seen to be free; most tasks that come so fast go so fast.
-            while is_taken(&made) && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(1));
-                made = self.clone_with_ids(pid, &ids);
-            }
-            if let Some(made) = made? {
-                return Ok(made);
+        let both = [inside, outside];
+        let choices: &[&[i32]] = match levels {
+            1 => &[&both[..1]],
+            2 => &[&both, &both[..1]],
+            _ => &[&both[..1]],
+        };
+        for ids in choices.iter().cycle() {
+            match self.clone_with_ids(maker, wanted, ids)? {
+                Ok(made) if ids.len() == levels || !avoid.contains(&made) => return Ok(made),
+                Ok(made) => self.undo(maker, wanted, made)?,
+                // One that is ending has it for a while longer than it is to be seen; others fork too, and most of what
+                // they make ends soon.
+                Err(Errno::EEXIST) if Instant::now() < deadline => {
+                    if ids.len() == 1 {
+                        std::thread::sleep(SOON);
+                    }
+                }
+                Err(Errno::EPERM | Errno::ENOSYS | Errno::EINVAL | Errno::E2BIG) => break,
+                Err(errno) => return Err(failed(maker, "clone3", errno)),
             }
         }
         // It takes a privilege that processes of containers do not have. So the number is asked for from outside.
         let namespace = match levels {
             1 => None,
             _ => Some(
-                procfs::open_below(&self.member(pid)?.namespaces, "pid")
-                    .context(|| format!("open /proc/{pid}/ns/pid"))?,
+                procfs::open_below(&self.member(maker)?.namespaces, "pid")
+                    .context(|| format!("open /proc/{maker}/ns/pid"))?,
             ),
         };
         while Instant::now() < deadline {
@@ -79,37 +144,44 @@ impl Stopped<'_> {
                 Some(namespace) => last_pid::set_next_in(namespace.as_fd(), inside),
                 None => last_pid::set_next(inside),
             }
-            .context(|| format!("ask for TID {inside} in the namespace of {pid}"))?;
+            .context(|| format!("ask for number {inside} in the namespace of {maker}"))?;
             let mut batch = Batch::new();
+            let flags = Arg::from(wanted.flags | wanted.exit_signal);
             let zero = 0.into();
-            let clone = batch.call(libc::SYS_clone, &[THREAD.into(), zero, zero, zero, zero]);
-            let outputs = self.run(pid, &batch)?;
+            let clone = batch.call(libc::SYS_clone, &[flags, zero, zero, zero, zero]);
+            let outputs = self.run(maker, &batch)?;
             outputs
                 .result(clone)
-                .map_err(|errno| failed(pid, "clone", errno))?;
+                .map_err(|errno| failed(maker, "clone", errno))?;
             let [born] = outputs.born[..] else {
-                return Err(Error::Gone(pid));
+                return Err(Error::Gone(maker));
             };
-            self.adopt(pid, born)?;
-            if self.id_inside(pid, born)? == inside {
+            let is_ours = levels == 1;
+            if id_inside(born)? == inside && (is_ours || !avoid.contains(&born)) {
                 return Ok(born);
             }
-            self.end_thread(pid, born)?;
+            self.undo(maker, wanted, born)?;
         }
         Err(failed(
-            pid,
-            "clone: the number of the thread was taken again and again",
+            maker,
+            "clone: the number was taken again and again",
             Errno::EEXIST,
         ))
     }
 
-    /// The same with numbers that the process chooses (`set_tid` of clone3(2), Linux 5.5), if the kernel lets it.
-    fn clone_with_ids(&mut self, pid: Pid, ids: &[i32]) -> Result<Option<Pid>> {
+    /// The same with numbers that the maker chooses (`set_tid` of clone3(2), Linux 5.5), or says why not.
+    fn clone_with_ids(
+        &mut self,
+        maker: Pid,
+        wanted: Wanted,
+        ids: &[i32],
+    ) -> Result<std::result::Result<Pid, Errno>> {
         let mut batch = Batch::new();
         let set_tid = batch.filled(ids.as_bytes());
         let arguments = batch.filled(
             CloneArguments {
-                flags: THREAD as u64,
+                flags: wanted.flags as u64,
+                exit_signal: wanted.exit_signal as u64,
                 set_tid_size: ids.len() as u64,
                 ..CloneArguments::default()
             }
@@ -121,43 +193,44 @@ impl Stopped<'_> {
             libc::SYS_clone3,
             &[arguments.arg(), size_of::<CloneArguments>().into()],
         );
-        let outputs = self.run(pid, &batch)?;
+        let outputs = self.run(maker, &batch)?;
         match outputs.result(clone) {
             Ok(_) => {
                 let [born] = outputs.born[..] else {
-                    return Err(Error::Gone(pid));
+                    return Err(Error::Gone(maker));
                 };
-                self.adopt(pid, born)?;
-                Ok(Some(born))
+                Ok(Ok(born))
             }
-            Err(Errno::EPERM | Errno::ENOSYS | Errno::EINVAL | Errno::E2BIG) => Ok(None),
-            // Ours is taken; it does not matter to the program.
-            Err(Errno::EEXIST) if ids.len() > 1 => Ok(None),
-            Err(errno) => Err(failed(pid, "clone3", errno)),
+            Err(errno) => Ok(Err(errno)),
         }
     }
 
-    /// Takes a thread that a batch has made, and that is stopped, into the stopped tree.
-    fn adopt(&mut self, pid: Pid, tid: Pid) -> Result<()> {
-        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
-        process.add_thread(Thread::born(tid));
-        Ok(())
-    }
-
-    /// A thread's TID in its own namespace.
-    fn id_inside(&self, pid: Pid, tid: Pid) -> Result<i32> {
-        let path = format!("/proc/{pid}/task/{tid}/status");
-        let status = std::fs::read_to_string(&path).context(|| format!("read {path}"))?;
-        let ids = procfs::namespace_pids(&status);
-        ids.last().copied().ok_or(Error::Gone(tid))
+    /// Ends what has got the wrong number.
+    fn undo(&mut self, maker: Pid, wanted: Wanted, born: Pid) -> Result<()> {
+        if wanted.flags & libc::CLONE_THREAD != 0 {
+            let process = self.processes.get_mut(&maker).ok_or(Error::Gone(maker))?;
+            process.add_thread(Thread::born(born));
+            return self.end_thread(maker, born);
+        }
+        let inside = id_inside(born)?;
+        nix::sys::signal::kill(born, nix::sys::signal::SIGKILL)
+            .context(|| format!("kill {born}"))?;
+        await_end(born)?;
+        let mut batch = Batch::new();
+        let zero = 0.into();
+        let options = libc::__WALL.into();
+        batch.call(libc::SYS_wait4, &[inside.into(), zero, options, zero]);
+        // One whose parent ignores SIGCHLD is gone already.
+        self.run(maker, &batch).map(drop)
     }
 }
 
-/// Whether another task has the number.
-fn is_taken(made: &Result<Option<Pid>>) -> bool {
-    let taken =
-        |error: &Error| matches!(error, Error::Call { errno, .. } if *errno == Errno::EEXIST);
-    made.as_ref().is_err_and(taken)
+/// The number of a process or thread in its own namespace.
+fn id_inside(tid: Pid) -> Result<i32> {
+    let path = procfs::path(tid, "status");
+    let status = std::fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
+    let ids = procfs::namespace_pids(&status);
+    ids.last().copied().ok_or(Error::Gone(tid))
 }
 
 fn failed(pid: Pid, what: &'static str, errno: Errno) -> Error {

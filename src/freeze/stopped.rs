@@ -266,7 +266,7 @@ impl<'t> Stopped<'t> {
             || procfs::status_line(&status, "TracerPid") == Some(&Pid::this().to_string())
     }
 
-    fn note_process(&mut self, pid: Pid, parent: Pid) -> &mut Process {
+    pub(super) fn note_process(&mut self, pid: Pid, parent: Pid) -> &mut Process {
         self.processes.entry(pid).or_insert_with(|| Process {
             pid,
             parent,
@@ -449,7 +449,7 @@ impl<'t> Stopped<'t> {
         Ok(())
     }
 
-    fn open_member(&mut self, pid: Pid) -> Result<()> {
+    pub(super) fn open_member(&mut self, pid: Pid) -> Result<()> {
         self.tree.generations += 1;
         let generation = self.tree.generations;
         let member = Member {

@@ -97,6 +97,30 @@ impl std::fmt::Debug for Categories {
     }
 }
 
+/// The page frames in a range, one for each page: 0 for one that is not in memory, and for all if the kernel does not tell,
+/// which takes `CAP_SYS_ADMIN` (`Documentation/admin-guide/mm/pagemap.rst`).
+pub fn frames(pagemap: &std::fs::File, start: u64, end: u64) -> std::io::Result<Vec<u64>> {
+    const ENTRY: usize = size_of::<u64>();
+    const PAGE: u64 = 4096;
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
+    let mut bytes = vec![0; ((end - start) / PAGE) as usize * ENTRY];
+    std::os::unix::fs::FileExt::read_exact_at(pagemap, &mut bytes, start / PAGE * ENTRY as u64)?;
+    let entries = bytes
+        .chunks_exact(ENTRY)
+        .filter_map(|bytes| bytes.first_chunk());
+    Ok(entries
+        .map(|bytes| u64::from_ne_bytes(*bytes))
+        .map(|entry| {
+            if entry & PRESENT == 0 {
+                0
+            } else {
+                entry & FRAME
+            }
+        })
+        .collect())
+}
+
 /// A run of pages with the same categories; addresses in bytes, `end` exclusive.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

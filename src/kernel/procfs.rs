@@ -134,6 +134,11 @@ impl Stat {
         Pid::from_raw(self.field(6) as i32)
     }
 
+    /// Whether its process group or its session has a number.
+    pub fn belongs_to(&self, number: Pid) -> bool {
+        [self.field(5), self.field(6)].contains(&(number.as_raw() as u64))
+    }
+
     /// The signal its parent gets when it ends.
     pub fn exit_signal(&self) -> i32 {
         self.field(38) as i32

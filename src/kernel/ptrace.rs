@@ -30,6 +30,8 @@ impl Options {
     );
     /// As [`Options::HOLD`], and the task is killed when the tracer dies (Linux 3.8).
     pub const HOLD_OR_KILL: Self = Self(Self::HOLD.0 | libc::PTRACE_O_EXITKILL as u32);
+    /// As [`Options::HOLD_OR_KILL`], and it stops when it has executed a program.
+    pub const UNTIL_EXECUTED: Self = Self(Self::HOLD_OR_KILL.0 | libc::PTRACE_O_TRACEEXEC as u32);
     /// For a shadow: it dies with its tracer and is otherwise left alone.
     pub const SHADOW: Self = Self(libc::PTRACE_O_EXITKILL as u32);
 }

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use crate::freeze::{self, Batch, Stopped};
 use crate::kernel::maps::{self, Vma};
 use crate::kernel::pagemap::Scan;
-use crate::kernel::{procfs, smaps};
+use crate::kernel::{procfs, remote_memory, smaps};
 use crate::record::Context;
 
 use super::advice::Advised;
@@ -19,6 +19,7 @@ use super::layout::LayoutChange;
 use super::locks;
 use super::plan::Plan;
 use super::ranges::{Ranges, Span};
+use super::shadow::Shadow;
 use super::space::{Copied, Space, system};
 use super::store::runs;
 use super::{PAGE, Result};
@@ -149,7 +150,10 @@ impl Space {
         let pid = self.pid;
         let pages = &plan.copy;
         let (cached, missing) = runs(pages, &image.slots);
-        let (fetched, overflow) = self.fetch(stopped, image, &missing)?;
+        let (fetched, overflow) = match plan.remade {
+            true => (Vec::new(), missing),
+            false => self.fetch(stopped, image, &missing)?,
+        };
         let mut batch = Batch::new();
         for (pages, advice) in [
             (&plan.unguard, MADV_GUARD_REMOVE),
@@ -196,14 +200,7 @@ impl Space {
             }
         }
         stopped.start(pid, &batch)?;
-        for span in overflow.pieces(PIECE) {
-            let mut bytes = vec![0; span.len() as usize];
-            image
-                .shadow
-                .read(&[span], &mut bytes)
-                .map_err(|error| system(pid, "read its shadow", error))?;
-            force(&stopped.member(pid)?.memory, pid, span, &bytes)?;
-        }
+        copy_past_store(&stopped.member(pid)?.memory, pid, &image.shadow, &overflow)?;
         Ok(Copied {
             pages: pages.pages(),
             bytes: pages.bytes(),
@@ -347,6 +344,53 @@ impl Space {
     /// Bytes of pre-images in the page store.
     pub fn store_bytes(&self) -> u64 {
         self.store.bytes()
+    }
+}
+
+/// Copies pages from a shadow straight into a process, by several threads if they are many.
+fn copy_past_store(memory: &File, pid: Pid, shadow: &Shadow, pages: &Ranges) -> Result<()> {
+    /// Pieces for which another thread pays.
+    const MANY: usize = 4;
+    let pieces: Vec<Span> = pages.pieces(PIECE).collect();
+    let copy = |pieces: &[Span]| -> Result<()> {
+        let mut bytes = vec![0; PIECE as usize];
+        for span in pieces {
+            let bytes = &mut bytes[..span.len() as usize];
+            shadow
+                .read(&[*span], bytes)
+                .map_err(|error| system(pid, "read its shadow", error))?;
+            write(memory, pid, *span, bytes)?;
+        }
+        Ok(())
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = pieces.len().div_ceil(threads).max(MANY);
+    if pieces.len() <= each {
+        return copy(&pieces);
+    }
+    std::thread::scope(|scope| {
+        let copying: Vec<_> = pieces
+            .chunks(each)
+            .map(|pieces| scope.spawn(move || copy(pieces)))
+            .collect();
+        copying
+            .into_iter()
+            .try_for_each(|thread| match thread.join() {
+                Ok(result) => result,
+                Err(_) => Err(system(pid, "copy its pages", Errno::EIO)),
+            })
+    })
+}
+
+/// Writes to memory, be it that the program itself may not.
+fn write(memory: &File, pid: Pid, span: Span, bytes: &[u8]) -> Result<()> {
+    let range = remote_memory::Range {
+        start: span.start,
+        len: bytes.len(),
+    };
+    match remote_memory::write(pid, &[range], bytes) {
+        Ok(()) => Ok(()),
+        Err(_) => force(memory, pid, span, bytes),
     }
 }
 

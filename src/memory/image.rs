@@ -60,6 +60,8 @@ pub struct SpaceImage {
     pub(super) pins: BTreeMap<(u64, u64), File>,
     /// As in its header.
     pub(super) locks_future: u64,
+    /// The text of the VMA list once the process was made again: its window is another.
+    pub(super) new_text: Option<Vec<u8>>,
     /// Which of the process's address spaces it is of.
     pub(super) generation: u64,
 }
@@ -85,8 +87,14 @@ impl SpaceImage {
             guards: OnceCell::new(),
             pins: BTreeMap::new(),
             locks_future,
+            new_text: None,
             generation,
         }
+    }
+
+    /// Names the address space that it is of in the tree.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Its header, read in place.

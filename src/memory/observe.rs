@@ -2,6 +2,8 @@
 
 use crate::freeze::Stopped;
 use crate::kernel::pagemap::{self, Backing, Region, Scan};
+use crate::kernel::procfs;
+use crate::outcome::Refusal;
 use crate::record::Context;
 
 use super::image::SpaceImage;
@@ -66,50 +68,67 @@ impl Observed {
     }
 }
 
-/// Reads the VMAs of the address space of an image; `None`: they are as in the image. Refuses if the address space, the
-/// image's shadow or the window is not there any more.
-pub fn look_at_map(
-    stopped: &Stopped,
-    image: &SpaceImage,
-    context: &Context,
-) -> Result<Option<Layout>> {
+/// What became of the VMAs of an image.
+#[derive(Debug)]
+pub enum Map {
+    /// They are as in the image.
+    Same,
+    /// They are these.
+    Other(Layout),
+    /// The process has another address space, or none that can be changed; and the refusal if it can't be made again.
+    Gone(Refusal),
+}
+
+/// Reads the VMAs of the address space of an image, whose process is there. Refuses if the image's shadow is not.
+pub fn look_at_map(stopped: &Stopped, image: &SpaceImage, context: &Context) -> Result<Map> {
     let pid = image.pid;
-    if stopped
-        .process(pid)
-        .is_none_or(|process| process.is_zombie())
-    {
-        return Err(refuse(
-            pid,
-            "the process",
-            "it has exited since the checkpoint and can't be brought back yet; take a new checkpoint",
-        ));
-    }
+    check_shadow(image)?;
+    let gone = |object: &str, remedy: &str| {
+        Ok(Map::Gone(Refusal {
+            object: object.into(),
+            holder: format!("pid {pid} ({})", procfs::comm(pid)),
+            remedy: remedy.into(),
+        }))
+    };
     let member = stopped.member(pid)?;
     let text = read_maps(member)?;
     if text.is_empty() || member.generation != image.generation {
-        return Err(refuse(
-            pid,
+        return gone(
             "its address space",
-            "the process has executed another program since the checkpoint; that can't be undone yet",
-        ));
+            "the process has executed another program since the checkpoint",
+        );
     }
-    if !image.shadow.is_alive() {
-        return Err(refuse(
-            pid,
-            format!("its shadow, pid {}", image.shadow.pid),
-            "something has killed it (a kill of all processes, or a memory limit); take a new checkpoint",
-        ));
-    }
-    if text == image.maps_text(context)? {
-        return Ok(None);
+    let recorded = match &image.new_text {
+        Some(text) => text,
+        None => image.maps_text(context)?,
+    };
+    if text == recorded {
+        return Ok(Map::Same);
     }
     let window = window_span(stopped, pid)?;
-    check_window(pid, &text, window)?;
-    parse_map(pid, &text, window).map(Some)
+    if !has_window(&text, window) {
+        return gone(
+            "the window that snapback keeps in its address space",
+            "the program has unmapped it, and memory can't be put back through it",
+        );
+    }
+    parse_map(pid, &text, window).map(Map::Other)
 }
 
-/// Refuses if the program has unmapped or replaced the window: no code can be run through it then.
-fn check_window(pid: nix::unistd::Pid, text: &[u8], window: Span) -> Result<()> {
+/// Refuses if the shadow of an image is not there any more.
+pub(super) fn check_shadow(image: &SpaceImage) -> Result<()> {
+    if image.shadow.is_alive() {
+        return Ok(());
+    }
+    Err(refuse(
+        image.pid,
+        format!("its shadow, pid {}", image.shadow.pid),
+        "something has killed it (a kill of all processes, or a memory limit); take a new checkpoint",
+    ))
+}
+
+/// Whether the program has neither unmapped nor replaced the window.
+fn has_window(text: &[u8], window: Span) -> bool {
     let vmas = crate::kernel::maps::parse(text).unwrap_or_default();
     let mut at = window.start;
     for vma in vmas
@@ -120,12 +139,5 @@ fn check_window(pid: nix::unistd::Pid, text: &[u8], window: Span) -> Result<()> 
             at = vma.end;
         }
     }
-    if at == window.end {
-        return Ok(());
-    }
-    Err(refuse(
-        pid,
-        "the window that snapback keeps in its address space",
-        "the program has unmapped it, and memory can't be put back through it; release the checkpoints and take a new one",
-    ))
+    at == window.end
 }

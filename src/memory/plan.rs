@@ -29,6 +29,18 @@ pub struct Plan {
     pub arm: Ranges,
     /// VMAs that are not registered for tracking.
     pub register: Vec<Span>,
+    /// All that is to be copied is of a process that was made again: too much for the page store.
+    pub remade: bool,
+}
+
+impl Plan {
+    /// Pages that are not known any more to be as another image of the same address space has them.
+    pub fn stale_in_others(&self) -> &Ranges {
+        match self.remade {
+            true => &self.arm,
+            false => &self.copy,
+        }
+    }
 }
 
 /// What the image says, as the plan needs it.
@@ -128,6 +140,7 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
         copy,
         arm,
         register,
+        remade: false,
     })
 }
 

@@ -64,6 +64,13 @@ impl Space {
         let resident = procfs::resident_bytes(pid).unwrap_or(0);
         let store = resident.max(LEAST_STORE) as usize;
         stopped.open_window(pid, store)?;
+        let space = Self::track(stopped, pid, store)?;
+        space.clear_leftovers(stopped)?;
+        Ok(space)
+    }
+
+    /// Makes the write tracker of a process that has a window with a page store of `store` bytes.
+    pub(super) fn track(stopped: &mut Stopped, pid: Pid, store: usize) -> Result<Self> {
         let mut batch = Batch::new();
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
         let made = batch.call(libc::SYS_userfaultfd, &[flags.into()]);
@@ -82,16 +89,13 @@ impl Space {
         let tracker = taken.and_then(WriteTracker::enable).map_err(|errno| {
             refuse(pid, "write tracking", format!("asynchronous write-protection failed: {errno}; Linux 6.7 has it, see `snapback check`"))
         })?;
-        let generation = stopped.member(pid)?.generation;
-        let space = Self {
+        Ok(Self {
             pid,
-            generation,
+            generation: stopped.member(pid)?.generation,
             tracker,
             store: Store::new(store),
             hot: Hot::default(),
-        };
-        space.clear_leftovers(stopped)?;
-        Ok(space)
+        })
     }
 
     /// Removes what a keeper that was killed has left in the process: its window and its zombie shadows.
@@ -347,8 +351,10 @@ impl Space {
     /// Gives up an image: its shadow and its slots. The process must be stopped for its shadow to be reaped; one
     /// that is gone leaves that to its init.
     pub fn discard(space: Option<&mut Self>, stopped: &mut Stopped, image: SpaceImage) {
+        // That of a process which has ended since is another's child.
+        let parent = procfs::Stat::read(image.shadow.pid).map_or(image.pid, |stat| stat.parent());
         image.shadow.kill();
-        fork::reap(stopped, image.pid, image.shadow.pid);
+        fork::reap(stopped, parent, image.shadow.pid);
         stopped.tree_mut().remove_shadow(image.shadow.pid);
         if let Some(space) = space {
             space.forget(&image);

@@ -54,6 +54,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
         stopped,
         &tables,
         |_| Vec::new(),
+        |_| false,
         |_, _| Expected::NOTHING,
         |_| None,
     )?;

@@ -44,6 +44,7 @@ pub mod multicast;
 pub mod observe;
 pub mod pipe;
 pub mod plan;
+mod reborn;
 pub mod records;
 pub mod signalfd;
 pub mod socket;
@@ -78,6 +79,7 @@ pub use execute::{Effects, execute};
 pub use model::{Observed, Recorded};
 pub use observe::{Asked, ask, observe};
 pub use plan::{Plan, plan, prepare};
+pub use reborn::{Gone, reborn};
 pub use verify::{Difference, verify};
 
 use nix::errno::Errno;

@@ -13,6 +13,7 @@ use super::locks;
 use super::matching::matching;
 use super::model::{Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source};
 use super::pipe::{self, Pipe};
+use super::reborn::Gone;
 use super::socket;
 use super::socket_ends::inner_tcp;
 use super::state::{self, State};
@@ -55,17 +56,18 @@ pub fn ask(capture: &Capture, pid: Pid, batch: &mut Batch, asked: &mut Asked) {
     }
 }
 
-/// Looks at the descriptors of a stopped tree whose recorded processes are all there. Changes nothing. `outputs` are those
-/// of the batches that hold the questions in `asked`.
+/// Looks at the descriptors of a stopped tree whose recorded processes are all there but those that are `lost`. Changes
+/// nothing. `outputs` are those of the batches that hold the questions in `asked`.
 pub fn observe(
     stopped: &mut Stopped<'_>,
     capture: &Capture,
     asked: &Asked,
     outputs: &BTreeMap<Pid, Outputs>,
+    lost: &Gone,
 ) -> Result<Observed, Error> {
     let recorded = &capture.recorded;
     let holders = holders(stopped, &recorded.names);
-    check_sharing(recorded, &holders)?;
+    check_sharing(recorded, &holders, lost)?;
     let tables: Vec<Vec<i32>> = recorded
         .tables
         .iter()
@@ -83,6 +85,7 @@ pub fn observe(
         stopped,
         &tables,
         guess,
+        |table| lost.contains_key(&recorded.tables[table].pid()),
         |table, fd| expected(recorded, table, fd),
         answers,
     )?;
@@ -125,7 +128,7 @@ pub fn observe(
     }
     complete_sockets(recorded, &mut observed, &lives)?;
     observed.pipes = observe_pipes(recorded, &observed, &lives)?;
-    observe_gone(capture, &mut observed)?;
+    observe_gone(capture, &mut observed, lost)?;
     observed.terminals = terminal::observe(stopped, recorded, &observed, &lives)?;
     let numbers = every_number(&observed.tables).filter_map(|(place, index, holders)| {
         let live = &observed.descriptions[index];
@@ -188,14 +191,25 @@ fn complete_sockets(
 }
 
 /// Whether those that shared a table share it still.
-fn check_sharing(recorded: &Recorded, holders: &BTreeMap<i32, Holder>) -> Result<(), Error> {
+fn check_sharing(
+    recorded: &Recorded,
+    holders: &BTreeMap<i32, Holder>,
+    lost: &Gone,
+) -> Result<(), Error> {
     let refuse = |pid, remedy: &str| Refusal {
         object: "file table".into(),
         holder: recorded.holder(pid),
         remedy: remedy.into(),
     };
     for table in &recorded.tables {
+        if table.holders.len() == 1 && lost.contains_key(&table.pid()) {
+            continue;
+        }
         for &pid in &table.holders {
+            if lost.contains_key(&pid) {
+                let remedy = "it was shared with another process, and can't be once that was made again; take a new checkpoint";
+                return Err(refuse(pid, remedy).into());
+            }
             if !holders.contains_key(&pid) {
                 return Err(refuse(pid, "the process has ended since the checkpoint").into());
             }
@@ -294,7 +308,7 @@ fn observe_pipes(
 }
 
 /// How those that are gone can be had again.
-fn observe_gone(capture: &Capture, observed: &mut Observed) -> Result<(), Error> {
+fn observe_gone(capture: &Capture, observed: &mut Observed, lost: &Gone) -> Result<(), Error> {
     let recorded = &capture.recorded;
     let mut is_there: Vec<ObjectId> = observed
         .descriptions
@@ -305,7 +319,7 @@ fn observe_gone(capture: &Capture, observed: &mut Observed) -> Result<(), Error>
     let mut gone = BTreeMap::new();
     for (id, description) in &recorded.descriptions {
         if is_there.binary_search(id).is_err() {
-            gone.insert(*id, source(capture, observed, *id, description)?);
+            gone.insert(*id, source(capture, observed, lost, *id, description)?);
         }
     }
     observed.gone = gone;
@@ -315,13 +329,15 @@ fn observe_gone(capture: &Capture, observed: &mut Observed) -> Result<(), Error>
 fn source(
     capture: &Capture,
     observed: &Observed,
+    lost: &Gone,
     id: ObjectId,
     description: &Description,
 ) -> Result<Source, Error> {
     let recorded = &capture.recorded;
     let common = &description.common;
     let by_path = |path: &str| {
-        let mut pids = recorded.places(id).map(|place| place.pid);
+        let places = recorded.places(id);
+        let mut pids = places.map(|place| *lost.get(&place.pid).unwrap_or(&place.pid));
         pids.find(|pid| file::locate(*pid, path, common).is_some())
             .map(Source::Path)
     };
@@ -333,7 +349,7 @@ fn source(
     Ok(match &description.state {
         State::File(_) if capture.pins.contains_key(&id) => Source::Pin,
         State::File(state) => match state.form {
-            Form::Process(pid) => match is_process(pid, common) {
+            Form::Process(pid) => match lost.contains_key(&pid) || is_process(pid, common) {
                 true => Source::New,
                 false => Source::Nowhere(state.complain_gone()),
             },
@@ -352,14 +368,16 @@ fn source(
                 Some(source) => source,
                 None if capture.pins.contains_key(&id) => Source::Pin,
                 None if internal && state.fifo.is_none() => Source::New,
-                None => match pipe::outside_holder(common.inode())? {
-                    Some(place) => Source::Inode(place),
-                    None => Source::Nowhere((
-                        "pipe".into(),
-                        "it was closed since the checkpoint, and so was its other end outside"
-                            .into(),
-                    )),
-                },
+                None => {
+                    match pipe::outside_holder(common.inode(), |pid| lost.contains_key(&pid))? {
+                        Some(place) => Source::Inode(place),
+                        None => Source::Nowhere((
+                            "pipe".into(),
+                            "it was closed since the checkpoint, and so was its other end outside"
+                                .into(),
+                        )),
+                    }
+                }
             }
         }
         State::Inotify(state) => match state.replaceable() {

@@ -216,7 +216,10 @@ pub fn open(path: &str, access: i32) -> Result<OwnedFd, Error> {
 }
 
 /// A place outside the tree where a pipe is open, if there is one; looks at every process.
-pub fn outside_holder(inode: (u64, u64)) -> Result<Option<Place>, Error> {
+pub fn outside_holder(
+    inode: (u64, u64),
+    but: impl Fn(i32) -> bool,
+) -> Result<Option<Place>, Error> {
     let text = |error: std::io::Error| Error::Text {
         path: "/proc".into(),
         problem: error.to_string(),
@@ -237,6 +240,7 @@ pub fn outside_holder(inode: (u64, u64)) -> Result<Option<Place>, Error> {
         };
         if let Some(fd) = numbers.into_iter().find(is_it)
             && pid != ourselves
+            && !but(pid)
         {
             return Ok(Some(Place { pid, fd }));
         }

@@ -10,6 +10,7 @@ use super::model::{
 };
 use super::observe::{Asked, observe};
 use super::pipe::Content;
+use super::reborn::Gone;
 use super::state::{Change, State, Verdict};
 use super::table::{self, TablePlan};
 use super::{
@@ -90,15 +91,16 @@ impl Plan {
     }
 }
 
-/// Observes, plans, and looks whether what the plan needs of the outside is to be had. Touches nothing. `asked` and
-/// `outputs` are as for [`observe`].
+/// Observes, plans, and looks whether what the plan needs of the outside is to be had. Touches nothing. `asked`, `outputs`
+/// and `lost` are as for [`observe`].
 pub fn prepare(
     stopped: &mut Stopped<'_>,
     capture: &Capture,
     asked: &Asked,
     outputs: &BTreeMap<Pid, Outputs>,
+    lost: &Gone,
 ) -> Result<Plan, Error> {
-    let observed = observe(stopped, capture, asked, outputs)?;
+    let observed = observe(stopped, capture, asked, outputs, lost)?;
     let recorded = &capture.recorded;
     let mut plan = plan(recorded, &observed)?;
     if !plan.locks.take.is_empty() {
@@ -113,8 +115,11 @@ pub fn prepare(
     let counts = asked.sysv.as_ref();
     let counts = counts.and_then(|(counts, pid)| Some((counts, outputs.get(pid)?)));
     plan.sysv = sysv::plan(stopped, recorded, counts)?;
-    // Processes born since go, and their sockets with them.
+    // Processes born since go, and their sockets with them, as do those that are lost.
     let is_born = |pid: i32| {
+        if lost.contains_key(&pid) {
+            return true;
+        }
         let mut tables = recorded.tables.iter();
         !tables.any(|table| table.holders.contains(&pid))
     };
@@ -136,8 +141,11 @@ pub fn prepare(
             .map(|live| live.common.ino)
             .collect();
         inside.extend(born.iter().flat_map(|&pid| socket_make::sockets_of(pid)));
-        socket_make::check_names(&plan.sockets, &sockets, &homes(recorded), &inside)
-            .map_err(refuse)?;
+        let mut homes = homes(recorded);
+        for home in homes.values_mut() {
+            *home = *lost.get(home).unwrap_or(home);
+        }
+        socket_make::check_names(&plan.sockets, &sockets, &homes, &inside).map_err(refuse)?;
     }
     socket_substitute::check_senders(&plan.sockets, &sockets, &born).map_err(refuse)?;
     socket_diag::close();

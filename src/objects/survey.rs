@@ -421,24 +421,28 @@ pub fn sharing(holders: &BTreeMap<i32, Holder>) -> Result<Vec<Vec<i32>>, Error> 
 }
 
 /// Looks at the given tables, each named by the processes that share it; `guess` are the numbers that are likely to be
-/// open, `answers` what was asked about those already.
+/// open, `answers` what was asked about those already. Tables for which `is_gone` says so are taken to be empty.
 pub fn survey<'a>(
     stopped: &mut Stopped<'_>,
     tables: &[Vec<i32>],
     guess: impl Fn(usize) -> Vec<i32>,
+    is_gone: impl Fn(usize) -> bool,
     expected: impl Fn(usize, i32) -> Expected,
     answers: impl Fn(usize) -> Option<Answers<'a>>,
 ) -> Result<Survey, Error> {
     let mut all = Vec::new();
     let mut survey = Survey::default();
     for (index, holders) in tables.iter().enumerate() {
-        let (sightings, limit) = look(
-            stopped,
-            holders[0],
-            &guess(index),
-            |fd| expected(index, fd),
-            answers(index),
-        )?;
+        let (sightings, limit) = match is_gone(index) {
+            true => (Vec::new(), u64::MAX),
+            false => look(
+                stopped,
+                holders[0],
+                &guess(index),
+                |fd| expected(index, fd),
+                answers(index),
+            )?,
+        };
         survey.limits.push(limit);
         all.extend(sightings.into_iter().map(|sighting| (index, sighting)));
         survey.tables.push(Table {

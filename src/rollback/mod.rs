@@ -3,16 +3,19 @@
 //! Everything that can be refused is refused before the first change. An error after it leaves a tree that is neither
 //! as it was nor as recorded: the caller kills it.
 
-use std::collections::BTreeMap;
+mod observe;
+mod remake;
 
 use nix::unistd::Pid;
 
 use crate::checkpoint::{Checkpoint, Error, Result, Spaces};
-use crate::freeze::{Batch, OnTracerDeath, Outputs, StepId, Stopped, Tree};
-use crate::memory::{self, Copied, Observed, Ranges, Span};
+use crate::freeze::{OnTracerDeath, Stopped, Tree};
+use crate::memory::{self, Copied, Ranges, Span};
 use crate::outcome::{Difference, Refusal};
 use crate::phases::Phases;
 use crate::{fault, objects, task};
+
+use observe::{Plan, observe};
 
 /// What a rollback did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -21,8 +24,8 @@ pub struct Done {
     pub copied: Copied,
     /// Processes and threads killed.
     pub killed: usize,
-    /// Threads made again that had ended: their TIDs in our namespace, as they were and as they are now.
-    pub revived: Vec<(Pid, Pid)>,
+    /// Processes made again that had ended or changed what can't be undone, and threads made again that had ended.
+    pub revived: usize,
     /// Connections reset.
     pub reset_connections: usize,
 }
@@ -65,26 +68,17 @@ pub fn run(
     let mut plan = observe(&mut stopped, &checkpoints[to], phases).map_err(untouched)?;
     fault::point("rollback.planned");
 
-    let done = execute(
-        &mut stopped,
-        spaces,
-        &mut checkpoints[to],
-        &mut plan,
-        phases,
-    )
-    .map_err(Failure::HalfWay)?;
+    let done = execute(&mut stopped, spaces, checkpoints, to, &mut plan, phases)
+        .map_err(Failure::HalfWay)?;
     for other in checkpoints
         .iter_mut()
         .enumerate()
         .filter(|(index, _)| *index != to)
         .map(|(_, other)| other)
     {
-        for (was, is) in &done.revived {
-            task::rename(&mut other.renamed, *was, *is);
-        }
         for image in &mut other.spaces {
             if let Some((_, plan)) = plan.memory.iter().find(|(pid, _)| *pid == image.pid) {
-                image.stale = image.stale.union(&plan.copy);
+                image.stale = image.stale.union(plan.stale_in_others());
             }
         }
     }
@@ -106,175 +100,29 @@ pub fn run(
     Ok(done)
 }
 
-struct Plan {
-    tasks: task::Observed,
-    memory: Vec<(Pid, memory::Plan)>,
-    /// Segments that were made since.
-    segments: memory::Created,
-    objects: objects::Plan,
-}
-
-/// Refuses if processes born since the checkpoint may be missing from the stopped tree.
-fn check_complete(stopped: &Stopped, checkpoint: &Checkpoint) -> Result<()> {
-    if stopped.tree().losses() == checkpoint.losses {
-        return Ok(());
-    }
-    let root = stopped.process(stopped.root());
-    Err(Refusal {
-        object: "the tree".into(),
-        holder: root.map_or_else(String::new, |root| root.holder()),
-        remedy: "processes that have left their parents since the checkpoint may have been missed, as the kernel's process events did not all arrive; take a new checkpoint".into(),
-    }
-    .into())
-}
-
-fn observe(stopped: &mut Stopped, checkpoint: &Checkpoint, phases: &mut Phases) -> Result<Plan> {
-    // It may write to the tree's memory, so it precedes the scan.
-    task::prepare(stopped)?;
-    check_complete(stopped, checkpoint)?;
-    let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
-    task::check_presence(stopped, &recorded)?;
-    let context = &checkpoint.context;
-    let mut maps = Vec::with_capacity(checkpoint.spaces.len());
-    for image in &checkpoint.spaces {
-        let map = memory::look_at_map(stopped, image, context)?;
-        maps.push((map, image.populated(context)?));
-    }
-    phases.end("map");
-    // While the processes answer they are looked at from outside: what answering writes to their pages, it writes at every
-    // rollback.
-    let mut questions = Questions::start(stopped, checkpoint)?;
-    let mut observed = Vec::with_capacity(maps.len());
-    let mut populated = Vec::with_capacity(maps.len());
-    for (image, (map, pages)) in checkpoint.spaces.iter().zip(maps) {
-        observed.push(Observed::look(stopped, image, map, &pages)?);
-        populated.push(pages);
-    }
-    phases.end("scan");
-    let seen = task::check_from_outside(stopped, &recorded)?;
-    phases.end("family");
-    fault::point("rollback.scanned");
-    let answers = questions.finish(stopped, &mut observed)?;
-    let tasks = task::check(stopped, &recorded, answers.leaders, &seen)?;
-    phases.end("check");
-    fault::point("rollback.observed");
-    let memory = plan_memory(stopped, checkpoint, &observed, &populated)?;
-    let asked = std::mem::take(&mut questions.segments);
-    let found = asked
-        .into_iter()
-        .filter_map(|(pid, asked)| Some((asked, answers.outputs.get(&pid)?)));
-    let found: Vec<_> = found.collect();
-    let segments = checkpoint.segments.check(stopped, &found)?;
-    let objects = objects::prepare(
-        stopped,
-        &checkpoint.objects,
-        &questions.tables,
-        &answers.outputs,
-    )?;
-    phases.end("plan");
-    Ok(Plan {
-        tasks,
-        memory,
-        segments,
-        objects,
-    })
-}
-
-/// What is asked of the processes of a checkpoint: a batch for each, all of which run at the same time.
-struct Questions {
-    processes: Vec<(Pid, task::Questions, StepId)>,
-    segments: Vec<(Pid, memory::Asked)>,
-    tables: objects::Asked,
-}
-
-struct Answers {
-    leaders: BTreeMap<Pid, task::Leader>,
-    outputs: BTreeMap<Pid, Outputs>,
-}
-
-impl Questions {
-    fn start(stopped: &mut Stopped, checkpoint: &Checkpoint) -> Result<Self> {
-        let mut all = Self {
-            processes: Vec::with_capacity(checkpoint.spaces.len()),
-            segments: Vec::new(),
-            tables: objects::Asked::new(),
-        };
-        for pid in checkpoint.spaces.iter().map(|image| image.pid) {
-            let mut batch = Batch::new();
-            let brk = batch.call(libc::SYS_brk, &[0.into()]);
-            let of_task = task::Questions::add(&mut batch);
-            let asked = checkpoint.segments.ask(pid, &mut batch);
-            all.segments.extend(asked.map(|asked| (pid, asked)));
-            objects::ask(&checkpoint.objects, pid, &mut batch, &mut all.tables);
-            stopped.start(pid, &batch)?;
-            all.processes.push((pid, of_task, brk));
-        }
-        Ok(all)
-    }
-
-    fn finish(&mut self, stopped: &mut Stopped, observed: &mut [Observed]) -> Result<Answers> {
-        let mut answers = Answers {
-            leaders: BTreeMap::new(),
-            outputs: BTreeMap::new(),
-        };
-        for ((pid, of_task, brk), observed) in self.processes.iter().zip(observed) {
-            let outputs = stopped.finish(*pid)?;
-            observed.brk = outputs.result(*brk).ok();
-            answers.leaders.insert(*pid, of_task.read(&outputs, *pid)?);
-            answers.outputs.insert(*pid, outputs);
-        }
-        Ok(answers)
-    }
-}
-
-fn plan_memory(
-    stopped: &Stopped,
-    checkpoint: &Checkpoint,
-    observed: &[Observed],
-    populated: &[Ranges],
-) -> Result<Vec<(Pid, memory::Plan)>> {
-    let mut plans = Vec::with_capacity(observed.len());
-    for ((image, observed), populated) in checkpoint.spaces.iter().zip(observed).zip(populated) {
-        let recorded = memory::Recorded {
-            header: image.header(&checkpoint.context)?,
-            layout: &image.layout,
-            populated,
-            guards: image.guards()?,
-            stale: &image.stale,
-        };
-        let plan = memory::plan(recorded, observed).map_err(|refusal| Refusal {
-            holder: stopped
-                .process(image.pid)
-                .map_or_else(String::new, |process| process.holder()),
-            ..refusal
-        })?;
-        plans.push((image.pid, plan));
-    }
-    Ok(plans)
-}
-
 fn execute(
     stopped: &mut Stopped,
     spaces: &mut Spaces,
-    checkpoint: &mut Checkpoint,
+    checkpoints: &mut [Checkpoint],
+    to: usize,
     plan: &mut Plan,
     phases: &mut Phases,
 ) -> Result<Done> {
     fault::point("rollback.mutating");
-    let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
-    let killed = task::kill_born(stopped, &recorded)?;
-    fault::point("rollback.killed");
-    let revived = task::revive(stopped, &recorded, &mut plan.tasks)?;
-    for (was, is) in &revived {
-        task::rename(&mut checkpoint.renamed, *was, *is);
-    }
-    let recorded = match revived.is_empty() {
-        true => recorded,
-        false => task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?,
-    };
-    fault::point("rollback.revived");
-    task::loosen(stopped, &recorded, &plan.tasks)?;
+    let recorded = recorded(&checkpoints[to])?;
+    let killed = task::kill_born(stopped, &recorded, &plan.lost)?;
     phases.end("kill");
+    fault::point("rollback.killed");
+    let remade = remake::processes(stopped, spaces, checkpoints, to, plan)?;
+    fault::point("rollback.remade");
+    let revived = remake::threads(stopped, checkpoints, to, plan)?;
+    if revived > 0 {
+        phases.end("remake");
+    }
+    fault::point("rollback.revived");
+    let checkpoint = &mut checkpoints[to];
+    let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
+    task::loosen(stopped, &recorded, &plan.tasks)?;
     for (image, (pid, plan)) in checkpoint.spaces.iter().zip(&plan.memory) {
         space(spaces, *pid)?.restore_layout(stopped, image, plan)?;
     }
@@ -306,6 +154,9 @@ fn execute(
     for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
         space(spaces, *pid)?.rearm(stopped, image, &plan.arm)?;
         image.stale = Ranges::new();
+        if remade.contains(pid) {
+            image.learn_map(stopped)?;
+        }
     }
     phases.end("rearm");
     fault::point("rollback.rearmed");
@@ -323,12 +174,19 @@ fn execute(
     })
 }
 
+fn recorded(checkpoint: &Checkpoint) -> Result<task::Recorded<'_>> {
+    Ok(task::Recorded::read(
+        &checkpoint.context,
+        &checkpoint.renamed,
+    )?)
+}
+
 fn compare(
     stopped: &mut Stopped,
     spaces: &mut Spaces,
     checkpoint: &Checkpoint,
 ) -> Result<Vec<Difference>> {
-    let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
+    let recorded = recorded(checkpoint)?;
     let mut differences = Vec::new();
     // Memory first: the others run code in the tree, upon which the kernel writes to the threads' rseq areas.
     let areas = recorded.rseq_areas();

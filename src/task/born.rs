@@ -1,25 +1,29 @@
 //! Ends what was born since the checkpoint.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
 use crate::freeze::{Batch, Stopped};
 use crate::kernel::procfs;
 
+use super::lost::Lost;
 use super::recorded::Recorded;
 use super::{About, Error, Result};
 
-/// Kills the processes that are not recorded, has their parents reap them and what other zombies they got since, and
-/// makes threads that are not recorded exit. Returns how many processes and threads were ended.
+/// Kills the processes that are not recorded, and those that are lost; has their parents reap them and what other zombies
+/// they got since; and makes threads that are not recorded exit. Returns how many processes and threads were ended that are
+/// not recorded.
 ///
 /// To be called before memory goes back: a thread that exits writes to it, and a parent that is told of a child's end
 /// gets `SIGCHLD`, which [`restore`](super::restore) takes back.
-pub fn kill_born(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<usize> {
+pub fn kill_born(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, lost: &Lost) -> Result<usize> {
+    let is_born = |pid: Pid| recorded.process(pid).is_none();
     let born: Vec<Pid> = stopped
         .processes()
-        .filter(|process| recorded.process(process.pid).is_none())
         .map(|process| process.pid)
+        .filter(|pid| is_born(*pid) || lost.contains(*pid))
         .collect();
     let (zombies, living): (Vec<Pid>, Vec<Pid>) = born.iter().partition(|pid| {
         stopped
@@ -27,18 +31,22 @@ pub fn kill_born(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<u
             .is_none_or(|process| process.is_zombie())
     });
     stopped.kill(&living)?;
-    reap(stopped, recorded, born.iter().copied().collect())?;
+    reap(stopped, recorded, lost, born.iter().copied().collect())?;
     for pid in zombies {
         stopped.remove(pid);
     }
+    for pid in born.iter().filter(|pid| lost.contains(**pid)) {
+        await_reaper(*pid)?;
+    }
     let threads = end_threads(stopped, recorded)?;
-    Ok(living.len() + threads)
+    Ok(living.iter().filter(|pid| is_born(**pid)).count() + threads)
 }
 
 /// Has zombies reaped by those of their parents that belong to the tree. Others belong to a reaper outside.
 fn reap(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded<'_>,
+    lost: &Lost,
     mut zombies: BTreeSet<Pid>,
 ) -> Result<()> {
     while let Some(pid) = zombies.pop_first() {
@@ -49,7 +57,7 @@ fn reap(
         let parent = stat.parent();
         if recorded
             .process(parent)
-            .is_none_or(|parent| parent.is_zombie())
+            .is_none_or(|parent| parent.is_zombie() || lost.contains(parent.pid()))
         {
             continue;
         }
@@ -82,6 +90,22 @@ fn reap(
                 });
             }
         }
+    }
+    Ok(())
+}
+
+/// Waits until whoever has adopted a process that was killed has reaped it: its number is needed.
+fn await_reaper(pid: Pid) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let began = Instant::now();
+    while procfs::path(pid, "stat").exists() {
+        if began.elapsed() > PATIENCE {
+            return Err(Error::Freeze(crate::freeze::Error::Unexpected {
+                tid: pid,
+                event: "its end, but nobody reaps it".into(),
+            }));
+        }
+        std::thread::sleep(Duration::from_micros(100));
     }
     Ok(())
 }

@@ -15,7 +15,9 @@ use crate::kernel::ptrace::{self, Queue};
 use crate::kernel::{pidfd, procfs, registers};
 use crate::record::{Context, Kind, ObjectId, ObjectKey};
 
-use super::layout::{Identity, ProcessRecord, ProcessState, Rights, ThreadRecord, ThreadState};
+use super::layout::{
+    Identity, ProcessRecord, ProcessState, Rights, ThreadRecord, ThreadState, TimerValue,
+};
 use super::settings::{self, Settings};
 use super::{About, Result, interrupted, pending, posix_timers, probe};
 
@@ -50,16 +52,21 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<()> {
 }
 
 /// What names a process of the stopped tree.
-fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
+pub(super) fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
     let process = stopped
         .process(pid)
         .ok_or(crate::freeze::Error::Gone(pid))?;
     // Nothing is held open of zombies.
     let stat = procfs::Stat::read(pid).about(pid, "stat")?;
-    let pidfd_inode = if process.is_zombie() {
-        0
+    let (pidfd_inode, namespace_pid) = if process.is_zombie() {
+        let status = std::fs::read_to_string(procfs::path(pid, "status")).about(pid, "status")?;
+        let inside = procfs::namespace_pids(&status).last().copied();
+        (0, inside.unwrap_or(pid.as_raw()))
     } else {
-        pidfd_inode(stopped, pid)?
+        (
+            pidfd_inode(stopped, pid)?,
+            stopped.member(pid)?.namespace_pid,
+        )
     };
     Ok(Identity {
         pid: pid.as_raw(),
@@ -70,6 +77,10 @@ fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
         pidfd_inode,
         zombie: u32::from(process.is_zombie()),
         job_control_stop: process.job_control_stop.unwrap_or(0),
+        namespace_pid,
+        exit_signal: stat.exit_signal(),
+        wait_status: stat.field(52) as i32,
+        terminal: stat.field(7) as i32,
     })
 }
 
@@ -107,8 +118,12 @@ fn capture_process(
         )
         .into());
     }
-    let (observed, leader) = probe::process(stopped, pid)?;
+    let (mut observed, leader) = probe::process(stopped, pid)?;
     let timers = posix_timers::list_with_times(stopped, pid)?;
+    // One that has fired, and whose signal waits, has no time left until that is taken; setting it so would disarm it.
+    let due = |[interval, left]: &&mut TimerValue| *interval != [0, 0] && *left == [0, 0];
+    let of_interval = observed.timers.interval.iter_mut();
+    of_interval.filter(due).for_each(|[_, left]| *left = [0, 1]);
 
     if observed.state.local_descriptors != 0 {
         return Err(refuse(
@@ -268,7 +283,7 @@ fn put_pending(
 }
 
 /// The line of `/proc/PID/status` that names the processor features a thread has switched on (Linux 6.6).
-const FEATURES: &str = "x86_Thread_features";
+pub(super) const FEATURES: &str = "x86_Thread_features";
 
 /// The lines of `/proc/PID/status` that tell what a process of the tree may do, and those of its login user and its
 /// control groups.

@@ -10,12 +10,13 @@ use crate::kernel::procfs::{self, Stat};
 use crate::outcome::Refusal;
 
 use super::layout::{LIMITS, Rights, ThreadState};
+use super::lost::Lost;
 use super::posix_timers;
 use super::probe::{self, Leader, ProcessProbe};
 use super::recorded::{Recorded, RecordedProcess};
 use super::revive::check_ended;
 use super::settings::{CGROUP, LOGIN_USER, Settings};
-use super::{About, Result, capture};
+use super::{About, Error, Result, capture};
 
 /// The live state of the recorded processes and threads before a rollback, for [`restore`](super::restore) to compare.
 #[derive(Debug, Clone, Default)]
@@ -28,12 +29,12 @@ pub struct Observed {
     pub(super) revived: BTreeSet<Pid>,
 }
 
-/// Observes the tree, and refuses what a rollback could not undo: changed credentials, lowered hard limits, a working
-/// directory that is gone.
+/// Observes the recorded processes but those that are `lost` already. Returns what was found, and which of them have changed
+/// what can't be undone where they are, with the refusal if they can't be made again: credentials, filters, parents,
+/// sessions, lowered hard limits, a working directory that is gone.
 ///
 /// Nothing is changed. `leaders` are the answers of the recorded processes' leaders to [`Questions`](probe::Questions),
-/// `seen` is what [`check_from_outside`] has returned; [`check_presence`] and [`prepare`](super::prepare) must have been
-/// called.
+/// `seen` is what [`check_from_outside`] has returned; [`prepare`](super::prepare) must have been called.
 ///
 /// A process is known by its pidfd; a thread by its TID within the process: should one have ended and another have got
 /// its TID, that other becomes the recorded one, since nothing that distinguishes them is kept. Credentials that
@@ -42,42 +43,89 @@ pub struct Observed {
 pub fn check(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded<'_>,
+    lost: &Lost,
     mut leaders: BTreeMap<Pid, Leader>,
     seen: &BTreeMap<Pid, Settings>,
-) -> Result<Observed> {
+) -> Result<(Observed, Changed)> {
     let mut observed = Observed::default();
-    for process in recorded.processes().filter(|process| !process.is_zombie()) {
+    let mut changed = Changed::new();
+    for process in staying(recorded, lost) {
         let gone = || crate::freeze::Error::Gone(process.pid());
         let mut leader = leaders.remove(&process.pid()).ok_or_else(gone)?;
         leader.0.settings = *seen.get(&process.pid()).ok_or_else(gone)?;
-        observe(stopped, process, leader, &mut observed)?;
-        check_timers(stopped, process, &observed.ended)?;
+        let checked = check_process(stopped, process, leader, &mut observed);
+        note(checked, process, &mut changed)?;
     }
-    Ok(observed)
+    Ok((observed, changed))
 }
 
-/// Refuses if a recorded process is not there any more.
-pub fn check_presence(stopped: &Stopped<'_>, recorded: &Recorded<'_>) -> Result<()> {
-    recorded
-        .processes()
-        .try_for_each(|process| check_is_there(stopped, process))
+fn check_process(
+    stopped: &mut Stopped<'_>,
+    process: &RecordedProcess<'_>,
+    leader: Leader,
+    observed: &mut Observed,
+) -> Result<()> {
+    observe(stopped, process, leader, observed)?;
+    check_timers(stopped, process, &observed.ended)
 }
 
-/// Refuses what a rollback could not undo as far as that can be seen while batches run in the tree: other parents, groups
-/// and sessions, changed credentials, filters and cgroups. Returns what else can be seen then, for [`check`].
+/// Looks for what can't be undone in a process where it is, as far as that can be seen while batches run in the tree: other
+/// parents, groups and sessions, changed credentials, filters and cgroups. Returns what else can be seen then, for
+/// [`check`], and as that does which processes have changed.
 pub fn check_from_outside(
     stopped: &Stopped<'_>,
     recorded: &Recorded<'_>,
-) -> Result<BTreeMap<Pid, Settings>> {
+    lost: &Lost,
+) -> Result<(BTreeMap<Pid, Settings>, Changed)> {
     let mut seen = BTreeMap::new();
-    for process in recorded.processes().filter(|process| !process.is_zombie()) {
-        let stat = check_family(stopped, recorded, process)?;
-        check_rights(stopped, process)?;
-        let settings = Settings::read(stopped, process.pid(), &stat)?;
-        check_settings(stopped, process, &settings)?;
-        seen.insert(process.pid(), settings);
+    let mut changed = Changed::new();
+    for process in staying(recorded, lost) {
+        let looked = look_from_outside(stopped, recorded, process);
+        if let Some(settings) = note(looked, process, &mut changed)? {
+            seen.insert(process.pid(), settings);
+        }
     }
-    Ok(seen)
+    Ok((seen, changed))
+}
+
+fn look_from_outside(
+    stopped: &Stopped<'_>,
+    recorded: &Recorded<'_>,
+    process: &RecordedProcess<'_>,
+) -> Result<Settings> {
+    let stat = check_family(stopped, recorded, process)?;
+    check_rights(stopped, process)?;
+    let settings = Settings::read(stopped, process.pid(), &stat)?;
+    check_settings(stopped, process, &settings)?;
+    Ok(settings)
+}
+
+/// Processes that have changed what can't be undone where they are, each with the refusal if it can't be made again.
+pub type Changed = Vec<(Pid, Refusal)>;
+
+/// The recorded processes that are there, but zombies.
+fn staying<'r, 'c>(
+    recorded: &'r Recorded<'c>,
+    lost: &'r Lost,
+) -> impl Iterator<Item = &'r RecordedProcess<'c>> {
+    let processes = recorded.processes();
+    processes.filter(|process| !process.is_zombie() && !lost.contains(process.pid()))
+}
+
+/// Notes a refusal about a process.
+fn note<T>(
+    result: Result<T>,
+    process: &RecordedProcess<'_>,
+    changed: &mut Changed,
+) -> Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(Error::Refused(refusal)) => {
+            changed.push((process.pid(), refusal));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// A refusal about a recorded process that is still there.
@@ -113,13 +161,14 @@ pub(super) fn comm(bytes: &[u8]) -> String {
 
 pub(super) const TAKE_ANOTHER: &str = "it can't be brought back; take a new checkpoint";
 
-fn check_is_there(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Result<()> {
+/// Refuses if a recorded process is not there any more.
+pub(super) fn check_is_there(stopped: &Stopped<'_>, recorded: &RecordedProcess<'_>) -> Result<()> {
     let pid = recorded.pid();
     let gone = |what: &str| {
         let remedy = format!("it has {what} since the checkpoint; {TAKE_ANOTHER}");
         Err(refuse(recorded, "the process", remedy).into())
     };
-    let identity = &recorded.record.identity;
+    let identity = &recorded.identity;
     let Some(live) = stopped.process(pid) else {
         return gone(if recorded.is_zombie() {
             "been reaped"
@@ -156,7 +205,7 @@ fn check_family(
     process: &RecordedProcess<'_>,
 ) -> Result<Stat> {
     let pid = process.pid();
-    let identity = &process.record.identity;
+    let identity = &process.identity;
     let changed = |object: &str, from: i32, to: i32| {
         let remedy = format!("it was {from} at the checkpoint and is {to} now; {TAKE_ANOTHER}");
         Err(refuse(process, object, remedy).into())
@@ -316,7 +365,7 @@ fn check_speculation(
 }
 
 /// A nice value can be lowered, and a policy raised, with the privilege for it only.
-fn check_scheduling(
+pub(super) fn check_scheduling(
     process: &RecordedProcess<'_>,
     tid: Pid,
     was: &ThreadState,

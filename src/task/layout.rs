@@ -35,6 +35,14 @@ pub struct Identity {
     pub zombie: u32,
     /// The signal by which job control had stopped it; 0 if it had not.
     pub job_control_stop: i32,
+    /// PID in its own namespace.
+    pub namespace_pid: i32,
+    /// The signal its parent gets when it ends.
+    pub exit_signal: i32,
+    /// How it ended, as wait(2) tells it; 0 if it had not.
+    pub wait_status: i32,
+    /// Device number of its terminal; 0 if it has none.
+    pub terminal: i32,
 }
 
 /// The payload of a process record; the path of the working directory follows.

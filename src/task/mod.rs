@@ -7,8 +7,9 @@
 //! | [`prepare`] | after every stop, before any batch | makes it safe to run something else on a thread: restartable sequences are aborted, calls that only the stop has ended start again |
 //! | [`capture`] | checkpoint | live state to records |
 //! | [`Recorded::read`] | rollback | a view of the records, in place |
-//! | [`check_presence`], [`check_from_outside`], [`Questions`], [`check`] | rollback, before anything is touched | observes the live state, and refuses what can't be undone |
+//! | [`Lost`], [`Questions`], [`check_from_outside`], [`check`] | rollback, before anything is touched | observes the live state; which processes are to be made again; refuses what can't be undone |
 //! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
+//! | [`make`], [`clear`], [`settle_in`], [`join_groups`], [`end`] | rollback | make processes again |
 //! | [`revive`] | rollback | makes threads again that have ended |
 //! | [`loosen`] | rollback, before memory and descriptors | what would be in the way of those: limits, rseq areas |
 //! | [`restore`] | rollback, after memory and descriptors | puts back what differs |
@@ -33,28 +34,35 @@ mod capture;
 mod check;
 mod interrupted;
 mod layout;
+mod lost;
 mod pending;
 mod posix_timers;
 mod prepare;
 pub mod probe;
 mod recorded;
+mod remake;
 mod restore;
 mod revive;
+mod rights;
 mod settings;
+mod steps;
 mod verify;
 
 pub use born::kill_born;
 pub use capture::capture;
-pub use check::{Observed, check, check_from_outside, check_presence};
+pub use check::{Changed, Observed, check, check_from_outside};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
 };
+pub use lost::{Lost, numbers};
 pub use posix_timers::PosixTimer;
 pub use prepare::prepare;
 pub use probe::{Leader, Questions};
 pub use recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
+pub use remake::{clear, end, join_groups, make, settle_in};
 pub use restore::{loosen, restore};
-pub use revive::{rename, revive};
+pub use revive::revive;
+pub use rights::{has_rights_of, keeps_rights, may_set_program};
 pub use settings::Settings;
 pub use verify::verify;
 

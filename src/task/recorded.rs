@@ -9,7 +9,7 @@ use crate::kernel::registers;
 use crate::record::{Context, Error, Kind, ObjectId, Record};
 
 use super::Result;
-use super::layout::{Action, ProcessRecord, SIGNALS, ThreadRecord, TimersRecord};
+use super::layout::{Action, Identity, ProcessRecord, SIGNALS, ThreadRecord, TimersRecord};
 use super::posix_timers::PosixTimer;
 
 /// All that a context holds of processes and threads, in place.
@@ -21,7 +21,9 @@ pub struct Recorded<'c> {
 /// A recorded process.
 #[derive(Debug, Clone)]
 pub struct RecordedProcess<'c> {
-    /// Identity and process-wide state.
+    /// What names it: as recorded, or as it was made again.
+    pub identity: Identity,
+    /// Identity and process-wide state as recorded.
     pub record: &'c ProcessRecord,
     /// Path of its working directory; empty if that was deleted or out of reach.
     pub directory: &'c [u8],
@@ -55,12 +57,17 @@ pub struct RecordedThread<'c> {
 impl RecordedProcess<'_> {
     /// Its PID in our namespace.
     pub fn pid(&self) -> Pid {
-        Pid::from_raw(self.record.identity.pid)
+        Pid::from_raw(self.identity.pid)
+    }
+
+    /// Its parent's PID in our namespace.
+    pub fn parent(&self) -> Pid {
+        Pid::from_raw(self.identity.parent)
     }
 
     /// Whether it had ended and waited to be reaped.
     pub fn is_zombie(&self) -> bool {
-        self.record.identity.zombie != 0
+        self.identity.zombie != 0
     }
 
     /// The leader's id as the process itself knows it; 0 for a zombie.
@@ -83,8 +90,56 @@ impl RecordedThread<'_> {
     }
 }
 
-/// Threads that were made again with another TID in our namespace: from the recorded to the one they have now.
-pub type Renamed = BTreeMap<Pid, Pid>;
+/// What is new about processes and threads that were made again. Keys are PIDs and TIDs as recorded.
+#[derive(Debug, Clone, Default)]
+pub struct Renamed {
+    /// Those that have another number in our namespace now.
+    numbers: BTreeMap<Pid, Pid>,
+    /// Start time and inode of the pidfd of processes.
+    births: BTreeMap<Pid, (u64, u64)>,
+}
+
+impl Renamed {
+    /// The number that a process or thread has now.
+    pub fn number(&self, recorded: Pid) -> Pid {
+        self.numbers.get(&recorded).copied().unwrap_or(recorded)
+    }
+
+    /// Notes that the process or thread with the number `was` has another one.
+    pub fn rename(&mut self, was: Pid, is: Pid) {
+        match self.numbers.values_mut().find(|number| **number == was) {
+            Some(number) => *number = is,
+            None => {
+                self.numbers.insert(was, is);
+            }
+        }
+    }
+
+    /// Notes that the process with the number `was` was made again.
+    pub fn reborn(&mut self, was: Pid, is: &Identity) {
+        let recorded = self.numbers.iter().find(|(_, number)| **number == was);
+        let recorded = recorded.map_or(was, |(recorded, _)| *recorded);
+        self.births
+            .insert(recorded, (is.start_time, is.pidfd_inode));
+        self.rename(was, Pid::from_raw(is.pid));
+    }
+
+    /// What names a process now.
+    fn identity(&self, recorded: &Identity) -> Identity {
+        let number = |recorded| self.number(Pid::from_raw(recorded)).as_raw();
+        let mut now = Identity {
+            pid: number(recorded.pid),
+            parent: number(recorded.parent),
+            group: number(recorded.group),
+            session: number(recorded.session),
+            ..*recorded
+        };
+        if let Some((start_time, inode)) = self.births.get(&Pid::from_raw(recorded.pid)) {
+            (now.start_time, now.pidfd_inode) = (*start_time, *inode);
+        }
+        now
+    }
+}
 
 impl<'c> Recorded<'c> {
     /// Finds the records of a context that is kept or was loaded.
@@ -101,7 +156,7 @@ impl<'c> Recorded<'c> {
                 .entry(thread.process)
                 .or_default()
                 .push(RecordedThread {
-                    tid: renamed.get(&tid).copied().unwrap_or(tid),
+                    tid: renamed.number(tid),
                     record: thread,
                     xstate,
                     pending: pending(context, record.id())?,
@@ -110,7 +165,7 @@ impl<'c> Recorded<'c> {
         let mut processes = BTreeMap::new();
         for record in context.records_of(Kind::Process) {
             let threads = of_process.remove(&record.id().raw()).unwrap_or_default();
-            let process = process(context, record, threads)?;
+            let process = process(context, renamed, record, threads)?;
             processes.insert(process.pid(), process);
         }
         Ok(Self { processes })
@@ -158,12 +213,14 @@ fn pending(context: &Context, id: ObjectId) -> Result<&[SignalInfo]> {
 
 fn process<'c>(
     context: &'c Context,
+    renamed: &Renamed,
     record: Record<'c>,
     threads: Vec<RecordedThread<'c>>,
 ) -> Result<RecordedProcess<'c>> {
     let id = record.id();
     let (fixed, directory) = record.fixed::<ProcessRecord>()?;
     let mut process = RecordedProcess {
+        identity: renamed.identity(&fixed.identity),
         record: fixed,
         directory,
         threads: threads

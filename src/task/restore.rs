@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use zerocopy::IntoBytes;
 
-use crate::freeze::{Arg, Batch, StepId, Stopped};
+use crate::freeze::{Arg, Batch, Stopped};
 use crate::kernel::ptrace::{self, Queue, RseqConfiguration, SignalInfo};
 use crate::kernel::scheduling;
 
@@ -18,6 +18,7 @@ use super::layout::{
 use super::pending::{self, For};
 use super::probe::ProcessProbe;
 use super::recorded::{Recorded, RecordedProcess, RecordedThread};
+use super::steps::{RSEQ_REGISTER, RSEQ_UNREGISTER, Steps};
 use super::{About, Error, Result, posix_timers, probe};
 
 /// Undoes what would be in the way of memory and descriptors: resource limits set since, and rseq areas registered since,
@@ -71,64 +72,6 @@ pub fn restore(
     }
     Ok(())
 }
-
-/// A batch all of whose steps have to work, each with its name.
-struct Steps {
-    tid: Pid,
-    batch: Batch,
-    named: Vec<(StepId, &'static str)>,
-}
-
-impl Steps {
-    fn new(tid: Pid) -> Self {
-        Self {
-            tid,
-            batch: Batch::new(),
-            named: Vec::new(),
-        }
-    }
-
-    fn call(&mut self, what: &'static str, number: libc::c_long, arguments: &[Arg]) {
-        let step = self.batch.call(number, arguments);
-        self.named.push((step, what));
-    }
-
-    fn prctl(&mut self, what: &'static str, option: i32, value: Arg) {
-        let zero = 0.into();
-        self.call(
-            what,
-            libc::SYS_prctl,
-            &[option.into(), value, zero, zero, zero],
-        );
-    }
-
-    fn rseq(&mut self, address: u64, size: u32, flags: i32, signature: u32) {
-        self.call(
-            "rseq",
-            libc::SYS_rseq,
-            &[address.into(), size.into(), flags.into(), signature.into()],
-        );
-    }
-
-    /// Runs it, if there is anything to do, in its thread of process `pid`.
-    fn run(self, stopped: &mut Stopped<'_>, pid: Pid) -> Result<()> {
-        if self.batch.is_empty() {
-            return Ok(());
-        }
-        let done = stopped.run_on(pid, self.tid, &self.batch)?;
-        for (step, what) in self.named {
-            done.result(step).map_err(|errno| Error::Call {
-                tid: self.tid,
-                what,
-                errno,
-            })?;
-        }
-        Ok(())
-    }
-}
-
-const RSEQ_REGISTER: i32 = 0;
-const RSEQ_UNREGISTER: i32 = 1;
 
 fn has_rseq(recorded: &ThreadRecord, live: &RseqConfiguration) -> bool {
     (live.address, live.size, live.signature)

@@ -9,8 +9,9 @@ use crate::outcome::Refusal;
 use super::Result;
 use super::check::{Observed, TAKE_ANOTHER, check_thread_rights, refuse};
 use super::layout::ThreadState;
+use super::lost::numbers;
 use super::probe;
-use super::recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
+use super::recorded::{Recorded, RecordedProcess, RecordedThread};
 
 /// Whether a thread that has ended can be made again: with the credentials and filters that the leader has now, under its
 /// number.
@@ -42,7 +43,7 @@ pub(super) fn check_ended(
 }
 
 /// Who has a number outside of the tree; what has it inside was born since, and is ended before.
-fn taken_by(stopped: &Stopped<'_>, tid: Pid) -> Option<String> {
+pub(super) fn taken_by(stopped: &Stopped<'_>, tid: Pid) -> Option<String> {
     let status = std::fs::read_to_string(procfs::path(tid, "status")).ok()?;
     let pid = procfs::status_line(&status, "Tgid")?.parse().ok()?;
     let pid = Pid::from_raw(pid);
@@ -52,35 +53,30 @@ fn taken_by(stopped: &Stopped<'_>, tid: Pid) -> Option<String> {
         .then(|| format!("pid {pid} ({})", procfs::comm(pid)))
 }
 
-/// Makes the threads again that have ended, to be restored like the others. Returns their TIDs in our namespace, as they
-/// were and as they are now.
+/// Makes the threads again that have ended, to be restored like the others. Returns their
+/// processes, and their TIDs in our namespace as they were and as they are now.
 pub fn revive(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded<'_>,
     observed: &mut Observed,
-) -> Result<Vec<(Pid, Pid)>> {
+) -> Result<Vec<(Pid, Pid, Pid)>> {
     let mut revived = Vec::with_capacity(observed.ended.len());
+    if observed.ended.is_empty() {
+        return Ok(revived);
+    }
+    let mut numbers = numbers(recorded);
     for (pid, was) in std::mem::take(&mut observed.ended) {
         let thread = recorded
             .process(pid)
             .and_then(|process| process.threads.get(&was));
         let Some(thread) = thread else { continue };
         let inside = thread.record.state.namespace_tid as i32;
-        let tid = stopped.make_thread(pid, was, inside)?;
+        let tid = stopped.make_thread(pid, was, inside, &numbers)?;
+        numbers.insert(tid);
         let state = probe::thread(stopped, pid, tid)?;
         observed.threads.insert(tid, state);
         observed.revived.insert(tid);
-        revived.push((was, tid));
+        revived.push((pid, was, tid));
     }
     Ok(revived)
-}
-
-/// Notes in what a checkpoint knows of its threads that one has another TID in our namespace.
-pub fn rename(renamed: &mut Renamed, was: Pid, is: Pid) {
-    match renamed.values_mut().find(|tid| **tid == was) {
-        Some(tid) => *tid = is,
-        None => {
-            renamed.insert(was, is);
-        }
-    }
 }

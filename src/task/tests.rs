@@ -87,7 +87,7 @@ impl Subject {
     }
 
     fn differences(&mut self, context: &Context) -> Vec<String> {
-        let recorded = Recorded::read(context, &Renamed::new()).expect("records");
+        let recorded = Recorded::read(context, &Renamed::default()).expect("records");
         let mut stopped = self.stop();
         let found = verify(&mut stopped, &recorded).expect("verify");
         stopped.resume().expect("resume");
@@ -96,10 +96,11 @@ impl Subject {
 
     /// Returns how many processes and threads were killed.
     fn roll_back(&mut self, context: &Context) -> usize {
-        let recorded = Recorded::read(context, &Renamed::new()).expect("records");
+        let recorded = Recorded::read(context, &Renamed::default()).expect("records");
         let mut stopped = self.stop();
         let observed = observe(&mut stopped, &recorded).expect("check");
-        let killed = kill_born(&mut stopped, &recorded).expect("kill what was born");
+        let killed =
+            kill_born(&mut stopped, &recorded, &Lost::default()).expect("kill what was born");
         loosen(&mut stopped, &recorded, &observed).expect("loosen");
         restore(&mut stopped, &recorded, &observed).expect("restore");
         let found = verify(&mut stopped, &recorded).expect("verify");
@@ -110,7 +111,7 @@ impl Subject {
     }
 
     fn refusal(&mut self, context: &Context) -> Refusal {
-        let recorded = Recorded::read(context, &Renamed::new()).expect("records");
+        let recorded = Recorded::read(context, &Renamed::default()).expect("records");
         let mut stopped = self.stop();
         let result = observe(&mut stopped, &recorded);
         stopped.resume().expect("resume");
@@ -152,13 +153,22 @@ impl Drop for Subject {
 }
 
 fn observe(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<Observed> {
-    check_presence(stopped, recorded)?;
+    let lost = Lost::missing(stopped, recorded)?;
+    let refused = |pid: Pid| lost.refuse(pid, "nobody tries").into();
+    if let Some(pid) = lost.in_order(recorded).first() {
+        return Err(refused(*pid));
+    }
     let mut leaders = BTreeMap::new();
     for process in recorded.processes().filter(|process| !process.is_zombie()) {
         leaders.insert(process.pid(), probe::process(stopped, process.pid())?);
     }
-    let seen = check_from_outside(stopped, recorded)?;
-    check(stopped, recorded, leaders, &seen)
+    let (seen, mut changed) = check_from_outside(stopped, recorded, &lost)?;
+    let (observed, more) = check(stopped, recorded, &lost, leaders, &seen)?;
+    changed.extend(more);
+    match changed.into_iter().next() {
+        None => Ok(observed),
+        Some((_, refusal)) => Err(refusal.into()),
+    }
 }
 
 #[test]

@@ -1,0 +1,359 @@
+//! The address space of a process that is made again: a copy of its parent's, which becomes what the image says.
+//!
+//! All is planned and done as in any other rollback, of an address space of which nothing is as recorded. What is more:
+//! the window is opened where the recorded one was, the kernel's own mappings are moved, and the kernel is told where the
+//! program's parts are.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use zerocopy::{Immutable, IntoBytes};
+
+use crate::freeze::{self, Batch, STORE_OFFSET, Stopped, TargetWindow};
+use crate::kernel::maps::Vma;
+use crate::kernel::{pagemap, procfs};
+use crate::record::Context;
+
+use super::image::SpaceImage;
+use super::layout::Layout;
+use super::observe::{Observed, check_shadow};
+use super::plan::{Plan, Recorded, plan};
+use super::ranges::{Ranges, Span};
+use super::space::{Space, parse_map, read_maps, system, window_span};
+use super::{PAGE, Result};
+
+/// Why the address space of an image can't be made again from a copy of its parent's, if it can't. Refuses if the shadow of
+/// the image is gone.
+pub fn obstacle(
+    stopped: &Stopped,
+    image: &SpaceImage,
+    maker: &SpaceImage,
+) -> Result<Option<&'static str>> {
+    check_shadow(image)?;
+    if !image.kept.is_empty() && old_window(stopped, image).is_none() {
+        return Ok(Some("what fork does not copy of its memory is lost"));
+    }
+    if offset(&specials(&image.layout), &specials(&maker.layout)).is_none() {
+        return Ok(Some(
+            "the kernel's own mappings in it are not like its parent's",
+        ));
+    }
+    Ok(None)
+}
+
+/// Whether the programs that two images have run are the same file.
+pub fn same_program(one: &SpaceImage, other: &SpaceImage) -> bool {
+    run_the_same(one.shadow.pid, other.shadow.pid)
+}
+
+fn run_the_same(one: Pid, other: Pid) -> bool {
+    let program = |pid| {
+        let metadata = std::fs::metadata(procfs::path(pid, "exe")).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    program(one).is_some_and(|file| program(other) == Some(file))
+}
+
+/// Has a process that was made again execute the program of the image, where it may not pass for it otherwise. It has
+/// another address space then, and no window.
+pub fn execute_program(stopped: &mut Stopped, pid: Pid, image: &SpaceImage) -> Result<()> {
+    stopped.open_window(pid, PAGE as usize)?;
+    // Of those that its parent has.
+    let mut batch = Batch::new();
+    let close = batch.call(
+        libc::SYS_close_range,
+        &[0.into(), u32::MAX.into(), 0.into()],
+    );
+    let closed = stopped.run(pid, &batch)?;
+    closed
+        .result(close)
+        .map_err(|errno| system(pid, "close its descriptors", errno))?;
+    let number = pass_program(stopped, pid, image.shadow.pid)?;
+    Ok(stopped.execute_program(pid, number)?)
+}
+
+/// Gives a process a descriptor, close-on-exec, of the program of a shadow, and returns its number.
+fn pass_program(stopped: &mut Stopped, pid: Pid, shadow: Pid) -> Result<i32> {
+    let file = File::open(procfs::path(shadow, "exe"))
+        .map_err(|error| system(shadow, "open the program of a shadow", error))?;
+    Ok(stopped.pass_descriptor(pid, file.as_fd())?)
+}
+
+/// The window into the address space of an image, if that is the one the process had last.
+fn old_window<'s>(stopped: &'s Stopped, image: &SpaceImage) -> Option<&'s TargetWindow> {
+    let member = stopped.tree().member(image.pid)?;
+    let window = member.window.as_ref();
+    window.filter(|_| member.generation == image.generation)
+}
+
+/// The kernel's own mappings that each address space has at a place of its own.
+fn specials(layout: &Layout) -> Vec<&Vma> {
+    let all = layout.vmas.iter();
+    all.filter(|vma| vma.is_special() && &*vma.name != b"[vsyscall]")
+        .collect()
+}
+
+/// How far the kernel's own mappings are to be moved; `None`: they are not the same ones.
+fn offset(to: &[&Vma], from: &[&Vma]) -> Option<u64> {
+    let (first, was) = (to.first()?.start, from.first()?.start);
+    let offset = first.wrapping_sub(was);
+    let alike = |(to, from): (&&Vma, &&Vma)| {
+        to.name == from.name
+            && to.len() == from.len()
+            && to.start == from.start.wrapping_add(offset)
+    };
+    (to.len() == from.len() && to.iter().zip(from).all(alike)).then_some(offset)
+}
+
+impl Space {
+    /// Opens the window into a process that was made again, and makes its write tracker. The window is where that of the
+    /// image is.
+    pub fn reopen(
+        stopped: &mut Stopped,
+        pid: Pid,
+        image: &SpaceImage,
+        context: &Context,
+    ) -> Result<Self> {
+        let header = image.header(context)?;
+        let window = Span {
+            start: header.window_start,
+            end: header.window_end,
+        };
+        let store = window.len() as usize - STORE_OFFSET;
+        let live = Layout::parse(&read_maps(stopped.member(pid)?)?, None).unwrap_or_default();
+        let in_the_way = |vma: &&Vma| vma.start < window.end && vma.end > window.start;
+        if specials(&live).iter().any(in_the_way) {
+            return Err(system(pid, "open its window", Errno::EEXIST));
+        }
+        stopped.open_window_at(pid, store, Some(window.start))?;
+        Self::track(stopped, pid, store)
+    }
+
+    /// Plans what makes the address space of a process that was made again equal to the image.
+    pub fn plan_remake(
+        &self,
+        stopped: &mut Stopped,
+        image: &SpaceImage,
+        context: &Context,
+    ) -> Result<Plan> {
+        self.move_specials(stopped, image)?;
+        let pid = self.pid;
+        let live = self.live(stopped)?;
+        let populated = image.populated(context)?;
+        let mut observed = Observed::look(stopped, image, Some(live), &populated)?;
+        // The kernel is told of it with all the rest.
+        observed.brk = Some(image.header(context)?.brk);
+        let recorded = Recorded {
+            header: image.header(context)?,
+            layout: &image.layout,
+            populated: &populated,
+            guards: image.guards()?,
+            stale: &Ranges::new(),
+        };
+        let plan = plan(recorded, &observed).map_err(|refusal| {
+            let what = format!("plan its memory: {refusal}");
+            system(pid, &what, Errno::EINVAL)
+        })?;
+        Ok(Plan {
+            remade: true,
+            ..plan
+        })
+    }
+
+    /// Takes pages out of what is to be copied that need not be: the process has the very same from its parent as the shadow,
+    /// which tells by their frames. To be called when the VMAs are as in the image.
+    pub fn keep_inherited(
+        &self,
+        stopped: &Stopped,
+        image: &SpaceImage,
+        plan: &mut Plan,
+    ) -> Result<()> {
+        /// Of the pages looked at in one go.
+        const PIECE: u64 = 4 << 20;
+        let (live, shadow) = (&stopped.member(self.pid)?.pagemap, &image.shadow.pagemap);
+        let mut same = Ranges::new();
+        for span in plan.copy.pieces(PIECE) {
+            // A page that the kernel moves leaves its frame to another, which might be the shadow's: so it is looked at twice.
+            let [before, of_shadow, after] = [live, shadow, live].map(|pagemap| {
+                pagemap::frames(pagemap, span.start, span.end)
+                    .map_err(|error| system(self.pid, "look at its page frames", error))
+            });
+            let (before, of_shadow, after) = (before?, of_shadow?, after?);
+            let pages = (span.start..span.end).step_by(PAGE as usize);
+            for (start, frame) in pages.zip(before.iter().zip(&of_shadow).zip(&after)) {
+                let ((before, of_shadow), after) = frame;
+                if *before != 0 && before == of_shadow && before == after {
+                    same.push(Span {
+                        start,
+                        end: start + PAGE,
+                    });
+                }
+            }
+        }
+        plan.copy = plan.copy.difference(&same);
+        Ok(())
+    }
+
+    fn live(&self, stopped: &Stopped) -> Result<Layout> {
+        let text = read_maps(stopped.member(self.pid)?)?;
+        parse_map(self.pid, &text, window_span(stopped, self.pid)?)
+    }
+
+    /// Moves the kernel's own mappings to where they were: a program that was executed has them at another place.
+    fn move_specials(&self, stopped: &mut Stopped, image: &SpaceImage) -> Result<()> {
+        let pid = self.pid;
+        let live = self.live(stopped)?;
+        let (to, from) = (specials(&image.layout), specials(&live));
+        let failed = |errno| system(pid, "move the kernel's own mappings", errno);
+        let offset = offset(&to, &from).ok_or_else(|| failed(Errno::EINVAL))?;
+        let Some((first, last)) = to.first().zip(to.last()).filter(|_| offset != 0) else {
+            return Ok(());
+        };
+        if from
+            .iter()
+            .any(|vma| vma.start < last.end && vma.end > first.start)
+        {
+            return Err(failed(Errno::EEXIST));
+        }
+        let mut batch = Batch::new();
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        for vma in from {
+            let (at, len) = (vma.start.into(), vma.len().into());
+            let new = vma.start.wrapping_add(offset).into();
+            let moved = batch.call(libc::SYS_mremap, &[at, len, len, flags.into(), new]);
+            batch.must_succeed(moved);
+        }
+        let outputs = stopped.run(pid, &batch)?;
+        match outputs.cut_short {
+            Some(errno) => Err(failed(errno)),
+            None => Ok(stopped.special_mappings_moved(pid, offset)?),
+        }
+    }
+
+    /// Tells the kernel where the parts of the program are, and which it is if that is another; to be called when the VMAs
+    /// are as in the image.
+    pub fn restore_program(
+        &self,
+        stopped: &mut Stopped,
+        image: &SpaceImage,
+        context: &Context,
+    ) -> Result<()> {
+        let (pid, shadow) = (self.pid, image.shadow.pid);
+        let stat = procfs::Stat::read(shadow)
+            .map_err(|error| system(shadow, "read the stat of a shadow", error))?;
+        let auxv = std::fs::read(procfs::path(shadow, "auxv"))
+            .map_err(|error| system(shadow, "read the auxv of a shadow", error))?;
+        let program = match run_the_same(pid, shadow) {
+            true => None,
+            false => Some(pass_program(stopped, pid, shadow)?),
+        };
+        let parts = ProgramParts {
+            code: [stat.field(26), stat.field(27)],
+            data: [stat.field(45), stat.field(46)],
+            brk: [stat.field(47), image.header(context)?.brk],
+            stack: stat.field(28),
+            arguments: [stat.field(48), stat.field(49)],
+            environment: [stat.field(50), stat.field(51)],
+            auxv: 0,
+            auxv_size: auxv.len() as u32,
+            program: program.unwrap_or(-1),
+        };
+        let mut batch = Batch::new();
+        let auxv = batch.filled(&auxv);
+        let parts = batch.filled(parts.as_bytes());
+        batch.point(&parts, std::mem::offset_of!(ProgramParts, auxv), &auxv);
+        let set = batch.call(
+            libc::SYS_prctl,
+            &[
+                libc::PR_SET_MM.into(),
+                PR_SET_MM_MAP.into(),
+                parts.arg(),
+                size_of::<ProgramParts>().into(),
+                0.into(),
+            ],
+        );
+        if let Some(number) = program {
+            batch.call(libc::SYS_close, &[number.into()]);
+        }
+        let outputs = stopped.run(pid, &batch)?;
+        outputs.result(set).map(drop).map_err(|errno| {
+            let what = "prctl PR_SET_MM_MAP";
+            freeze::Error::Call { pid, what, errno }.into()
+        })
+    }
+}
+
+const PR_SET_MM_MAP: i32 = 14;
+
+/// `struct prctl_mm_map` (prctl(2), Linux 3.18).
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct ProgramParts {
+    code: [u64; 2],
+    data: [u64; 2],
+    brk: [u64; 2],
+    stack: u64,
+    arguments: [u64; 2],
+    environment: [u64; 2],
+    auxv: u64,
+    auxv_size: u32,
+    program: i32,
+}
+
+impl SpaceImage {
+    /// Takes the window into its address space, if that is the one the process had last.
+    pub fn take_window(&self, stopped: &mut Stopped) -> Option<TargetWindow> {
+        let member = stopped.tree_mut().member_mut(self.pid)?;
+        match member.generation == self.generation {
+            true => member.window.take(),
+            false => None,
+        }
+    }
+
+    /// Makes it the image of the address space of a process that was made again, into which the window is open. `old` is
+    /// the window that has the pages that its shadow lacks.
+    pub fn move_to(
+        &mut self,
+        stopped: &mut Stopped,
+        space: &mut Space,
+        old: Option<&TargetWindow>,
+    ) -> Result<()> {
+        let pid = space.pid;
+        let member = stopped.tree_mut().member_mut(pid);
+        let member = member.ok_or(freeze::Error::Gone(pid))?;
+        let window = member.window.as_mut().ok_or(freeze::Error::Gone(pid))?;
+        let slots = std::mem::take(&mut self.slots);
+        for page in self.kept.spans() {
+            for at in (page.start..page.end).step_by(PAGE as usize) {
+                let (Some(old), Some(slot)) = (old, slots.get(&at)) else {
+                    return Err(freeze::Error::Gone(pid).into());
+                };
+                let new = space.store.take().ok_or(freeze::Error::Gone(pid))?;
+                let offset = Space::slot_offset(new);
+                let page = window.window.store_mut(offset, PAGE as usize);
+                old.window.read(Space::slot_offset(*slot), page);
+                self.slots.insert(at, new);
+            }
+        }
+        self.pid = pid;
+        self.generation = member.generation;
+        self.new_text = None;
+        Ok(())
+    }
+
+    /// Learns how its VMA list reads now that the process was made again.
+    pub fn learn_map(&mut self, stopped: &Stopped) -> Result<()> {
+        let text = read_maps(stopped.member(self.pid)?)?;
+        let window = window_span(stopped, self.pid)?;
+        let live = parse_map(self.pid, &text, window)?;
+        if let Some(change) = self.layout.changes_from(&live).first() {
+            let what = format!("make its memory map again ({change:?} is left to do)");
+            return Err(system(self.pid, &what, Errno::EINVAL));
+        }
+        self.new_text = Some(text);
+        Ok(())
+    }
+}
