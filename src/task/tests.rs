@@ -162,9 +162,11 @@ fn observe(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<Observe
     for process in recorded.processes().filter(|process| !process.is_zombie()) {
         leaders.insert(process.pid(), probe::process(stopped, process.pid())?);
     }
-    let (seen, mut changed) = check_from_outside(stopped, recorded, &lost)?;
-    let (observed, more) = check(stopped, recorded, &lost, leaders, &seen)?;
-    changed.extend(more);
+    let (seen, changed) = check_from_outside(stopped, recorded, &lost)?;
+    if let Some((_, refusal)) = changed.into_iter().next() {
+        return Err(refusal.into());
+    }
+    let (observed, changed) = check(stopped, recorded, &lost, leaders, &seen)?;
     match changed.into_iter().next() {
         None => Ok(observed),
         Some((_, refusal)) => Err(refusal.into()),
