@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::support::container::Containers;
 use crate::support::family::Family;
 use crate::support::fixture::{Fixture, real};
+use crate::support::nginx::{self, Nginx};
 use crate::support::numbers::{self, Holdings};
 use crate::support::redis::{self, Client};
 use crate::support::session::{DONE, Session, finish};
@@ -386,42 +387,16 @@ impl Browser {
 
 #[test]
 fn nginx() {
-    if !found("nginx") {
+    if !nginx::is_there() {
         skip!("no nginx");
     }
-    let directory = tempfile::Builder::new()
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .tempdir()
-        .expect("making a directory");
-    // A port that is free now.
-    let port = TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("a free port")
-        .port();
     let page = "x".repeat(50_000);
-    fs::write(directory.path().join("page"), &page).expect("writing a page");
-    let root = directory.path().display();
-    let configuration = format!(
-        "daemon off; master_process on; worker_processes 2; pid {root}/pid; error_log {root}/error.log;
-        events {{ worker_connections 64; }}
-        http {{
-            access_log {root}/access.log; root {root};
-            client_body_temp_path {root}/body; proxy_temp_path {root}/proxy; fastcgi_temp_path {root}/fastcgi;
-            uwsgi_temp_path {root}/uwsgi; scgi_temp_path {root}/scgi;
-            keepalive_timeout 1h; keepalive_requests 1000000;
-            server {{ listen 127.0.0.1:{port}; location /status {{ stub_status; }} }}
-        }}"
+    let Nginx { master, port, .. } = &Nginx::start(
+        &page,
+        "keepalive_timeout 1h; keepalive_requests 1000000;",
+        "location /status { stub_status; }",
     );
-    let path = directory.path().join("nginx.conf");
-    fs::write(&path, configuration).expect("writing the configuration");
-    let mut command = Command::new("nginx");
-    command.arg("-c").arg(&path).arg("-p").arg(directory.path());
-    let master = Family::start(
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null()),
-    );
+    let port = *port;
     let mut browser = None;
     wait::until("nginx answers", || {
         browser = Browser::connect(port).ok();

@@ -1,17 +1,16 @@
 //! Processes that have ended since the checkpoint, in real programs, and with several checkpoints.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
+use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::family::Family;
 use crate::support::fixture::{Fixture, real};
+use crate::support::nginx::{self, Nginx};
 use crate::support::session::{DONE, Session};
 use crate::support::{numbers, skip, wait};
 
@@ -90,35 +89,11 @@ fn workers_of(master: i32) -> Vec<i32> {
 /// nginx, whose workers have other users than their master, killed and replaced by a reload.
 #[test]
 fn nginx_workers() {
-    if !Path::new("/usr/sbin/nginx").exists() {
+    if !nginx::is_there() {
         skip!("no nginx");
     }
-    let directory = tempfile::Builder::new()
-        .permissions(PermissionsExt::from_mode(0o755))
-        .tempdir()
-        .expect("making a directory");
-    let port = TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("a free port")
-        .port();
-    std::fs::write(directory.path().join("page"), "a page").expect("writing a page");
-    let root = directory.path().display();
-    let configuration = format!(
-        "daemon off; master_process on; worker_processes 2; pid {root}/pid; error_log {root}/error.log;
-        events {{ worker_connections 64; }}
-        http {{
-            access_log {root}/access.log; root {root};
-            client_body_temp_path {root}/body; proxy_temp_path {root}/proxy; fastcgi_temp_path {root}/fastcgi;
-            uwsgi_temp_path {root}/uwsgi; scgi_temp_path {root}/scgi;
-            server {{ listen 127.0.0.1:{port}; }}
-        }}"
-    );
-    let path = directory.path().join("nginx.conf");
-    std::fs::write(&path, configuration).expect("writing the configuration");
-    let mut command = Command::new("nginx");
-    command.arg("-c").arg(&path).arg("-p").arg(directory.path());
-    let null = Stdio::null;
-    let master = Family::start(command.stdin(null()).stdout(null()).stderr(null()));
+    let Nginx { master, port, .. } = &Nginx::start("a page", "", "");
+    let port = *port;
     wait::until("nginx answers", || get(port).is_ok());
     wait::until("both workers run", || master.members().len() == 3);
     let members = master.members();

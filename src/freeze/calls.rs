@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use crate::kernel::procfs;
 use crate::kernel::ptrace::Registers;
-use crate::kernel::runner::ERESTART_RESTARTBLOCK;
+use crate::kernel::runner::goes_on_by_block;
 
 /// The calls that threads were in when they were stopped last.
 #[derive(Debug, Default)]
@@ -68,10 +68,6 @@ impl Calls {
 }
 
 const RESTART: u64 = libc::SYS_restart_syscall as u64;
-
-fn goes_on_by_block(registers: &Registers) -> bool {
-    registers.orig_rax as i64 >= 0 && registers.rax as i64 == -ERESTART_RESTARTBLOCK
-}
 
 fn place(registers: &Registers) -> [u64; 8] {
     let Registers {
@@ -153,6 +149,7 @@ const USER_END: u64 = 1 << 47;
 mod tests {
     use super::*;
     use crate::kernel::registers::{WORDS, from_words};
+    use crate::kernel::runner::ERESTART_RESTARTBLOCK;
 
     fn interrupted(number: u64, rdi: u64) -> Registers {
         Registers {

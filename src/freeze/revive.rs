@@ -112,7 +112,6 @@ impl Stopped<'_> {
         let deadline = Instant::now() + PATIENCE;
         let both = [inside, outside];
         let choices: &[&[i32]] = match levels {
-            1 => &[&both[..1]],
             2 => &[&both, &both[..1]],
             _ => &[&both[..1]],
         };

@@ -17,6 +17,7 @@ pub mod pidfd;
 pub mod probe;
 pub mod proc_events;
 pub mod procfs;
+pub mod program_map;
 pub mod ptrace;
 pub mod registers;
 pub mod remote_memory;

@@ -224,6 +224,11 @@ pub const ERESTARTNOHAND: i64 = 514;
 /// Restart by restart_syscall(2) from the thread's restart block.
 pub const ERESTART_RESTARTBLOCK: i64 = 516;
 
+/// Whether a stopped thread is in a system call that goes on by restart_syscall(2).
+pub fn goes_on_by_block(regs: &Registers) -> bool {
+    regs.orig_rax as i64 >= 0 && regs.rax as i64 == -ERESTART_RESTARTBLOCK
+}
+
 /// Code that makes one system call and then puts back the signal mask and goes home with the registers `regs` by
 /// itself; for the first calls in a target that has no window yet. It needs no stack and no memory but its own.
 pub fn bootstrap(regs: &Registers, mask: u64) -> Vec<u8> {

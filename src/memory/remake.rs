@@ -10,10 +10,11 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
-use zerocopy::{Immutable, IntoBytes};
+use zerocopy::IntoBytes;
 
 use crate::freeze::{self, Batch, STORE_OFFSET, Stopped, TargetWindow};
 use crate::kernel::maps::Vma;
+use crate::kernel::program_map::{PR_SET_MM_MAP, ProgramMap};
 use crate::kernel::{pagemap, procfs};
 use crate::record::Context;
 
@@ -250,28 +251,20 @@ impl Space {
             true => None,
             false => Some(pass_program(stopped, pid, shadow)?),
         };
-        let parts = ProgramParts {
-            code: [stat.field(26), stat.field(27)],
-            data: [stat.field(45), stat.field(46)],
-            brk: [stat.field(47), image.header(context)?.brk],
-            stack: stat.field(28),
-            arguments: [stat.field(48), stat.field(49)],
-            environment: [stat.field(50), stat.field(51)],
-            auxv: 0,
-            auxv_size: auxv.len() as u32,
-            program: program.unwrap_or(-1),
-        };
+        let mut parts = ProgramMap::of(&stat.bounds(), image.header(context)?.brk);
+        parts.auxv_size = auxv.len() as u32;
+        parts.program = program.unwrap_or(-1);
         let mut batch = Batch::new();
         let auxv = batch.filled(&auxv);
         let parts = batch.filled(parts.as_bytes());
-        batch.point(&parts, std::mem::offset_of!(ProgramParts, auxv), &auxv);
+        batch.point(&parts, std::mem::offset_of!(ProgramMap, auxv), &auxv);
         let set = batch.call(
             libc::SYS_prctl,
             &[
                 libc::PR_SET_MM.into(),
                 PR_SET_MM_MAP.into(),
                 parts.arg(),
-                size_of::<ProgramParts>().into(),
+                size_of::<ProgramMap>().into(),
                 0.into(),
             ],
         );
@@ -284,23 +277,6 @@ impl Space {
             freeze::Error::Call { pid, what, errno }.into()
         })
     }
-}
-
-const PR_SET_MM_MAP: i32 = 14;
-
-/// `struct prctl_mm_map` (prctl(2), Linux 3.18).
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct ProgramParts {
-    code: [u64; 2],
-    data: [u64; 2],
-    brk: [u64; 2],
-    stack: u64,
-    arguments: [u64; 2],
-    environment: [u64; 2],
-    auxv: u64,
-    auxv_size: u32,
-    program: i32,
 }
 
 impl SpaceImage {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::live::Holder;
 use super::model::Recorded;
-use crate::freeze::{Batch, Output, Outputs, StepId, Stopped};
+use crate::freeze::{Arg, Batch, Output, Outputs, StepId, Stopped};
 use crate::kernel::sysv_ipc;
 use crate::outcome::Refusal;
 
@@ -149,54 +149,53 @@ impl Through<'_, '_> {
 
     /// Sets that are there, and how many semaphores they have.
     fn stat_sets(&mut self, which: Vec<i32>, how: i32) -> Result<Vec<(i32, usize)>, Error> {
-        let mut found = Vec::new();
-        for some in which.chunks(AT_ONCE) {
-            let mut batch = Batch::new();
-            let ask = |id: &i32| {
-                let room = batch.output(ROOM);
-                let arguments = [(*id).into(), 0.into(), how.into(), room.arg()];
-                (*id, batch.call(libc::SYS_semctl, &arguments), room)
-            };
-            let asked: Vec<_> = some.iter().map(ask).collect();
-            let outputs = self.run(&batch)?;
-            for (id, step, room) in asked {
-                if let Ok(result) = outputs.result(step) {
-                    let id = if how == libc::IPC_STAT {
-                        id
-                    } else {
-                        result as i32
-                    };
-                    let at = std::mem::offset_of!(libc::semid_ds, sem_nsems);
-                    found.push((id, long(&outputs.bytes(&room)[at..]) as usize));
-                }
-            }
-        }
-        Ok(found)
+        let found = self.stat(which, how, |batch, id, room| {
+            batch.call(libc::SYS_semctl, &[id.into(), 0.into(), how.into(), room])
+        })?;
+        let count = std::mem::offset_of!(libc::semid_ds, sem_nsems);
+        let set = |(id, bytes): (i32, Vec<u8>)| (id, long(&bytes[count..]) as usize);
+        Ok(found.into_iter().map(set).collect())
     }
 
     /// Queues that are there, and how many messages and bytes they have.
     fn stat_queues(&mut self, which: Vec<i32>, how: i32) -> Result<Vec<(i32, Size)>, Error> {
+        let found = self.stat(which, how, |batch, id, room| {
+            batch.call(libc::SYS_msgctl, &[id.into(), how.into(), room])
+        })?;
+        let queue = |(id, bytes): (i32, Vec<u8>)| {
+            let field = |at: usize| long(&bytes[at..]) as usize;
+            let messages = field(std::mem::offset_of!(libc::msqid_ds, msg_qnum));
+            let in_bytes = field(std::mem::offset_of!(libc::msqid_ds, __msg_cbytes));
+            (id, (messages, in_bytes))
+        };
+        Ok(found.into_iter().map(queue).collect())
+    }
+
+    /// What `ask` finds of those that are there. It is given an id and room for the answer.
+    fn stat(
+        &mut self,
+        which: Vec<i32>,
+        how: i32,
+        ask: impl Fn(&mut Batch, i32, Arg) -> StepId,
+    ) -> Result<Vec<(i32, Vec<u8>)>, Error> {
         let mut found = Vec::new();
         for some in which.chunks(AT_ONCE) {
             let mut batch = Batch::new();
-            let ask = |id: &i32| {
+            let mut asked = Vec::with_capacity(some.len());
+            for id in some {
                 let room = batch.output(ROOM);
-                let arguments = [(*id).into(), how.into(), room.arg()];
-                (*id, batch.call(libc::SYS_msgctl, &arguments), room)
-            };
-            let asked: Vec<_> = some.iter().map(ask).collect();
+                asked.push((*id, ask(&mut batch, *id, room.arg()), room));
+            }
             let outputs = self.run(&batch)?;
             for (id, step, room) in asked {
                 if let Ok(result) = outputs.result(step) {
+                    // By an index the answer is the id.
                     let id = if how == libc::IPC_STAT {
                         id
                     } else {
                         result as i32
                     };
-                    let field = |at: usize| long(&outputs.bytes(&room)[at..]) as usize;
-                    let messages = field(std::mem::offset_of!(libc::msqid_ds, msg_qnum));
-                    let bytes = field(std::mem::offset_of!(libc::msqid_ds, __msg_cbytes));
-                    found.push((id, (messages, bytes)));
+                    found.push((id, outputs.bytes(&room).to_vec()));
                 }
             }
         }

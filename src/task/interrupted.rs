@@ -1,7 +1,7 @@
 //! System calls that a stop has interrupted: which registers make them go on.
 
 use crate::kernel::ptrace::Registers;
-use crate::kernel::runner::ERESTART_RESTARTBLOCK;
+use crate::kernel::runner::goes_on_by_block;
 
 /// The number that `orig_rax` holds when the thread is in no system call.
 const NO_CALL: u64 = u64::MAX;
@@ -60,7 +60,7 @@ pub(super) fn from_the_start(registers: &Registers) -> Registers {
 /// when they are put back, but not by a restart block, which by then belongs to a later call, or to no call at all if the
 /// thread was made again.
 pub(super) fn to_record(registers: &Registers, number: u64) -> Registers {
-    if registers.orig_rax as i64 >= 0 && registers.rax as i64 == -ERESTART_RESTARTBLOCK {
+    if goes_on_by_block(registers) {
         from_the_start(&Registers {
             orig_rax: number,
             ..*registers
@@ -74,6 +74,7 @@ pub(super) fn to_record(registers: &Registers, number: u64) -> Registers {
 mod tests {
     use super::*;
     use crate::kernel::registers::{WORDS, from_words};
+    use crate::kernel::runner::ERESTART_RESTARTBLOCK;
 
     fn in_call(number: libc::c_long, result: i64) -> Registers {
         Registers {

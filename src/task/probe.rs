@@ -19,7 +19,8 @@ use super::{Error, Result};
 /// Longest path that getcwd(2) gives.
 const PATH_MAX: usize = libc::PATH_MAX as usize;
 const STAT_SIZE: usize = size_of::<libc::stat>();
-const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+/// Of capget(2) and capset(2).
+pub(super) const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
 /// Process-wide state as observed.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,6 +9,7 @@ use crate::kernel::procfs;
 use super::Result;
 use super::capture::{self, FEATURES};
 use super::layout::Rights;
+use super::probe::CAPABILITY_VERSION_3;
 use super::recorded::RecordedProcess;
 use super::settings::{CGROUP, LOGIN_USER};
 use super::steps::Steps;
@@ -20,7 +21,6 @@ const CAPABILITIES: u64 = 64;
 const PR_CAP_AMBIENT: i32 = 47;
 const PR_CAP_AMBIENT_RAISE: i32 = 2;
 const PR_CAP_AMBIENT_CLEAR_ALL: i32 = 4;
-const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
 /// The lines of `/proc/PID/status` that are recorded.
 #[derive(Clone, Copy)]

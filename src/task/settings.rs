@@ -9,6 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::freeze::{Batch, Stopped};
 use crate::kernel::procfs::{self, Bounds, Stat};
+use crate::kernel::program_map::{PR_SET_MM_MAP, ProgramMap};
 
 use super::{About, Error, Result};
 
@@ -111,30 +112,8 @@ fn write(file: Option<&File>, text: &str) -> std::io::Result<()> {
     }
 }
 
-/// `struct prctl_mm_map` (`linux/prctl.h`).
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct MemoryMap {
-    start_code: u64,
-    end_code: u64,
-    start_data: u64,
-    end_data: u64,
-    start_brk: u64,
-    brk: u64,
-    start_stack: u64,
-    arg_start: u64,
-    arg_end: u64,
-    env_start: u64,
-    env_end: u64,
-    auxv: u64,
-    auxv_size: u32,
-    exe_fd: u32,
-}
-
 /// Sets all of them at once (`PR_SET_MM_MAP`, Linux 3.18), as only that needs no privilege. It sets the program break too.
 fn restore_bounds(stopped: &mut Stopped<'_>, pid: Pid, bounds: &Bounds) -> Result<()> {
-    const PR_SET_MM: i32 = 35;
-    const PR_SET_MM_MAP: i32 = 14;
     let call = |what| {
         move |errno: Errno| Error::Call {
             tid: pid,
@@ -145,38 +124,13 @@ fn restore_bounds(stopped: &mut Stopped<'_>, pid: Pid, bounds: &Bounds) -> Resul
     let mut batch = Batch::new();
     let brk = batch.call(libc::SYS_brk, &[0.into()]);
     let brk = stopped.run(pid, &batch)?.result(brk);
-    let [
-        start_code,
-        end_code,
-        start_stack,
-        start_data,
-        end_data,
-        start_brk,
-        rest @ ..,
-    ] = *bounds;
-    let [arg_start, arg_end, env_start, env_end] = rest;
-    let map = MemoryMap {
-        start_code,
-        end_code,
-        start_data,
-        end_data,
-        start_brk,
-        brk: brk.map_err(call("brk"))?,
-        start_stack,
-        arg_start,
-        arg_end,
-        env_start,
-        env_end,
-        auxv: 0,
-        auxv_size: 0,
-        exe_fd: u32::MAX,
-    };
+    let map = ProgramMap::of(bounds, brk.map_err(call("brk"))?);
     let mut batch = Batch::new();
     let arguments = [
-        PR_SET_MM.into(),
+        libc::PR_SET_MM.into(),
         PR_SET_MM_MAP.into(),
         batch.input(map.as_bytes()),
-        size_of::<MemoryMap>().into(),
+        size_of::<ProgramMap>().into(),
         0.into(),
     ];
     let set = batch.call(libc::SYS_prctl, &arguments);
