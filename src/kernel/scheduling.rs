@@ -73,6 +73,43 @@ pub fn set_processors(tid: Pid, processors: &Processors) -> Result<(), Errno> {
     .map(drop)
 }
 
+/// Keeps this thread on processors other than some until it is dropped.
+#[derive(Debug)]
+pub struct Elsewhere {
+    tid: Pid,
+    before: Processors,
+}
+
+impl Elsewhere {
+    /// Moves this thread if it runs on one of `theirs` and may run on another. It takes some 10 us if it does.
+    pub fn than(theirs: impl IntoIterator<Item = usize>) -> Option<Self> {
+        let here = nix::sched::sched_getcpu().ok()?;
+        let theirs: Vec<usize> = theirs.into_iter().collect();
+        if !theirs.contains(&here) {
+            return None;
+        }
+        let tid = nix::unistd::gettid();
+        let before = processors(tid).ok()?;
+        let mut others = before;
+        for processor in theirs {
+            if let Some(word) = others.get_mut(processor / 64) {
+                *word &= !(1 << (processor % 64));
+            }
+        }
+        // Refused if a cpuset leaves nothing of it, or there is nothing.
+        set_processors(tid, &others).ok()?;
+        Some(Self { tid, before })
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        if let Err(error) = set_processors(self.tid, &self.before) {
+            tracing::debug!(%error, "sched_setaffinity");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,5 +122,28 @@ mod tests {
         set_attributes(me, &attributes).unwrap();
         let processors = processors(me).unwrap();
         set_processors(me, &processors).unwrap();
+    }
+
+    #[test]
+    fn a_thread_is_elsewhere_for_a_while() {
+        let me = nix::unistd::gettid();
+        let before = processors(me).unwrap();
+        let count: u32 = before.iter().map(|word| word.count_ones()).sum();
+        let all = 0..PROCESSOR_WORDS * 64;
+        assert!(Elsewhere::than(all).is_none(), "there is nowhere else");
+        assert!(Elsewhere::than([]).is_none(), "it is elsewhere");
+        assert_eq!(processors(me).unwrap(), before);
+        if count < 2 {
+            return;
+        }
+        // It may be moved between the two calls, but not for ever.
+        let moved = (0..1000).find_map(|_| {
+            let here = nix::sched::sched_getcpu().unwrap();
+            Some((here, Elsewhere::than([here])?))
+        });
+        let (here, elsewhere) = moved.unwrap();
+        assert_ne!(nix::sched::sched_getcpu().unwrap(), here);
+        drop(elsewhere);
+        assert_eq!(processors(me).unwrap(), before);
     }
 }
