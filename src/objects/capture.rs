@@ -11,7 +11,10 @@ use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
-use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag, sysv, terminal};
+use super::{
+    Error, epoll_watch, file, locks, pipe, records, side_by_side, socket, socket_diag, sysv,
+    terminal,
+};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 use crate::outcome::Refusal;
@@ -59,10 +62,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
         |_| None,
     )?;
     let lives = lives(&holders, &found)?;
-    let mut states = Vec::with_capacity(lives.len());
-    for live in &lives {
-        states.push(State::capture(live)?);
-    }
+    let mut states = side_by_side::each(&lives, State::capture)?;
     let pipes = capture_pipes(&lives, &states)?;
     let watched = resolve(&found, &lives, &mut states)?;
 

@@ -46,6 +46,7 @@ pub mod pipe;
 pub mod plan;
 mod reborn;
 pub mod records;
+mod side_by_side;
 pub mod signalfd;
 pub mod socket;
 pub mod socket_apply;
