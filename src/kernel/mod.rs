@@ -10,6 +10,7 @@ pub mod latency;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;
+pub mod mountinfo;
 pub mod multicast;
 pub mod namespaces;
 pub mod pagemap;
