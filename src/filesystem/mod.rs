@@ -1,8 +1,11 @@
 //! Files: the writable layer of a container, its tmpfs mounts and its volumes go back with its processes.
 
 mod area;
+mod areas;
+mod layers;
 
 pub use area::{Area, Found, Kind, LeftOut, Options};
+pub use areas::discover;
 
 use std::io;
 use std::path::PathBuf;
