@@ -2,10 +2,32 @@
 
 mod area;
 mod areas;
+pub mod capture;
+pub mod complete;
+pub mod content;
+pub mod execute;
+pub mod image;
+pub mod known;
 mod layers;
+pub mod meta;
+pub mod mounted;
+pub mod plan;
+pub mod session;
+pub mod store;
+pub mod tree;
+pub mod uses;
+pub mod verify;
+pub mod walk;
 
 pub use area::{Area, Found, Kind, LeftOut, Options};
 pub use areas::discover;
+pub use execute::Put;
+pub use image::Image;
+pub use session::{Files, Mounts, Plans, Prepared};
+pub use uses::Use;
+
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::PathBuf;
