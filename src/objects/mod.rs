@@ -75,7 +75,7 @@ mod udp;
 pub mod unix;
 pub mod verify;
 
-pub use capture::{Capture, capture};
+pub use capture::{Capture, Found, Looked, find};
 pub use execute::{Effects, execute};
 pub use model::{Observed, Recorded};
 pub use observe::{Asked, ask, observe};
