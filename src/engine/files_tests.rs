@@ -145,14 +145,66 @@ fn files_go_back_with_memory() {
 }
 
 #[test]
-fn a_file_in_use_that_was_deleted_is_refused_and_nothing_is_touched() {
+fn descriptors_on_a_file_that_was_deleted_are_on_the_one_made_again() {
     let mut container = Container::start();
-    container.does("f = open('/tmp/a', 'w+'); n = f.write('before'); f.flush()");
+    container.does("import fcntl");
+    for directory in ["/tmp", "/var/tmp"] {
+        container.does(&format!("os.chdir('{directory}')"));
+        container.does("os.mkdir('d'); f = open('d/a', 'a+'); n = f.write('before'); f.flush()");
+        container.does("def lock(h): return fcntl.flock(h, fcntl.LOCK_EX | fcntl.LOCK_NB)");
+        container.does(
+            "g = open('d/a', 'r'); n = g.read(3); fcntl.flock(f, fcntl.LOCK_EX); os.chdir('/')",
+        );
+        let mut engine = container.engine();
+        engine.take("one").unwrap();
+        for other in [
+            "",
+            "open('d/a', 'w').write('other'); ",
+            "f.close(); g.close(); ",
+        ] {
+            container.does(&format!("os.chdir('{directory}')"));
+            container.does("n = f.write('after'); f.flush(); os.remove('d/a'); os.rmdir('d')");
+            if !other.is_empty() {
+                container.does(&format!("os.mkdir('d'); {other}n = 0"));
+            }
+            engine.take("two").unwrap();
+            engine.rollback("one", VERIFY).unwrap();
+            let same = "a, b, c = os.fstat(f.fileno()), os.fstat(g.fileno()), os.stat('d/a')";
+            container.does(&format!("os.chdir('{directory}'); {same}"));
+            let seen = container.ask("answer = g.read(), a.st_ino == b.st_ino == c.st_ino, c.st_nlink, os.readlink(f'/proc/self/fd/{f.fileno()}')");
+            let path = format!("{directory}/d/a");
+            assert_eq!(seen, format!("('ore', True, 1, '{path}')"));
+            container.does("n = f.write('more'); f.flush(); h = open('d/a')");
+            assert_eq!(container.ask("answer = h.read()"), "'beforemore'");
+            let locked = container.ask("lock(h)");
+            assert!(locked.starts_with("FAILED BlockingIOError"), "{locked}");
+            engine.rollback("one", VERIFY).unwrap();
+            container.does(&format!("os.chdir('{directory}')"));
+            assert_eq!(container.ask("answer = open('d/a').read()"), "'before'");
+            if other.is_empty() {
+                engine.rollback("two", VERIFY).unwrap();
+                let seen = container.ask("n = f.seek(0); answer = f.read(), os.fstat(f.fileno()).st_nlink, os.path.exists('d')");
+                assert_eq!(seen, "('beforeafter', 0, False)");
+                engine.rollback("one", VERIFY).unwrap();
+                assert_eq!(container.ask("answer = g.read()"), "'ore'");
+                engine.rollback("one", VERIFY).unwrap();
+            }
+            engine.release(Some("two")).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_mapped_file_that_was_deleted_is_refused_and_nothing_is_touched() {
+    let mut container = Container::start();
+    container.does("f = open('/tmp/a', 'w+'); n = f.write('before'); f.flush(); map = mmap.mmap(f.fileno(), 6)");
     let mut engine = container.engine();
     engine.take("one").unwrap();
     container.does("os.remove('/tmp/a'); open('/tmp/b', 'w').close()");
     match engine.rollback("one", VERIFY) {
-        Err(Error::Refused(refusal)) => assert!(refusal.object.ends_with("/tmp/a"), "{refusal}"),
+        Err(Error::Refused(refusal)) => {
+            assert!(refusal.object.contains("mapping of /tmp/a"), "{refusal}")
+        }
         other => panic!("{other:?}"),
     }
     assert_eq!(container.ask("answer = os.listdir('/tmp')"), "['b']");

@@ -20,7 +20,7 @@ use super::meta::{Meta, stat};
 use super::mounted::{Mounted, file_error, open_file};
 use super::store::Store;
 use super::tree::{Content, Node};
-use super::uses::Use;
+use super::uses::{How, Use};
 use super::walk::walk;
 
 /// Whether a file has the content that it had when it was read last: compares it.
@@ -76,7 +76,7 @@ pub fn capture(
     let device = tree.nodes[super::tree::ROOT].meta.stat.device;
     let mapped: HashMap<u64, bool> = uses
         .iter()
-        .filter(|using| using.device == device && using.mapped)
+        .filter(|using| using.device == device && using.how == How::Mapped)
         .map(|using| (using.ino, true))
         .collect();
     *known = Inodes::new(known.trust());

@@ -23,8 +23,8 @@ pub use area::{Area, Found, Kind, LeftOut, Options};
 pub use areas::discover;
 pub use execute::Put;
 pub use image::Image;
-pub use session::{Files, Mounts, Plans, Prepared};
-pub use uses::Use;
+pub use session::{Files, Mounts, Moved, Plans, Prepared};
+pub use uses::{How, Use};
 
 #[cfg(test)]
 mod tests;

@@ -19,8 +19,8 @@ use super::meta::{APPEND, IMMUTABLE, Identity, Meta, stat};
 use super::mounted::{Mounted, descend, file_error, split};
 use super::plan::{Plan, plan};
 use super::store::Store;
-use super::tree::{Content, NodeId, Tree};
-use super::uses::Use;
+use super::tree::{Content, NodeId, ROOT, Tree};
+use super::uses::{How, Use};
 use super::verify::verify;
 use super::walk::walk;
 use super::{Error, Result};
@@ -174,6 +174,44 @@ impl Files {
         Ok(Plans(plans))
     }
 
+    /// Files that have been made again and were open at the checkpoint. `root` is a process that sees them.
+    ///
+    /// # Errors
+    ///
+    /// They are not where they were made; the tree must be killed.
+    pub fn moved(
+        &self,
+        root: Pid,
+        mounts: &Mounts,
+        plans: &Plans,
+        uses: &[Use],
+    ) -> Result<Vec<Moved>> {
+        let mut found = Vec::new();
+        for (mounted, todo) in mounts.0.iter().zip(&plans.0) {
+            let device = todo.wanted.nodes[ROOT].meta.stat.device;
+            for (node, path) in &todo.plan.after {
+                let was = todo.wanted.nodes[*node].meta.stat.ino;
+                let is_it = |using: &Use| using.device == device && using.ino == was;
+                if !todo.plan.made.contains(node) || !uses.iter().any(is_it) {
+                    continue;
+                }
+                let (parent, name) = split(path);
+                let now = descend(mounted.root.as_fd(), parent)
+                    .and_then(|directory| stat(directory.as_fd(), name))
+                    .map_err(mounted.error("look at", path))?;
+                let seen = mounted.path(path);
+                let below = seen.strip_prefix("/").unwrap_or(&seen);
+                found.push(Moved {
+                    device,
+                    was,
+                    is: now.ino,
+                    path: PathBuf::from(format!("/proc/{root}/root")).join(below),
+                });
+            }
+        }
+        Ok(found)
+    }
+
     /// Makes the changes. After an error the tree must be killed.
     ///
     /// # Errors
@@ -238,7 +276,8 @@ impl Files {
                     .and_then(|directory| stat(directory.as_fd(), name))
                     .map_err(mounted.error("look at", &path))?;
                 let was = &todo.wanted.nodes[node];
-                let is_mapped = |using: &&Use| using.mapped && using.ino == was.meta.stat.ino;
+                let is_mapped =
+                    |using: &&Use| using.how == How::Mapped && using.ino == was.meta.stat.ino;
                 let is_mapped = uses.iter().any(|using| is_mapped(&using));
                 let meta = Arc::new(Meta {
                     stat: now,
@@ -302,7 +341,7 @@ fn rebound(mounted: &Mounted, wanted: &Tree, uses: &[Use]) -> Result<Vec<(NodeId
         let stat = &wanted.nodes[node].meta.stat;
         let is_mapped = || {
             uses.iter()
-                .any(|using| using.mapped && using.ino == stat.ino)
+                .any(|using| using.how == How::Mapped && using.ino == stat.ino)
         };
         if matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO) || is_mapped() {
             special.push((directory, path.to_owned(), node));
@@ -354,12 +393,27 @@ fn check(mounted: &Mounted, wanted: &Tree, live: &Tree, plan: &Plan) -> Result<(
     Ok(())
 }
 
-/// Refuses if what is in use has to be made again: whoever uses it would go on using the old one.
+/// A file that was made again while descriptors were open on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moved {
+    /// Device of both inodes.
+    pub device: u64,
+    /// The number of the recorded inode.
+    pub was: u64,
+    /// That of the new one.
+    pub is: u64,
+    /// A path that leads to it through the tree's own mounts.
+    pub path: PathBuf,
+}
+
+/// Refuses if what is in use has to be made again, unless by descriptors, which can be opened again.
 fn check_uses(mounted: &Mounted, wanted: &Tree, plan: &Plan, uses: &[Use]) -> Result<()> {
-    let device = wanted.nodes[super::tree::ROOT].meta.stat.device;
+    let device = wanted.nodes[ROOT].meta.stat.device;
     for node in &plan.made {
         let stat = &wanted.nodes[*node].meta.stat;
-        let is_it = |using: &&Use| using.device == device && using.ino == stat.ino;
+        let is_it = |using: &&Use| {
+            using.device == device && using.ino == stat.ino && using.how != How::Open
+        };
         if stat.file_type() == libc::S_IFSOCK {
             continue;
         }
