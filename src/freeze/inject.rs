@@ -334,7 +334,7 @@ pub fn forked_last(memory: &std::fs::File, window: u64) -> Option<i32> {
         |step: &&Step| step.op == runner::OP_CALL && step.number == libc::SYS_clone as u64;
     let forks = steps.iter().filter(is_fork);
     let made = forks.map(|step| step.result as i64).filter(|pid| *pid > 0);
-    made.map(|pid| pid as i32).last()
+    made.map(|pid| pid as i32).next_back()
 }
 
 /// The middle of the greatest gap between mappings. The kernel puts a program's next mappings right below the others,
