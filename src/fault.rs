@@ -37,6 +37,7 @@ pub const POINTS: &[&str] = &[
     "rollback.planned",
     "rollback.mutating",
     "rollback.killed",
+    "rollback.mounted",
     "rollback.remade",
     "rollback.revived",
     "rollback.layout",

@@ -10,6 +10,8 @@ pub mod latency;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;
+pub mod mount_view;
+pub mod mountinfo;
 pub mod multicast;
 pub mod namespaces;
 pub mod pagemap;

@@ -11,7 +11,9 @@ use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
-use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag, sysv, terminal};
+use super::{
+    Error, epoll_watch, file, locks, mounts, pipe, records, socket, socket_diag, sysv, terminal,
+};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 use crate::outcome::Refusal;
@@ -24,6 +26,8 @@ pub struct Capture {
     pub recorded: Recorded,
     /// `O_PATH` descriptors on files, so that they can be opened again wherever they are by then.
     pub pins: BTreeMap<ObjectId, OwnedFd>,
+    /// The mount namespaces, as [`Recorded::mounts`].
+    pub mounts: Vec<mounts::Held>,
 }
 
 /// The living processes of a stopped tree, with the names they are known by.
@@ -138,6 +142,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
     let all: Vec<_> = ids.iter().copied().zip(&lives).collect();
     recorded.sysv = sysv::capture(stopped, &holders)?;
     recorded.terminals = terminal::capture(stopped, recorded, &all)?;
+    (recorded.mounts, capture.mounts) = mounts::capture(stopped, &holders)?;
     records::write(context, recorded)?;
     socket_diag::close();
     Ok(capture)

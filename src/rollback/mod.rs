@@ -113,6 +113,9 @@ fn execute(
     let killed = task::kill_born(stopped, &recorded, &plan.lost)?;
     phases.end("kill");
     fault::point("rollback.killed");
+    // Before anything is looked up by a path.
+    objects::mounts::execute(&mut checkpoints[to].objects, &plan.mounts)?;
+    fault::point("rollback.mounted");
     let remade = remake::processes(stopped, spaces, checkpoints, to, plan)?;
     fault::point("rollback.remade");
     let revived = remake::threads(stopped, checkpoints, to, plan)?;
