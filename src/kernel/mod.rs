@@ -3,6 +3,7 @@
 pub mod anonymous;
 pub mod confined;
 pub mod disposition;
+pub mod host_names;
 pub mod kcmp;
 pub mod keyring;
 pub mod last_pid;
