@@ -207,7 +207,7 @@ mod tests {
     fn a_thread_inside_leaves_the_others_where_they_are() {
         let view = View::open(Pid::this()).unwrap();
         let before = std::env::current_dir().unwrap();
-        let inside = view.enter(|| nix::unistd::getcwd()).unwrap();
+        let inside = view.enter(nix::unistd::getcwd).unwrap();
         assert_eq!(inside, Path::new("/"));
         assert_eq!(std::env::current_dir().unwrap(), before);
     }

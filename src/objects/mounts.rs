@@ -19,7 +19,6 @@ use super::capture::Capture;
 use super::live::Holder;
 use super::model::Complaint;
 use super::verify::Difference;
-use crate::freeze::Stopped;
 use crate::kernel::mount_view::{self, View};
 use crate::kernel::mountinfo;
 use crate::outcome::Refusal;
@@ -128,18 +127,18 @@ fn inner(mounts: &[Mount]) -> impl Iterator<Item = &Mount> {
         .filter(move |mount| !(mount.slave && is_slave(mount.parent)))
 }
 
-/// Records the namespaces of a stopped tree.
+/// Records the namespaces of a stopped tree's processes.
 pub(super) fn capture(
-    stopped: &Stopped<'_>,
+    root: Pid,
     holders: &BTreeMap<i32, Holder>,
 ) -> Result<(Vec<Namespace>, Vec<Held>), Error> {
     let of = |pid: &str| std::fs::metadata(format!("/proc/{pid}/ns/mnt")).map(|file| file.ino());
     let mut known = BTreeSet::from([of("self").map_err(text("ours"))?]);
     let (mut recorded, mut all_held) = (Vec::new(), Vec::new());
     // The root sees all, others may have another root directory.
-    let root = stopped.root().as_raw();
-    let (first, rest): (Vec<&Holder>, Vec<&Holder>) =
-        holders.values().partition(|holder| holder.pid == root);
+    let (first, rest): (Vec<&Holder>, Vec<&Holder>) = holders
+        .values()
+        .partition(|holder| holder.pid == root.as_raw());
     for holder in first.into_iter().chain(rest) {
         let name = holder.describe();
         if !known.insert(of(&holder.pid.to_string()).map_err(text(&name))?) {
@@ -344,4 +343,86 @@ pub(super) fn verify(capture: &Capture) -> Result<Vec<Difference>, Error> {
         });
     }
     Ok(differences)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const THEN: &str = "1 0 8:1 / / rw,relatime - ext4 a rw\n\
+        2 1 0:2 / /a rw,nosuid - tmpfs t rw,size=1k\n\
+        3 2 0:3 / /a/b ro - tmpfs t rw\n\
+        4 1 0:4 / /c rw - tmpfs t rw\n\
+        5 4 0:5 / /c rw - tmpfs t rw\n\
+        6 1 0:6 / /out rw master:1 - tmpfs t rw\n\
+        7 6 0:7 / /out/in rw master:2 - tmpfs t rw\n";
+
+    fn change(now: &str) -> Result<Change, Complaint> {
+        let [then, now] = [THEN, now].map(|text| read(text.as_bytes()).unwrap());
+        difference(&then, &now)
+    }
+
+    fn without(id: u64) -> String {
+        let is_it = |line: &&str| line.starts_with(&format!("{id} "));
+        let lines = THEN.lines().filter(|line| !is_it(line));
+        lines.flat_map(|line| [line, "\n"]).collect()
+    }
+
+    #[test]
+    fn what_is_the_same_is_left_alone() {
+        assert_eq!(change(THEN), Ok(Change::default()));
+    }
+
+    #[test]
+    fn new_ones_go_the_last_first() {
+        let now = format!("{THEN}8 1 0:8 / /n rw - tmpfs t rw\n9 8 0:9 / /n/m rw - tmpfs t rw\n");
+        let expected = Change {
+            remove: vec!["/n/m".into(), "/n".into()],
+            ..Change::default()
+        };
+        assert_eq!(change(&now), Ok(expected));
+    }
+
+    #[test]
+    fn those_that_are_gone_come_back_also_if_their_number_is_anothers() {
+        let gone = Change {
+            add: vec![2],
+            ..Change::default()
+        };
+        assert_eq!(change(&without(3)), Ok(gone.clone()));
+        let now = without(3) + "3 1 0:8 / /x rw - tmpfs t rw\n";
+        let expected = Change {
+            remove: vec!["/x".into()],
+            ..gone
+        };
+        assert_eq!(change(&now), Ok(expected));
+    }
+
+    #[test]
+    fn flags_are_set_and_the_rest_is_refused() {
+        let set = Change {
+            set: vec![1],
+            ..Change::default()
+        };
+        assert_eq!(change(&THEN.replace("nosuid", "ro")), Ok(set));
+        for (was, is) in [
+            ("size=1k", "size=2k"),
+            ("/a/b ro", "/b ro"),
+            ("3 2 ", "3 1 "),
+        ] {
+            assert!(change(&THEN.replacen(was, is, 1)).is_err(), "{is}");
+        }
+        // 4 is below 5.
+        assert!(change(&without(4)).is_err());
+        assert!(change(&THEN.replacen("/c rw", "/c ro", 1)).is_err());
+    }
+
+    #[test]
+    fn what_the_machine_mounts_is_left_alone() {
+        assert_eq!(change(&without(7)), Ok(Change::default()));
+        let now = format!("{THEN}8 6 0:8 / /out/more rw master:3 - tmpfs t rw\n");
+        assert_eq!(change(&now), Ok(Change::default()));
+        let now = format!("{THEN}8 1 0:8 / /copy rw master:3 - tmpfs t rw\n");
+        assert_eq!(change(&now).unwrap().remove, [PathBuf::from("/copy")]);
+    }
 }
