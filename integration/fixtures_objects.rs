@@ -38,6 +38,7 @@ fixture_tests!(
     leases,
     many_descriptors,
     memfd,
+    mounts,
     owner_since,
     pidfd,
     pipe_content,

@@ -20,6 +20,7 @@ crate::support::fixture_tests! {
     comm,
     cwd,
     fs_gs,
+    host_name,
     hundred_processes,
     hundred_threads,
     itimers,

@@ -5,6 +5,7 @@ mod support;
 mod architecture;
 mod bad_input;
 mod completeness;
+mod containers;
 mod faults;
 mod fixtures_memory;
 mod fixtures_objects;

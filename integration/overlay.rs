@@ -8,8 +8,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::runtime::{configure, left, text, unique};
-use crate::support::container::Containers;
+use crate::runtime::{configure, left, text};
+use crate::support::container::{Containers, unique};
 use crate::support::session::{Answer, DONE, ERROR, finish};
 use crate::support::wait;
 

@@ -1,6 +1,6 @@
 //! Real programs, rolled back under load and checked by their own state.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::support::container::Containers;
+use crate::support::container::{Containers, Runc, unique};
 use crate::support::family::Family;
 use crate::support::fixture::{Fixture, real};
 use crate::support::nginx::{self, Nginx};
@@ -261,11 +261,6 @@ fn redis_from_a_shell() {
     redis_run(&session, &["--pid", &pid.to_string()], pid, &socket);
 }
 
-/// An ID no other test uses: cgroups are named after it.
-fn unique(name: &str) -> String {
-    format!("{name}-{}", std::process::id())
-}
-
 fn redis_bundle(containers: &Containers) -> (PathBuf, PathBuf) {
     let bundle = containers.bundle("bundle", &["redis", "--port", "0"]);
     let socket = bundle.join("rootfs/run/redis.sock");
@@ -282,48 +277,6 @@ fn redis_in_our_own_run() {
     let id = unique("redis");
     let pid = containers.start(&id, &bundle);
     redis_run(&containers.session, &[&id], pid, &socket);
-}
-
-/// A container of runc's, gone when this is.
-struct Runc {
-    root: PathBuf,
-    id: String,
-}
-
-impl Runc {
-    fn start(bundle: &Path, scratch: &Path, id: String) -> (Self, i32) {
-        let root = scratch.join("runc");
-        let pid_file = scratch.join("runc.pid");
-        let log = File::create(scratch.join("runc.log")).expect("making a file");
-        let started = Command::new("runc")
-            .arg("--root")
-            .arg(&root)
-            .args(["run", "--detach", "--pid-file"])
-            .arg(&pid_file)
-            .arg("--bundle")
-            .arg(bundle)
-            .arg(&id)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("duplicating"))
-            .stderr(log)
-            .status()
-            .expect("starting runc");
-        let said = fs::read_to_string(scratch.join("runc.log")).unwrap_or_default();
-        let container = Self { root, id };
-        assert!(started.success(), "runc run: {said}");
-        let pid = fs::read_to_string(pid_file).expect("a PID file");
-        (container, pid.parse().expect("a PID"))
-    }
-}
-
-impl Drop for Runc {
-    fn drop(&mut self) {
-        let _ = Command::new("runc")
-            .arg("--root")
-            .arg(&self.root)
-            .args(["delete", "--force", &self.id])
-            .status();
-    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::container::Containers;
+use crate::support::container::{Containers, unique};
 use crate::support::session::{DONE, ERROR, USAGE, finish};
 use crate::support::{numbers, wait};
 
@@ -29,11 +29,6 @@ fn cgroups(id: &str) -> Vec<PathBuf> {
     found.push(own(Path::new("/sys/fs/cgroup")));
     found.retain(|path| path.is_dir());
     found
-}
-
-/// An ID no other test uses: cgroups are named after it.
-pub(crate) fn unique(name: &str) -> String {
-    format!("{name}-{}", std::process::id())
 }
 
 /// What is left below the root directory.

@@ -38,6 +38,7 @@ pub const POINTS: &[&str] = &[
     "rollback.planned",
     "rollback.mutating",
     "rollback.killed",
+    "rollback.mounted",
     "rollback.files",
     "rollback.remade",
     "rollback.revived",

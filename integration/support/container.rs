@@ -98,3 +98,53 @@ impl Drop for Containers {
         }
     }
 }
+
+/// An ID no other test uses: cgroups are named after it.
+pub(crate) fn unique(name: &str) -> String {
+    format!("{name}-{}", std::process::id())
+}
+
+/// A container of runc's, gone when this is.
+#[derive(Debug)]
+pub(crate) struct Runc {
+    root: PathBuf,
+    id: String,
+}
+
+impl Runc {
+    /// `runc run --detach`; returns the init's PID too.
+    #[track_caller]
+    pub(crate) fn start(bundle: &Path, scratch: &Path, id: String) -> (Self, i32) {
+        let root = scratch.join("runc");
+        let pid_file = scratch.join("runc.pid");
+        let log = File::create(scratch.join("runc.log")).expect("making a file");
+        let started = Command::new("runc")
+            .arg("--root")
+            .arg(&root)
+            .args(["run", "--detach", "--pid-file"])
+            .arg(&pid_file)
+            .arg("--bundle")
+            .arg(bundle)
+            .arg(&id)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("duplicating"))
+            .stderr(log)
+            .status()
+            .expect("starting runc");
+        let said = std::fs::read_to_string(scratch.join("runc.log")).unwrap_or_default();
+        let container = Self { root, id };
+        assert!(started.success(), "runc run: {said}");
+        let pid = std::fs::read_to_string(pid_file).expect("a PID file");
+        (container, pid.parse().expect("a PID"))
+    }
+}
+
+impl Drop for Runc {
+    fn drop(&mut self) {
+        let _ = Command::new("runc")
+            .arg("--root")
+            .arg(&self.root)
+            .args(["delete", "--force", &self.id])
+            .status();
+    }
+}

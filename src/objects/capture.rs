@@ -4,6 +4,8 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
+use nix::unistd::Pid;
+
 use super::live::{Holder, Live};
 use super::model::{Description, Inode, ObjectId, Place, Recorded, Slot, Table};
 use super::pipe::Pipe;
@@ -12,8 +14,8 @@ use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
 use super::{
-    Error, epoll_watch, file, locks, pipe, records, side_by_side, socket, socket_diag, sysv,
-    terminal,
+    Error, epoll_watch, file, locks, mounts, pipe, records, side_by_side, socket, socket_diag,
+    sysv, terminal,
 };
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
@@ -27,6 +29,8 @@ pub struct Capture {
     pub recorded: Recorded,
     /// `O_PATH` descriptors on files, so that they can be opened again wherever they are by then.
     pub pins: BTreeMap<ObjectId, OwnedFd>,
+    /// The mount namespaces, as [`Recorded::mounts`].
+    pub mounts: Vec<mounts::Held>,
 }
 
 /// The living processes of a stopped tree, with the names they are known by.
@@ -51,6 +55,7 @@ pub(super) fn holders(
 /// The descriptors of a stopped tree, found by asking its processes, and not looked at yet.
 #[derive(Debug)]
 pub struct Found {
+    root: Pid,
     holders: BTreeMap<i32, Holder>,
     survey: Survey,
 }
@@ -63,6 +68,7 @@ pub struct Looked<'f> {
     states: Vec<State>,
     pipes: BTreeMap<Inode, Pipe>,
     pins: BTreeMap<ObjectId, OwnedFd>,
+    mounts: (Vec<mounts::Namespace>, Vec<mounts::Held>),
     ids: Vec<ObjectId>,
 }
 
@@ -83,7 +89,11 @@ pub fn find(stopped: &mut Stopped<'_>) -> Result<Found, Error> {
         |_, _| Expected::NOTHING,
         |_| None,
     )?;
-    Ok(Found { holders, survey })
+    Ok(Found {
+        root: stopped.root(),
+        holders,
+        survey,
+    })
 }
 
 impl Found {
@@ -119,6 +129,7 @@ impl Found {
         complete_sockets(&ids, &lives, &mut states)?;
         Ok(Looked {
             pins: pins(&ids, &lives, &states)?,
+            mounts: mounts::capture(self.root, &self.holders)?,
             found: self,
             lives,
             states,
@@ -140,19 +151,24 @@ impl Looked<'_> {
         context: &mut Context,
     ) -> Result<Capture, Error> {
         let Self {
-            found: Found { holders, survey },
+            found: Found {
+                holders, survey, ..
+            },
             lives,
             states,
             pipes,
             pins,
+            mounts,
             ids,
         } = self;
         let mut capture = Capture {
             pins,
+            mounts: mounts.1,
             ..Capture::default()
         };
         let recorded = &mut capture.recorded;
         recorded.pipes = pipes;
+        recorded.mounts = mounts.0;
         recorded.names = holders
             .values()
             .map(|holder| (holder.pid, holder.name.clone()))

@@ -40,6 +40,7 @@ pub mod locks;
 mod make;
 pub mod matching;
 pub mod model;
+pub mod mounts;
 mod moved;
 pub mod multicast;
 pub mod observe;

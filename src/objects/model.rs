@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::epoll_watch::Watched;
 use super::live::describe;
 use super::locks::Lock;
+use super::mounts::Namespace;
 use super::pipe::Pipe;
 use super::socket;
 use super::state::State;
@@ -164,6 +165,8 @@ pub struct Recorded {
     pub locks: Vec<Lock>,
     /// System V semaphores and message queues.
     pub sysv: Sysv,
+    /// What is mounted, in each mount namespace but ours.
+    pub mounts: Vec<Namespace>,
     /// The terminals behind the descriptions.
     pub terminals: Vec<Terminal>,
     /// Names of the processes, for refusals.

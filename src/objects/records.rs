@@ -130,6 +130,10 @@ pub fn write(context: &mut Context, recorded: &Recorded) -> Result<(), Error> {
         let id = context.new_object();
         context.put_json(Kind::SystemVIpc, id, &recorded.sysv)?;
     }
+    for namespace in &recorded.mounts {
+        let id = context.new_object();
+        context.put_json(Kind::Mounts, id, namespace)?;
+    }
     for terminal in &recorded.terminals {
         let id = context.new_object();
         context.put_json(Kind::Terminal, id, terminal)?;
@@ -240,6 +244,9 @@ pub fn read(context: &Context) -> Result<Recorded, Error> {
     }
     for record in context.records_of(Kind::SystemVIpc) {
         recorded.sysv = record.json()?;
+    }
+    for record in context.records_of(Kind::Mounts) {
+        recorded.mounts.push(record.json()?);
     }
     for record in context.records_of(Kind::Terminal) {
         recorded.terminals.push(record.json()?);

@@ -16,7 +16,7 @@ use super::live::{Glance, Holder, Live};
 use super::model::{Common, Description, ObjectId, Place, Recorded, SETTABLE_FLAGS, Slot, Table};
 use super::pipe;
 use super::state::State;
-use super::{Error, epoll, eventfd, file, inotify, locks, signalfd, socket_diag, timerfd};
+use super::{Error, epoll, eventfd, file, inotify, locks, mounts, signalfd, socket_diag, timerfd};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 
@@ -54,6 +54,7 @@ pub fn verify(stopped: &Stopped<'_>, capture: &Capture) -> Result<Vec<Difference
     oracle.locks()?;
     oracle.terminals()?;
     socket_diag::close();
+    oracle.differences.extend(mounts::verify(capture)?);
     Ok(oracle.differences)
 }
 

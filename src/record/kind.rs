@@ -112,6 +112,8 @@ kinds! {
     Terminal = 72, version 1, "terminal";
     /// The System V semaphores and message queues of a tree.
     SystemVIpc = 73, version 1, "System V IPC";
+    /// What is mounted in a mount namespace of a tree's own.
+    Mounts = 74, version 1, "mounts";
 }
 
 impl Kind {

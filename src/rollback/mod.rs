@@ -161,6 +161,9 @@ fn execute(
     let killed = task::kill_born(stopped, &recorded, &plan.lost)?;
     phases.end("kill");
     fault::point("rollback.killed");
+    // Before anything is looked up by a path.
+    objects::mounts::execute(&mut checkpoints[to].objects, &plan.mounts)?;
+    fault::point("rollback.mounted");
     let put = writable
         .files
         .execute(writable.mounts, &checkpoints[to].files, writable.plans)?;

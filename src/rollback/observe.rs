@@ -22,6 +22,8 @@ pub(super) struct Plan {
     pub(super) memory: Vec<(Pid, memory::Plan)>,
     /// Segments that were made since.
     pub(super) segments: memory::Created,
+    /// Mounts to take down, to change and to put back.
+    pub(super) mounts: objects::mounts::Plan,
     /// Of descriptors; if processes are lost it only says that it can be done, as if they had none.
     pub(super) objects: objects::Plan,
 }
@@ -142,12 +144,14 @@ fn look(
         &answers.outputs,
         &gone(checkpoint, &lost),
     )?;
+    let mounts = objects::mounts::prepare(&checkpoint.objects)?;
     phases.end("plan");
     Ok(Seen::All(Box::new(Plan {
         lost,
         tasks,
         memory,
         segments,
+        mounts,
         objects,
     })))
 }

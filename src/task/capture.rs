@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use zerocopy::IntoBytes;
 
 use crate::freeze::{Stopped, refuse};
+use crate::kernel::host_names::{self, NOBODYS};
 use crate::kernel::namespaces::{self, Inodes};
 use crate::kernel::ptrace::{self, Queue};
 use crate::kernel::{pidfd, procfs, registers};
@@ -134,6 +135,9 @@ fn capture_process(
         .into());
     }
 
+    if host_names::are_ours(pid).about(pid, "its UTS namespace")? {
+        observed.state.host_names = NOBODYS;
+    }
     let stat = procfs::Stat::read_held(&stopped.member(pid)?.stat).about(pid, "stat")?;
     let record = ProcessRecord {
         identity,

@@ -2,6 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::kernel::host_names::Names;
 use crate::kernel::namespaces::Inodes;
 use crate::kernel::registers::WORDS;
 use crate::kernel::scheduling::{Attributes, Processors};
@@ -83,6 +84,8 @@ pub struct ProcessState {
     pub denies_write_execute: u64,
     /// Whether it has a local descriptor table (modify_ldt(2)).
     pub local_descriptors: u64,
+    /// The names of the host and its domain; empty if they are those of our own UTS namespace.
+    pub host_names: Names,
 }
 
 impl ProcessState {

@@ -7,6 +7,7 @@ use nix::unistd::Pid;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::freeze::{Arg, Batch, Output, Outputs, StepId, Stopped};
+use crate::kernel::host_names;
 use crate::kernel::scheduling::{Attributes, Processors};
 
 use super::layout::{
@@ -98,6 +99,7 @@ struct ProcessSteps {
     merges_memory: StepId,
     denies_write_execute: StepId,
     local_descriptors: StepId,
+    names: Output,
     needed: Vec<Named>,
 }
 
@@ -143,6 +145,8 @@ impl ProcessSteps {
         let huge_pages = prctl(batch, PR_GET_THP_DISABLE, 0.into());
         let merges_memory = prctl(batch, PR_GET_MEMORY_MERGE, 0.into());
         let denies_write_execute = prctl(batch, PR_GET_MDWE, 0.into());
+        let names = batch.output(6 * host_names::MEMBER);
+        needed.push((batch.call(libc::SYS_uname, &[names.arg()]), "uname"));
         let entry = batch.output(LOCAL_DESCRIPTOR);
         let arguments = [0.into(), entry.arg(), LOCAL_DESCRIPTOR.into()];
         let local_descriptors = batch.call(libc::SYS_modify_ldt, &arguments);
@@ -177,6 +181,7 @@ impl ProcessSteps {
             merges_memory,
             denies_write_execute,
             local_descriptors,
+            names,
             needed,
         }
     }
@@ -198,6 +203,7 @@ impl ProcessSteps {
         state.merges_memory = done.result(self.merges_memory).unwrap_or(0);
         state.denies_write_execute = done.result(self.denies_write_execute).unwrap_or(0);
         // The number of bytes read is that asked for if there is a table, else 0.
+        state.host_names = host_names::of(done.bytes(&self.names));
         state.local_descriptors = u64::from(done.result(self.local_descriptors).unwrap_or(0) != 0);
         // Not even a deleted directory makes this fail, but one on a filesystem that has gone does.
         if done.result(self.stat_of_directory).is_ok() {

@@ -7,6 +7,7 @@ use nix::unistd::Pid;
 use zerocopy::IntoBytes;
 
 use crate::freeze::{Arg, Batch, Stopped};
+use crate::kernel::host_names::{self, NOBODYS};
 use crate::kernel::ptrace::{self, Queue, RseqConfiguration, SignalInfo};
 use crate::kernel::scheduling;
 
@@ -157,7 +158,12 @@ fn restore_process(
     }
     steps.run(stopped, pid)?;
     let settings = &process.record.settings;
-    settings.restore(stopped, pid, &live.settings)
+    settings.restore(stopped, pid, &live.settings)?;
+    let names = &was.host_names;
+    if *names != NOBODYS && *names != live.state.host_names {
+        host_names::set(pid, names).about(pid, "setting the name of the host")?;
+    }
+    Ok(())
 }
 
 /// Linux 6.4.

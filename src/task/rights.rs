@@ -125,14 +125,14 @@ pub fn keeps_rights(process: &RecordedProcess<'_>) -> bool {
     let lines = Lines(process.rights);
     let [permitted, effective, bounding, inheritable, ambient] =
         ["CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb"].map(|key| lines.set(key));
-    let is_root = lines.numbers("Uid").iter().all(|user| *user == 0);
-    let gets = if is_root {
-        bounding | inheritable
-    } else {
-        ambient
-    };
-    rights(process).is_some_and(|rights| rights.secure_bits == 0)
-        && (permitted, effective) == (gets, gets)
+    rights(process).is_some_and(|rights| {
+        // In its own user namespace, unlike the lines.
+        let gets = match rights.users {
+            [0, 0, 0] => bounding | inheritable,
+            _ => ambient,
+        };
+        rights.secure_bits == 0 && (permitted, effective) == (gets, gets)
+    })
 }
 
 /// Whether a process that was made again, and has executed a program, has the rights of its parent.

@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use nix::unistd::Pid;
 
 use crate::freeze::Stopped;
+use crate::kernel::host_names::{self, NOBODYS};
 use crate::kernel::ptrace::{self, Queue, SignalInfo};
 use crate::kernel::{procfs, registers, scheduling};
 use crate::outcome::Difference;
@@ -259,6 +260,11 @@ fn verify_from_outside(process: &RecordedProcess<'_>, report: &mut Report<'_>) -
     let directory = fs::metadata(procfs::path(pid, "cwd")).about(pid, "working directory")?;
     let live = [directory.dev(), directory.ino()];
     report.same("working directory", &process.record.state.directory, &live);
+    let names = &process.record.state.host_names;
+    if *names != NOBODYS {
+        let live = host_names::read(pid).about(pid, "the name of the host")?;
+        report.same("names of the host and its domain", names, &live);
+    }
     verify_settings(process, &process.record.settings, report)
 }
 
