@@ -109,7 +109,7 @@ pub fn run(
     if verify {
         let mut differences =
             compare(&mut stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
-        let found = files.verify(&mounts, &checkpoints[to].files);
+        let found = writable.files.verify(&mounts, &checkpoints[to].files);
         differences.extend(found.map_err(|error| Failure::HalfWay(error.into()))?);
         if !differences.is_empty() {
             return Err(Failure::Different(differences));
@@ -117,6 +117,7 @@ pub fn run(
         phases.end("verify");
         fault::point("rollback.verified");
     }
+    writable.files.rest();
     fault::point("rollback.resuming");
     stopped
         .resume()
