@@ -47,6 +47,7 @@ pub mod pipe;
 pub mod plan;
 mod reborn;
 pub mod records;
+mod side_by_side;
 pub mod signalfd;
 pub mod socket;
 pub mod socket_apply;
@@ -75,7 +76,7 @@ mod udp;
 pub mod unix;
 pub mod verify;
 
-pub use capture::{Capture, capture};
+pub use capture::{Capture, Found, Looked, find};
 pub use execute::{Effects, execute};
 pub use model::{Observed, Recorded};
 pub use moved::moved;
