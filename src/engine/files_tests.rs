@@ -52,6 +52,7 @@ impl Container {
             .arg(PROGRAM)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()
             .expect("start a container");
         let stdin = child.stdin.take().unwrap();
@@ -190,6 +191,54 @@ fn descriptors_on_a_file_that_was_deleted_are_on_the_one_made_again() {
                 engine.rollback("one", VERIFY).unwrap();
             }
             engine.release(Some("two")).unwrap();
+        }
+    }
+}
+
+/// Stores to mappings make no events, and change no times on tmpfs, or if the page was stored to before.
+#[test]
+fn stores_to_mappings_are_found_whenever_they_were_mapped() {
+    let mut container = Container::start();
+    container.does("def at(name): return open(name, 'r+b')");
+    container.does("def map(file): return mmap.mmap(file.fileno(), 8192)");
+    for directory in ["/tmp", "/var/tmp"] {
+        container.does(&format!("os.chdir('{directory}')"));
+        for name in ["always", "held", "new", "gone"] {
+            container.does(&format!(
+                "f = open('{name}', 'wb'); n = f.write(b'x' * 8192); f.close()"
+            ));
+        }
+        container.does("held = at('held'); f = at('always'); always = map(f); always[0] = 7; always[4096] = 7; f.close()");
+        let mut engine = container.engine();
+        engine.take("one").unwrap();
+        for round in 0..4 {
+            container.does(&format!("os.chdir('{directory}')"));
+            let byte = 50 + round;
+            container.does(&format!("always[0] = {byte}; always[8191] = {byte}"));
+            // One that is held open since before, and closed never; one that is opened and kept; one that is gone again.
+            container.does(&format!(
+                "m = map(held); n = m[0]; m[0] = {byte}; m[1] = {byte}; m.close()"
+            ));
+            container.does(&format!(
+                "f = at('new'); new = map(f); n = new[0]; new[0] = {byte}; f.close()"
+            ));
+            container.does(&format!("f = at('gone'); m = map(f); n = m[0]; m[0] = {byte}; f.close(); m[4096] = {byte}; m.close()"));
+            if round == 1 {
+                engine.take("two").unwrap();
+                container.does("new[5] = 1; always[5] = 1; new.close()");
+                engine.rollback("two", VERIFY).unwrap();
+                assert_eq!(
+                    container.ask("answer = new[5], always[5], new[0]"),
+                    "(120, 120, 51)"
+                );
+            }
+            engine.rollback("one", VERIFY).unwrap();
+            container.does(&format!("os.chdir('{directory}')"));
+            let seen = container
+                .ask("answer = [set(open(name, 'rb').read()) for name in ('held', 'new', 'gone')]");
+            assert_eq!(seen, "[{120}, {120}, {120}]", "{round}");
+            let seen = container.ask("a = open('always', 'rb').read(); answer = a[0], a[1], a[8191], always[0], always[8191]");
+            assert_eq!(seen, "(7, 120, 120, 7, 120)");
         }
     }
 }

@@ -1,49 +1,115 @@
 //! Records the files of an area.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::OFlags;
 
-use super::Result;
 use super::area::Area;
 use super::content::{Source, first_difference};
 use super::image::{AreaImage, Nameless};
-use super::known::Inodes;
-use super::meta::{Meta, stat};
-use super::mounted::{Mounted, file_error, open_file};
-use super::store::Store;
-use super::tree::{Content, Node};
-use super::uses::{How, Use};
-use super::walk::walk;
+use super::journal::Journal;
+use super::known::{Inodes, Read};
+use super::meta::{Meta, Time, stat};
+use super::mounted::{Mounted, file_error, open_file, own_file};
+use super::store::{From, Store};
+use super::tree::{Content, Node, Tree};
+use super::uses::{Use, exposed};
+use super::walk::{At, Watched, walk};
+use super::{Error, Result};
+
+/// Files of that size and more are shared rather than compared, in bytes.
+pub const BIG: u64 = 1 << 20;
 
 /// Whether a file has the content that it had when it was read last: compares it.
-pub fn recognize(
-    mounted: &Mounted,
-    known: &Inodes,
-    directory: BorrowedFd<'_>,
-    name: &OsStr,
-    node: &mut Node,
-) -> io::Result<()> {
+pub fn recognize(mounted: &Mounted, known: &Inodes, at: At<'_>, node: &mut Node) -> io::Result<()> {
     let last = Node {
         content: known.last(node.meta.stat.ino),
         ..node.clone()
     };
-    if matches!(last.content, Content::Unknown) {
-        return Ok(());
+    match &last.content {
+        Content::Unknown => return Ok(()),
+        // Putting it back, and keeping it anew, takes less than comparing it.
+        Content::Kept(kept) if kept.is_shared() && kept.size >= BIG => return Ok(()),
+        _ => {}
     }
     let wanted = super::execute::Wanted::open(mounted, &last)?;
     if wanted.source().size() == node.meta.stat.size {
-        let live = open_file(directory, name, OFlags::RDONLY)?;
+        let live = open_file(at.directory, at.name, OFlags::RDONLY)?;
         if first_difference(&live, wanted.source())?.is_none() {
             node.content = last.content;
         }
+    }
+    Ok(())
+}
+
+/// Walks an area and keeps all content that is not kept yet.
+fn keep(
+    mounted: &Mounted,
+    known: &Inodes,
+    store: &mut Store,
+    watched: Watched<'_>,
+) -> Result<Tree> {
+    let mut refused = None;
+    let tree = walk(mounted, known, watched, &mut |at, node| {
+        if refused.is_some() {
+            return Ok(());
+        }
+        recognize(mounted, known, at, node)?;
+        if matches!(node.content, Content::Unknown) {
+            let live = open_file(at.directory, at.name, OFlags::RDONLY)?;
+            let own = own_file(at, OFlags::RDONLY)?;
+            let stat = &node.meta.stat;
+            let from = From {
+                live: &live,
+                own: own.as_ref(),
+            };
+            match store.keep(from, stat.size, stat.device, &mounted.beside) {
+                Ok(kept) => node.content = Content::Kept(kept),
+                Err(Error::File { error, .. }) => return Err(error),
+                Err(error) => refused = Some(error),
+            }
+        }
+        Ok(())
+    });
+    match refused {
+        Some(error) => Err(error),
+        None => tree,
+    }
+}
+
+/// Keeps content before the tree is stopped for a checkpoint, in which only what changes meanwhile is left to be done.
+/// `mapped` are the inodes that are mapped by somebody, as seen at `since` or later. `device` is the area's, as in `mapped`.
+pub fn keep_early(
+    mounted: &Mounted,
+    device: u64,
+    known: &mut Inodes,
+    store: &mut Store,
+    journal: &mut Journal,
+    (since, mapped): (Time, &HashSet<(u64, u64)>),
+) -> Result<()> {
+    let tree = keep(mounted, known, store, Watched::Running(journal))?;
+    for node in &tree.nodes {
+        let stat = &node.meta.stat;
+        if !stat.is_file() || known.find(stat, true).1 == node.content {
+            continue;
+        }
+        // Stores to a mapping that was made later change times once.
+        let is_exposed = stat.ctime >= since
+            || [stat.ino, stat.shown.1]
+                .iter()
+                .any(|ino| mapped.contains(&(device, *ino)));
+        let read = match is_exposed {
+            true => Read::Exposed,
+            false => Read::Running,
+        };
+        known.learn(Arc::clone(&node.meta), node.content.clone(), read);
     }
     Ok(())
 }
@@ -54,37 +120,20 @@ pub fn capture(
     area: Area,
     known: &mut Inodes,
     store: &mut Store,
+    watched: Watched<'_>,
     uses: &[Use],
 ) -> Result<AreaImage> {
-    let mut refused = None;
-    let tree = walk(mounted, known, &mut |directory, name, node| {
-        recognize(mounted, known, directory, name, node)?;
-        if matches!(node.content, Content::Unknown) {
-            let live = open_file(directory, name, OFlags::RDONLY)?;
-            let stat = &node.meta.stat;
-            match store.keep(&live, stat.size, stat.device, &mounted.beside) {
-                Ok(kept) => node.content = Content::Kept(kept),
-                Err(error) => {
-                    refused = Some(error);
-                    return Err(io::Error::other("its content can't be kept"));
-                }
-            }
-        }
-        Ok(())
-    });
-    let tree = tree.map_err(|error| refused.unwrap_or(error))?;
-    let device = tree.nodes[super::tree::ROOT].meta.stat.device;
-    let mapped: HashMap<u64, bool> = uses
-        .iter()
-        .filter(|using| using.device == device && using.how == How::Mapped)
-        .map(|using| (using.ino, true))
-        .collect();
+    let tree = keep(mounted, known, store, watched)?;
+    let exposed = exposed(uses, &area, &tree, known.trust());
     *known = Inodes::new(known.trust());
     for node in &tree.nodes {
-        let is_mapped = mapped.contains_key(&node.meta.stat.ino);
-        known.learn(Arc::clone(&node.meta), node.content.clone(), is_mapped);
+        let read = match exposed.contains(&node.meta.stat.ino) {
+            true => Read::Exposed,
+            false => Read::Stopped,
+        };
+        known.learn(Arc::clone(&node.meta), node.content.clone(), read);
     }
-    let nameless = nameless(mounted, store, uses, device)?;
+    let nameless = nameless(mounted, &area, store, uses)?;
     Ok(AreaImage {
         area,
         tree,
@@ -92,16 +141,20 @@ pub fn capture(
     })
 }
 
-/// Files of the device that have no name and are in use.
+/// Files of an area that have no name and are in use.
 fn nameless(
     mounted: &Mounted,
+    area: &Area,
     store: &mut Store,
     uses: &[Use],
-    device: u64,
 ) -> Result<Vec<Nameless>> {
     let mut found: Vec<Nameless> = Vec::new();
-    for using in uses.iter().filter(|using| using.device == device) {
-        if found.iter().any(|file| file.meta.stat.ino == using.ino) {
+    for using in uses
+        .iter()
+        .filter(|using| using.links == 0 && using.is_in(area))
+    {
+        let shown = (using.device, using.ino);
+        if found.iter().any(|file| file.meta.stat.shown == shown) {
             continue;
         }
         let failed = || file_error("look at", &using.link);
@@ -117,7 +170,15 @@ fn nameless(
             Err(error) => return Err(failed()(error)),
         };
         let live = open_link(&using.link, libc::O_NOATIME).map_err(failed())?;
-        let content = store.keep(&live, meta.stat.size, device, &mounted.beside)?;
+        let content = store.keep(
+            From {
+                live: &live,
+                own: None,
+            },
+            meta.stat.size,
+            meta.stat.device,
+            &mounted.beside,
+        )?;
         found.push(Nameless {
             pin,
             meta: Arc::new(meta),

@@ -1,30 +1,39 @@
 //! The files of one tree, across its checkpoints.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use super::area::{Area, Found, Kind, Options};
 use super::areas::discover;
-use super::capture::{self, capture, recognize};
+use super::capture::{self, capture, keep_early, recognize};
 use super::complete::complete;
 use super::execute::{Put, execute, set_times};
 use super::image::{AreaImage, Image};
-use super::known::{Inodes, Trust};
-use super::meta::{APPEND, IMMUTABLE, Identity, Meta, stat};
+use super::journal::{Journal, Seen};
+use super::known::{Inodes, Read, Trust};
+use super::mapped::mapped;
+use super::meta::{APPEND, IMMUTABLE, Identity, Meta, Stat, Time};
 use super::mounted::{Mounted, descend, file_error, split};
 use super::plan::{Plan, plan};
 use super::store::Store;
-use super::tree::{Content, NodeId, ROOT, Tree};
-use super::uses::{How, Use};
+use super::tree::{Content, Node, NodeId, Tree};
+use super::uses::{How, Use, exposed};
 use super::verify::verify;
-use super::walk::walk;
+use super::walk::{Watched, walk};
 use super::{Error, Result};
 use crate::outcome::{Difference, Refusal};
+
+/// How often content is kept while the tree runs, at most.
+const EARLY_PASSES: usize = 3;
+/// A pass that takes no longer leaves little to be done in the stop.
+const SHORT: Duration = Duration::from_millis(20);
 
 /// The files of a tree: what content is kept, and what is known of live ones.
 #[derive(Debug)]
@@ -32,6 +41,8 @@ pub struct Files {
     options: Options,
     store: Store,
     known: Vec<(Area, Inodes)>,
+    /// `None`: nothing is watched (yet).
+    journal: Option<Journal>,
 }
 
 /// The areas of a tree, open for a checkpoint.
@@ -53,6 +64,8 @@ pub struct Plans(Vec<AreaPlan>);
 struct AreaPlan {
     wanted: Tree,
     plan: Plan,
+    /// Live files that had to be compared to be known: these are what they were, or will be changed.
+    recognized: Vec<(Arc<Meta>, Content)>,
     /// Of the files without a name: whether their content has changed.
     nameless: Vec<bool>,
 }
@@ -64,6 +77,7 @@ impl Files {
             store: Store::new(options.store.clone(), options.max_bytes),
             options,
             known: Vec::new(),
+            journal: None,
         }
     }
 
@@ -88,7 +102,45 @@ impl Files {
             true => discover(root, &self.options)?,
             false => Found::default(),
         };
-        Self::open_found(root, found)
+        let prepared = Self::open_found(root, found)?;
+        self.keep_early(root, &prepared)?;
+        Ok(prepared)
+    }
+
+    /// Keeps content while the tree runs, again if that took long, so that little is left to be done in the stop.
+    fn keep_early(&mut self, root: Pid, prepared: &Prepared) -> Result<()> {
+        if prepared.is_empty() {
+            return Ok(());
+        }
+        if self.journal.is_none() {
+            match Journal::start() {
+                Ok(journal) => self.journal = Some(journal),
+                Err(error) => tracing::warn!(%error, "changes of files are not watched"),
+            }
+        }
+        let areas = prepared.found.areas.iter();
+        let areas = areas.filter(|area| !area.read_only);
+        for _ in 0..EARLY_PASSES {
+            let started = Instant::now();
+            let since = clock(ClockId::CLOCK_REALTIME_COARSE)?;
+            let mapped = mapped(root);
+            for (area, mounted) in areas.clone().zip(&prepared.mounts) {
+                let index = self.index(area);
+                let known = &mut self.known[index].1;
+                let Some(journal) = &mut self.journal else {
+                    break;
+                };
+                // What is read there is opened, which the journal takes for a change.
+                if known.trust() == Trust::All {
+                    let (store, early) = (&mut self.store, (since, &mapped));
+                    keep_early(mounted, area.device, known, store, journal, early)?;
+                }
+            }
+            if started.elapsed() < SHORT {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn open_found(root: Pid, found: Found) -> Result<Prepared> {
@@ -115,10 +167,20 @@ impl Files {
         for (area, mounted) in areas {
             let index = self.index(&area);
             let known = &mut self.known[index].1;
-            let captured = capture(mounted, area, known, &mut self.store, uses)?;
+            let seen = seen(&mut self.journal);
+            let watched = watched(&mut self.journal, &seen);
+            let captured = capture(mounted, area, known, &mut self.store, watched, uses)?;
             image.areas.push(captured);
         }
+        self.rest();
         Ok(image)
+    }
+
+    /// All is as it is known: to be called at the end of an operation, before the tree runs.
+    pub fn rest(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            journal.clear();
+        }
     }
 
     /// The place in `known` of an area.
@@ -156,19 +218,29 @@ impl Files {
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
             let index = self.index(&area.area);
             let known = &self.known[index].1;
-            let mut live = walk(mounted, known, &mut |directory, name, node| {
-                recognize(mounted, known, directory, name, node)
+            let seen = seen(&mut self.journal);
+            let watched = watched(&mut self.journal, &seen);
+            let mut live = walk(mounted, known, watched, &mut |at, node| {
+                recognize(mounted, known, at, node)
             })?;
+            let is_news = |node: &&Node| {
+                !matches!(node.content, Content::Unknown)
+                    && known.find(&node.meta.stat, true).1 != node.content
+            };
+            let recognized = live.nodes.iter().filter(is_news);
+            let recognized = recognized.map(|node| (Arc::clone(&node.meta), node.content.clone()));
+            let recognized = recognized.collect();
             let mut wanted = area.tree.clone();
             complete(mounted, &mut wanted, &mut live)?;
             let plan = plan(&wanted, &live);
             check(mounted, &wanted, &live, &plan)?;
-            check_uses(mounted, &wanted, &plan, uses)?;
+            check_uses(mounted, &area.area, &wanted, &plan, uses)?;
             let nameless: std::io::Result<_> = area.nameless.iter().map(capture::differs).collect();
             plans.push(AreaPlan {
                 nameless: nameless.map_err(mounted.error("compare", Path::new("(deleted)")))?,
                 wanted,
                 plan,
+                recognized,
             });
         }
         Ok(Plans(plans))
@@ -183,28 +255,27 @@ impl Files {
         &self,
         root: Pid,
         mounts: &Mounts,
+        image: &Image,
         plans: &Plans,
         uses: &[Use],
     ) -> Result<Vec<Moved>> {
         let mut found = Vec::new();
-        for (mounted, todo) in mounts.0.iter().zip(&plans.0) {
-            let device = todo.wanted.nodes[ROOT].meta.stat.device;
-            for (node, path) in &todo.plan.after {
-                let was = todo.wanted.nodes[*node].meta.stat.ino;
-                let is_it = |using: &Use| using.device == device && using.ino == was;
-                if !todo.plan.made.contains(node) || !uses.iter().any(is_it) {
+        let areas = image.areas.iter().zip(&mounts.0).zip(&plans.0);
+        for ((area, mounted), todo) in areas {
+            for node in &todo.plan.made {
+                let wanted = &todo.wanted.nodes[*node];
+                let (Some(using), Some(path)) = (
+                    uses.iter().find(|using| using.is_of(&area.area, wanted)),
+                    todo.plan.after.get(node),
+                ) else {
                     continue;
-                }
-                let (parent, name) = split(path);
-                let now = descend(mounted.root.as_fd(), parent)
-                    .and_then(|directory| stat(directory.as_fd(), name))
-                    .map_err(mounted.error("look at", path))?;
+                };
+                let now = mounted.stat(path).map_err(mounted.error("look at", path))?;
                 let seen = mounted.path(path);
                 let below = seen.strip_prefix("/").unwrap_or(&seen);
                 found.push(Moved {
-                    device,
-                    was,
-                    is: now.ino,
+                    was: (using.device, using.ino),
+                    is: now.shown,
                     path: PathBuf::from(format!("/proc/{root}/root")).join(below),
                 });
             }
@@ -252,7 +323,19 @@ impl Files {
             let area = images[to].areas[number].area.clone();
             let index = self.index(&area);
             let mut after = todo.plan.after.clone();
-            let rebound = rebound(mounted, &todo.wanted, uses)?;
+            let trust = self.known[index].1.trust();
+            let exposed = exposed(uses, &area, &todo.wanted, trust);
+            let read = |ino: u64| match exposed.contains(&ino) {
+                true => Read::Exposed,
+                false => Read::Stopped,
+            };
+            let known = &mut self.known[index].1;
+            for (meta, content) in &todo.recognized {
+                let (meta, ino) = (Arc::clone(meta), meta.stat.ino);
+                known.learn(meta, content.clone(), read(ino));
+            }
+            exposed.iter().for_each(|ino| known.expose(*ino));
+            let rebound = rebound(mounted, &todo.wanted, &exposed)?;
             // The deepest first: what is done to a name changes the times of its directory only.
             for (node, path) in &rebound {
                 let (parent, name) = split(path);
@@ -271,23 +354,23 @@ impl Files {
             }
             let mut changed = HashMap::new();
             for (node, path) in after {
-                let (parent, name) = split(&path);
-                let now = descend(mounted.root.as_fd(), parent)
-                    .and_then(|directory| stat(directory.as_fd(), name))
+                let now = mounted
+                    .stat(&path)
                     .map_err(mounted.error("look at", &path))?;
                 let was = &todo.wanted.nodes[node];
-                let is_mapped =
-                    |using: &&Use| using.how == How::Mapped && using.ino == was.meta.stat.ino;
-                let is_mapped = uses.iter().any(|using| is_mapped(&using));
                 let meta = Arc::new(Meta {
                     stat: now,
                     ..Meta::clone(&was.meta)
                 });
                 if was.meta.stat.identity() != meta.stat.identity() && !was.of_lower {
-                    changed.insert(was.meta.stat.identity(), meta.stat.identity());
+                    changed.insert(was.meta.stat.identity(), meta.stat.clone());
                 }
+                let read = match exposed.contains(&was.meta.stat.ino) {
+                    true => Read::Exposed,
+                    false => read(meta.stat.ino),
+                };
                 let known = &mut self.known[index].1;
-                known.learn(meta, was.content.clone(), is_mapped);
+                known.learn(meta, was.content.clone(), read);
             }
             for image in images.iter_mut() {
                 let of_area = image.areas.iter_mut().filter(|other| other.area == area);
@@ -311,6 +394,33 @@ impl Files {
     }
 }
 
+/// What has happened until now.
+fn seen(journal: &mut Option<Journal>) -> Seen {
+    match journal {
+        Some(journal) => {
+            journal.take();
+            journal.changes()
+        }
+        None => Seen::default(),
+    }
+}
+
+fn watched<'a>(journal: &'a mut Option<Journal>, seen: &'a Seen) -> Watched<'a> {
+    match journal {
+        Some(journal) => Watched::Stopped(journal, seen),
+        None => Watched::Not,
+    }
+}
+
+fn clock(clock: ClockId) -> Result<Time> {
+    let now = clock_gettime(clock).map_err(|errno| Error::File {
+        what: "read the clock for",
+        path: PathBuf::from("files"),
+        error: errno.into(),
+    })?;
+    Ok((now.tv_sec(), now.tv_nsec() as u32))
+}
+
 impl Prepared {
     /// Whether no files are to be recorded.
     pub fn is_empty(&self) -> bool {
@@ -319,43 +429,44 @@ impl Prepared {
 }
 
 impl AreaImage {
-    /// Learns what inodes are called that were made again: before and now.
-    fn renumber(&mut self, changed: &HashMap<Identity, Identity>) {
+    /// Learns what names inodes that were made again: before and now.
+    fn renumber(&mut self, changed: &HashMap<Identity, Stat>) {
         if changed.is_empty() {
             return;
         }
         for node in &mut self.tree.nodes {
             if let Some(new) = changed.get(&node.meta.stat.identity()) {
                 let mut meta = Meta::clone(&node.meta);
-                (meta.stat.ino, meta.stat.born) = *new;
+                meta.stat = meta.stat.named_as(new);
                 node.meta = Arc::new(meta);
             }
         }
     }
 }
 
-/// Sockets, FIFOs and mapped files that other parts of the rollback have made again or written to, and their directories.
-fn rebound(mounted: &Mounted, wanted: &Tree, uses: &[Use]) -> Result<Vec<(NodeId, PathBuf)>> {
+/// Sockets, FIFOs and exposed files that other parts of the rollback have made again or written to, and their directories.
+fn rebound(
+    mounted: &Mounted,
+    wanted: &Tree,
+    exposed: &HashSet<u64>,
+) -> Result<Vec<(NodeId, PathBuf)>> {
     let mut special = Vec::new();
     wanted.walk(|directory, path, node| {
-        let stat = &wanted.nodes[node].meta.stat;
-        let is_mapped = || {
-            uses.iter()
-                .any(|using| using.how == How::Mapped && using.ino == stat.ino)
-        };
-        if matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO) || is_mapped() {
+        let node_of = &wanted.nodes[node];
+        let stat = &node_of.meta.stat;
+        let is_special = matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO);
+        if !node_of.of_lower && (is_special || exposed.contains(&stat.ino)) {
             special.push((directory, path.to_owned(), node));
         }
     });
     let mut found = Vec::new();
     for (directory, path, node) in special {
-        let (parent, name) = split(&path);
-        let now = descend(mounted.root.as_fd(), parent)
-            .and_then(|directory| stat(directory.as_fd(), name))
+        let now = mounted
+            .stat(&path)
             .map_err(mounted.error("look at", &path))?;
         let was = &wanted.nodes[node].meta.stat;
         if (now.ino, now.mtime) != (was.ino, was.mtime) {
-            let parent = parent.to_owned();
+            let parent = split(&path).0.to_owned();
             found.push((node, path));
             found.push((directory, parent));
         }
@@ -396,24 +507,26 @@ fn check(mounted: &Mounted, wanted: &Tree, live: &Tree, plan: &Plan) -> Result<(
 /// A file that was made again while descriptors were open on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moved {
-    /// Device of both inodes.
-    pub device: u64,
-    /// The number of the recorded inode.
-    pub was: u64,
-    /// That of the new one.
-    pub is: u64,
+    /// Device and number of the recorded inode, as the mount shows them.
+    pub was: (u64, u64),
+    /// Those of the new one.
+    pub is: (u64, u64),
     /// A path that leads to it through the tree's own mounts.
     pub path: PathBuf,
 }
 
 /// Refuses if what is in use has to be made again, unless by descriptors, which can be opened again.
-fn check_uses(mounted: &Mounted, wanted: &Tree, plan: &Plan, uses: &[Use]) -> Result<()> {
-    let device = wanted.nodes[ROOT].meta.stat.device;
+fn check_uses(
+    mounted: &Mounted,
+    area: &Area,
+    wanted: &Tree,
+    plan: &Plan,
+    uses: &[Use],
+) -> Result<()> {
     for node in &plan.made {
         let stat = &wanted.nodes[*node].meta.stat;
-        let is_it = |using: &&Use| {
-            using.device == device && using.ino == stat.ino && using.how != How::Open
-        };
+        let is_it =
+            |using: &&Use| using.how != How::Open && using.is_of(area, &wanted.nodes[*node]);
         if stat.file_type() == libc::S_IFSOCK {
             continue;
         }
@@ -433,8 +546,10 @@ fn check_uses(mounted: &Mounted, wanted: &Tree, plan: &Plan, uses: &[Use]) -> Re
 pub(super) mod tests_only {
     use super::*;
 
-    /// Opens areas that were not discovered.
-    pub(crate) fn files_of(root: Pid, found: Found) -> Result<Prepared> {
-        Files::open_found(root, found)
+    /// Prepares areas that were not discovered.
+    pub(crate) fn files_of(files: &mut Files, root: Pid, found: Found) -> Result<Prepared> {
+        let prepared = Files::open_found(root, found)?;
+        files.keep_early(root, &prepared)?;
+        Ok(prepared)
     }
 }
