@@ -154,6 +154,16 @@ impl Engine {
         })
     }
 
+    /// Which files go back with the next checkpoint.
+    pub fn files(&self) -> &filesystem::Options {
+        self.files.options()
+    }
+
+    /// Changes that. Where content is kept stays the same, and so do the checkpoints there are.
+    pub fn set_files(&mut self, options: filesystem::Options) {
+        self.files.set_options(options);
+    }
+
     /// Takes a checkpoint. One of the same name is replaced once the new one is there.
     ///
     /// # Errors

@@ -67,6 +67,20 @@ impl Files {
         }
     }
 
+    /// What is to go back with the next checkpoint.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Changes that; where content is kept stays the same.
+    pub fn set_options(&mut self, options: Options) {
+        self.store.limit(options.max_bytes);
+        self.options = Options {
+            store: std::mem::take(&mut self.options.store),
+            ..options
+        };
+    }
+
     /// Bytes of content that are kept, for all checkpoints.
     pub fn kept_bytes(&self) -> u64 {
         self.store.used()

@@ -3,8 +3,9 @@
 use std::time::UNIX_EPOCH;
 
 use crate::engine::{self, Engine, RollbackOptions, Target};
+use crate::filesystem;
 use crate::keeper::Errand;
-use crate::keeper::protocol::{CheckpointInfo, Failure};
+use crate::keeper::protocol::{CheckpointInfo, Failure, FileOptions};
 use crate::keeper::server::Operations;
 use crate::outcome::Report;
 
@@ -15,7 +16,16 @@ pub fn attach(errand: &Errand) -> impl FnOnce() -> Result<Engine, Failure> + Sen
         errand.cgroup.clone(),
         errand.label.clone(),
     );
-    move || Engine::attach(Target { pid, cgroup, label }).map_err(Failure::from)
+    // Which files are to go back is told with each checkpoint.
+    let files = filesystem::Options {
+        include: false,
+        store: errand.directory().path().to_owned(),
+        ..filesystem::Options::default()
+    };
+    move || {
+        let target = Target { pid, cgroup, label };
+        Engine::attach_with_files(target, files).map_err(Failure::from)
+    }
 }
 
 impl From<engine::Error> for Failure {
@@ -30,7 +40,18 @@ impl From<engine::Error> for Failure {
 }
 
 impl Operations for Engine {
-    fn checkpoint(&mut self, name: &str) -> Result<Report, Failure> {
+    fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure> {
+        let FileOptions {
+            include,
+            volumes,
+            max_bytes,
+        } = files.clone();
+        self.set_files(filesystem::Options {
+            include,
+            volumes,
+            max_bytes,
+            ..self.files().clone()
+        });
         Ok(self.take(name)?)
     }
 
@@ -72,5 +93,6 @@ fn info(info: engine::CheckpointInfo) -> CheckpointInfo {
         header_bytes: info.stats.bytes,
         resident_bytes: info.resident_pages * PAGE,
         copied_bytes: info.shared_bytes,
+        file_bytes: info.file_bytes,
     }
 }

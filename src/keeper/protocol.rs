@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
+use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,17 @@ impl Default for Hello {
     }
 }
 
+/// Which files go back with a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct FileOptions {
+    /// Whether any do.
+    pub include: bool,
+    /// Mount points, as the tree sees them, of bind mounts to be taken in.
+    pub volumes: Vec<PathBuf>,
+    /// The most bytes of content to be kept, for all checkpoints of the keeper.
+    pub max_bytes: Option<u64>,
+}
+
 /// What a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
@@ -52,6 +64,8 @@ pub enum Request {
     Checkpoint {
         /// Its name.
         name: String,
+        /// Which files go back with it.
+        files: FileOptions,
     },
     /// Roll the tree back to this checkpoint.
     Rollback {
@@ -131,6 +145,8 @@ pub struct CheckpointInfo {
     pub resident_bytes: u64,
     /// Bytes of shared memory, which cannot be kept copy-on-write, in a copy.
     pub copied_bytes: u64,
+    /// Bytes of content of files, some of which may be kept for other checkpoints too.
+    pub file_bytes: u64,
 }
 
 /// Writes one message and its line end in one piece.

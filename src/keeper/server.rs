@@ -18,7 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::fault;
 use crate::keeper::directory::Locked;
 use crate::keeper::protocol::{
-    CheckpointInfo, Failure, Hello, Request, Response, VERSION, append, receive, send,
+    CheckpointInfo, Failure, FileOptions, Hello, Request, Response, VERSION, append, receive, send,
 };
 use crate::keeper::{Error, Identity, StateDirectory};
 use crate::kernel::{disposition, pidfd};
@@ -34,7 +34,7 @@ pub trait Operations {
     /// # Errors
     ///
     /// Refused or failed; the tree runs as before.
-    fn checkpoint(&mut self, name: &str) -> Result<Report, Failure>;
+    fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure>;
     /// Rolls the tree back.
     ///
     /// # Errors
@@ -481,7 +481,7 @@ fn carry_out<O: Operations>(
 
 fn answer<O: Operations>(operations: &mut O, request: &Request) -> Response {
     let done = match request {
-        Request::Checkpoint { name } => operations.checkpoint(name).map(report),
+        Request::Checkpoint { name, files } => operations.checkpoint(name, files).map(report),
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
         Request::Checkpoints => Ok(Response::Checkpoints {
             checkpoints: operations.checkpoints(),
