@@ -119,6 +119,7 @@ fn redis_with_its_log_and_again_from_the_files_alone() {
         "redis",
         "--port",
         "0",
+        "--",
         "--appendonly",
         "yes",
         "--appendfsync",
@@ -130,10 +131,7 @@ fn redis_with_its_log_and_again_from_the_files_alone() {
     let overlay = format!("--overlay={}", text(&layer));
     let id = &unique("log");
     let start = || {
-        let log = session.scratch().join("log");
-        let arguments = ["run", "--detach", &overlay, "--bundle", text(&bundle), id];
-        containers.run_logged(&log, &arguments).expect(DONE, "run");
-        let pid = containers.pid(id);
+        let pid = containers.start_with(&[&overlay], id, &bundle);
         let socket = PathBuf::from(format!("/proc/{pid}/root/run/redis.sock"));
         (pid, redis::Client::wait_for(&socket), socket)
     };

@@ -7,6 +7,7 @@ mod bad_input;
 mod completeness;
 mod faults;
 mod file_programs;
+mod files;
 mod fixtures_memory;
 mod fixtures_objects;
 mod fixtures_sockets;

@@ -69,19 +69,9 @@ impl Server {
     fn run(&mut self) {
         let layer = self.containers.session.scratch().join("layer");
         let overlay = format!("--overlay={}", text(&layer));
-        let log = self.containers.session.scratch().join("run.log");
-        let arguments = [
-            "run",
-            "--detach",
-            &overlay,
-            "--bundle",
-            text(&self.bundle),
-            &self.id,
-        ];
-        self.containers
-            .run_logged(&log, &arguments)
-            .expect(DONE, "run");
-        self.pid = self.containers.pid(&self.id);
+        self.pid = self
+            .containers
+            .start_with(&[&overlay], &self.id, &self.bundle);
         wait::until("PostgreSQL answers", || {
             Client::connect(&self.directory())
                 .ask("select 1")
@@ -138,7 +128,7 @@ impl Server {
 
     /// pgbench in the background, which may fail: connections that were busy are reset.
     fn load(&self) -> Load {
-        let mut command = self.tool("pgbench", &["-c", "8", "-T", "600", "postgres"]);
+        let mut command = self.tool("pgbench", &["-n", "-c", "8", "-T", "600", "postgres"]);
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -297,6 +297,17 @@ impl Engine {
         })
     }
 
+    /// What has become of files since a checkpoint, in the order of paths. The tree is stopped while it is looked at.
+    ///
+    /// # Errors
+    ///
+    /// There is no checkpoint of that name; or refused or failed, and the tree runs as before.
+    pub fn diff(&mut self, name: &str) -> Result<Vec<filesystem::Change>, Error> {
+        let of = self.find(name)?;
+        let checkpoint = &self.checkpoints[of];
+        Ok(checkpoint::diff(&mut self.tree, &self.files, checkpoint)?)
+    }
+
     /// The checkpoints, oldest first.
     pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
         let info = |checkpoint: &Held| CheckpointInfo {

@@ -1,9 +1,7 @@
 //! What a container's files are at one point in time: a reference to compare with, made by none of snapback's own code.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use super::session::{DONE, finish};
@@ -93,16 +91,4 @@ impl Manifest {
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
-}
-
-/// Bytes of all files below a directory; none if it is not there.
-pub(crate) fn bytes_below(directory: &Path) -> u64 {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries
-        .map(|entry| match entry.metadata() {
-            Ok(found) if found.is_dir() => bytes_below(&entry.path()),
-            Ok(found) => found.blocks() * 512,
-            Err(_) => 0,
-        })
-        .sum()
 }

@@ -5,7 +5,8 @@ mod areas;
 pub mod capture;
 pub mod complete;
 pub mod content;
-pub mod execute;
+pub mod diff;
+mod execute;
 pub mod image;
 pub mod known;
 mod layers;
@@ -21,6 +22,7 @@ pub mod walk;
 
 pub use area::{Area, Found, Kind, LeftOut, Options};
 pub use areas::discover;
+pub use diff::{Change, ChangeKind};
 pub use execute::Put;
 pub use image::Image;
 pub use session::{Files, Mounts, Plans, Prepared};

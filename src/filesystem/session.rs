@@ -12,6 +12,7 @@ use super::area::{Area, Found, Kind, Options};
 use super::areas::discover;
 use super::capture::{self, capture, recognize};
 use super::complete::complete;
+use super::diff::{Change, changes};
 use super::execute::{Put, execute, set_times};
 use super::image::{AreaImage, Image};
 use super::known::{Inodes, Trust};
@@ -170,11 +171,7 @@ impl Files {
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
             let index = self.index(&area.area);
             let known = &self.known[index].1;
-            let mut live = walk(mounted, known, &mut |directory, name, node| {
-                recognize(mounted, known, directory, name, node)
-            })?;
-            let mut wanted = area.tree.clone();
-            complete(mounted, &mut wanted, &mut live)?;
+            let (wanted, live) = compared(mounted, known, area)?;
             let plan = plan(&wanted, &live);
             check(mounted, &wanted, &live, &plan)?;
             check_uses(mounted, &wanted, &plan, uses)?;
@@ -186,6 +183,24 @@ impl Files {
             });
         }
         Ok(Plans(plans))
+    }
+
+    /// What has become of the files of a stopped tree; in the order of paths. Nothing is touched.
+    ///
+    /// # Errors
+    ///
+    /// They can't be looked at.
+    pub fn diff(&self, mounts: &Mounts, image: &Image) -> Result<Vec<Change>> {
+        let nothing = Inodes::default();
+        let mut found = Vec::new();
+        for (area, mounted) in image.areas.iter().zip(&mounts.0) {
+            let known = self.known.iter().find(|(other, _)| *other == area.area);
+            let known = known.map_or(&nothing, |(_, known)| known);
+            let (wanted, live) = compared(mounted, known, area)?;
+            found.extend(changes(&area.area.mount_point, &wanted, &live));
+        }
+        found.sort();
+        Ok(found)
     }
 
     /// Makes the changes. After an error the tree must be killed.
@@ -284,6 +299,16 @@ impl Files {
         }
         Ok(found)
     }
+}
+
+/// The recorded and the live files of an area, neither to be seen as an overlay any more.
+fn compared(mounted: &Mounted, known: &Inodes, area: &AreaImage) -> Result<(Tree, Tree)> {
+    let mut live = walk(mounted, known, &mut |directory, name, node| {
+        recognize(mounted, known, directory, name, node)
+    })?;
+    let mut wanted = area.tree.clone();
+    complete(mounted, &mut wanted, &mut live)?;
+    Ok((wanted, live))
 }
 
 impl Prepared {

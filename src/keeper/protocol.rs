@@ -12,13 +12,14 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::filesystem::ChangeKind;
 use crate::outcome::{Refusal, Report};
 
 /// The version of this protocol. Both sides name theirs in [`Hello`]; they must be equal.
 pub const VERSION: u32 = 1;
 
-/// The longest line either side accepts, in bytes.
-pub const LINE_LIMIT: u64 = 1 << 20;
+/// The longest line either side accepts, in bytes: the changes of a million files have to fit.
+pub const LINE_LIMIT: u64 = 256 << 20;
 
 /// The first line each way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +75,11 @@ pub enum Request {
         /// Compare everything with the checkpoint before the tree runs again.
         verify: bool,
     },
+    /// Tell what has become of files since this checkpoint.
+    Diff {
+        /// The checkpoint's name.
+        name: String,
+    },
     /// List the checkpoints.
     Checkpoints,
     /// Free one checkpoint, or all.
@@ -97,6 +103,11 @@ pub enum Response {
         /// Oldest first.
         checkpoints: Vec<CheckpointInfo>,
     },
+    /// What has become of files.
+    Changes {
+        /// In the order of paths.
+        changes: Vec<Change>,
+    },
     /// The checkpoint or checkpoints are freed.
     Released {
         /// How many are left; with none left the keeper ends.
@@ -104,6 +115,19 @@ pub enum Response {
     },
     /// Nothing was done.
     Failure(Failure),
+}
+
+/// A file that is not as it was at a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// What has become of it.
+    pub kind: ChangeKind,
+    /// Where it is, as the tree sees it. Control characters, backslashes and bytes that are no UTF-8 are as `\xNN`.
+    pub path: String,
+    /// Its size in bytes at the checkpoint, if it was a regular file.
+    pub before: Option<u64>,
+    /// Its size now, if it is one.
+    pub after: Option<u64>,
 }
 
 /// How a request can fail, in the terms of the program's exit status.

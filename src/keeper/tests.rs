@@ -99,6 +99,10 @@ impl Operations for Fake {
         }
     }
 
+    fn diff(&mut self, _: &str) -> Result<Vec<Change>, Failure> {
+        Ok(Vec::new())
+    }
+
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
         let info = |name: &String| CheckpointInfo {
             name: name.clone(),
