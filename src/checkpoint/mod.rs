@@ -258,16 +258,28 @@ fn capture(
     fault::point("checkpoint.window");
 
     let mut context = Context::buffering()?;
-    let objects = objects::capture(stopped, &mut context)?;
-    phases.end("objects");
-    fault::point("checkpoint.objects");
+    let found = objects::find(stopped)?;
     task::capture(stopped, &mut context)?;
     phases.end("tasks");
     fault::point("checkpoint.tasks");
-    let mut resident_pages = 0;
-    let shadows = memory::make_shadows(stopped, &living)?;
+    // While the processes fork, their descriptors are looked at from outside.
+    let forks = memory::start_shadows(stopped, &living);
+    let looked = found.look(&mut context);
+    phases.end("objects");
+    fault::point("checkpoint.objects");
+    let shadows = forks.finish(stopped);
     phases.end("fork");
-    let mut shadows = living.iter().copied().zip(shadows);
+    let mut shadows = living.iter().copied().zip(shadows?);
+    let recorded = looked.and_then(|looked| looked.record(stopped, &mut context));
+    let objects = match recorded {
+        Ok(objects) => objects,
+        Err(error) => {
+            shadows.for_each(|(pid, shadow)| shadow.discard(stopped, pid));
+            return Err(error.into());
+        }
+    };
+    phases.end("objects");
+    let mut resident_pages = 0;
     while let Some((pid, shadow)) = shadows.next() {
         let others = others
             .iter_mut()

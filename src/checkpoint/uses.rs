@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::Result;
-use crate::filesystem::{self, Use};
+use crate::filesystem::{self, How, Use};
 use crate::freeze::Stopped;
 use crate::kernel::procfs;
 use crate::memory::SpaceImage;
@@ -33,7 +33,10 @@ pub(super) fn find(
                 ),
                 what: format!("fd {}", place.fd),
                 holder: recorded.holder(place.pid),
-                mapped: false,
+                how: match common.file_type() {
+                    libc::S_IFIFO => How::Tied,
+                    _ => How::Open,
+                },
             });
         }
     }
@@ -47,21 +50,26 @@ pub(super) fn find(
             let name = String::from_utf8_lossy(&vma.name);
             let link = format!("map_files/{:x}-{:x}", vma.start, vma.end);
             let link = procfs::path(image.pid, &link);
-            found.extend(look(link, format!("mapping of {name}"), holder(), true)?);
+            found.extend(look(
+                link,
+                format!("mapping of {name}"),
+                holder(),
+                How::Mapped,
+            )?);
         }
         for (name, what) in [
             ("cwd", "the working directory"),
             ("root", "the root directory"),
         ] {
             let link = procfs::path(image.pid, name);
-            found.extend(look(link, what.into(), holder(), false)?);
+            found.extend(look(link, what.into(), holder(), How::Tied)?);
         }
     }
     Ok(found)
 }
 
 /// `None`: it is not there.
-fn look(link: PathBuf, what: String, holder: String, mapped: bool) -> Result<Option<Use>> {
+fn look(link: PathBuf, what: String, holder: String, how: How) -> Result<Option<Use>> {
     match std::fs::metadata(&link) {
         Ok(at) => Ok(Some(Use {
             device: at.dev(),
@@ -69,7 +77,7 @@ fn look(link: PathBuf, what: String, holder: String, mapped: bool) -> Result<Opt
             link,
             what,
             holder,
-            mapped,
+            how,
         })),
         // Segments and other mappings have no file that can be had.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),

@@ -1,6 +1,6 @@
 //! Records the files of an area.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,17 +11,18 @@ use std::sync::Arc;
 
 use rustix::fs::OFlags;
 
-use super::Result;
 use super::area::Area;
 use super::content::{Source, first_difference};
 use super::image::{AreaImage, Nameless};
-use super::known::Inodes;
-use super::meta::{Meta, stat};
+use super::journal::Journal;
+use super::known::{Inodes, Read, Trust};
+use super::meta::{Meta, Time, stat};
 use super::mounted::{Mounted, file_error, open_file};
 use super::store::Store;
-use super::tree::{Content, Node};
-use super::uses::Use;
-use super::walk::walk;
+use super::tree::{Content, Node, Tree};
+use super::uses::{How, Use};
+use super::walk::{Watched, walk};
+use super::{Error, Result};
 
 /// Whether a file has the content that it had when it was read last: compares it.
 pub fn recognize(
@@ -48,41 +49,90 @@ pub fn recognize(
     Ok(())
 }
 
-/// Records an area of a stopped tree, and keeps all content that is not kept yet.
-pub fn capture(
+/// Walks an area and keeps all content that is not kept yet.
+fn keep(
     mounted: &Mounted,
-    area: Area,
-    known: &mut Inodes,
+    known: &Inodes,
     store: &mut Store,
-    uses: &[Use],
-) -> Result<AreaImage> {
+    watched: Watched<'_>,
+) -> Result<Tree> {
     let mut refused = None;
-    let tree = walk(mounted, known, &mut |directory, name, node| {
+    let tree = walk(mounted, known, watched, &mut |directory, name, node| {
+        if refused.is_some() {
+            return Ok(());
+        }
         recognize(mounted, known, directory, name, node)?;
         if matches!(node.content, Content::Unknown) {
             let live = open_file(directory, name, OFlags::RDONLY)?;
             let stat = &node.meta.stat;
             match store.keep(&live, stat.size, stat.device, &mounted.beside) {
                 Ok(kept) => node.content = Content::Kept(kept),
-                Err(error) => {
-                    refused = Some(error);
-                    return Err(io::Error::other("its content can't be kept"));
-                }
+                Err(Error::File { error, .. }) => return Err(error),
+                Err(error) => refused = Some(error),
             }
         }
         Ok(())
     });
-    let tree = tree.map_err(|error| refused.unwrap_or(error))?;
+    match refused {
+        Some(error) => Err(error),
+        None => tree,
+    }
+}
+
+/// Keeps content before the tree is stopped for a checkpoint, in which only what changes meanwhile is left to be done.
+/// `mapped` are the inodes that are mapped by somebody, as seen at `since` or later. `device` is the area's, as in `mapped`.
+pub fn keep_early(
+    mounted: &Mounted,
+    device: u64,
+    known: &mut Inodes,
+    store: &mut Store,
+    journal: &mut Journal,
+    (since, mapped): (Time, &HashSet<(u64, u64)>),
+) -> Result<()> {
+    let tree = keep(mounted, known, store, Watched::Running(journal))?;
+    for node in &tree.nodes {
+        let stat = &node.meta.stat;
+        if !stat.is_file() || known.find(stat, true).1 == node.content {
+            continue;
+        }
+        // Stores to a mapping that was made later change times once.
+        let is_exposed = stat.ctime >= since || mapped.contains(&(device, stat.ino));
+        let read = match is_exposed {
+            true => Read::Exposed,
+            false => Read::Running,
+        };
+        known.learn(Arc::clone(&node.meta), node.content.clone(), read);
+    }
+    Ok(())
+}
+
+/// Inodes that may change without a trace, because of how they are used.
+pub fn exposed(uses: &[Use], device: u64, trust: Trust) -> HashSet<u64> {
+    let is_exposed =
+        |using: &&Use| using.device == device && (using.how == How::Mapped || trust != Trust::All);
+    let exposed = uses.iter().filter(is_exposed);
+    exposed.map(|using| using.ino).collect()
+}
+
+/// Records an area of a stopped tree, and keeps all content that is not kept yet.
+pub fn capture(
+    mounted: &Mounted,
+    area: Area,
+    known: &mut Inodes,
+    store: &mut Store,
+    watched: Watched<'_>,
+    uses: &[Use],
+) -> Result<AreaImage> {
+    let tree = keep(mounted, known, store, watched)?;
     let device = tree.nodes[super::tree::ROOT].meta.stat.device;
-    let mapped: HashMap<u64, bool> = uses
-        .iter()
-        .filter(|using| using.device == device && using.mapped)
-        .map(|using| (using.ino, true))
-        .collect();
+    let exposed = exposed(uses, device, known.trust());
     *known = Inodes::new(known.trust());
     for node in &tree.nodes {
-        let is_mapped = mapped.contains_key(&node.meta.stat.ino);
-        known.learn(Arc::clone(&node.meta), node.content.clone(), is_mapped);
+        let read = match exposed.contains(&node.meta.stat.ino) {
+            true => Read::Exposed,
+            false => Read::Stopped,
+        };
+        known.learn(Arc::clone(&node.meta), node.content.clone(), read);
     }
     let nameless = nameless(mounted, store, uses, device)?;
     Ok(AreaImage {

@@ -119,7 +119,7 @@ impl Layers<'_> {
             let (parent, name) = super::mounted::split(path);
             let directory = descend(root, parent)?;
             let found = stat(directory.as_fd(), name)?;
-            super::walk::node(&Inodes::default(), directory.as_fd(), name, found)
+            super::walk::node(&Inodes::default(), directory.as_fd(), name, found, false)
         })();
         match found {
             Ok(mut node) => {

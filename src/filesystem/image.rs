@@ -81,6 +81,13 @@ impl Image {
         contents.sum()
     }
 
+    /// Whether an inode had no name any more.
+    pub fn has_nameless(&self, (device, ino): (u64, u64)) -> bool {
+        let files = self.areas.iter().flat_map(|area| &area.nameless);
+        let mut inodes = files.map(|file| (file.meta.stat.device, file.meta.stat.ino));
+        inodes.any(|inode| inode == (device, ino))
+    }
+
     /// How many files and directories.
     pub fn files(&self) -> usize {
         let areas = self.areas.iter();

@@ -1,8 +1,10 @@
 //! What is known of live inodes, so that what has not changed need not be read again.
 //!
 //! The kernel sets an inode's time of change (`ctime`) with everything it does to it, and nobody else can. So one that has the
-//! time it had when it was read last is as it was, with two exceptions: stores to a page that is mapped shared, and changes
-//! within one tick of the clock, before Linux 6.13, and on file systems that still work so.
+//! time it had when it was read last is as it was, with these exceptions: stores to a page that was mapped shared and written
+//! to before; all stores to mappings, on file systems that do not look at them (tmpfs); a write that was going on while it was
+//! read; changes within one tick of the clock, before Linux 6.13, and on file systems that still work so. The journal tells of
+//! all of them, unless a file stays mapped or open: such a one is *exposed*, and compared.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,8 +18,18 @@ use super::tree::Content;
 struct Known {
     meta: Arc<Meta>,
     content: Content,
-    /// Its content may change without a change of times.
-    mapped: bool,
+    read: Read,
+}
+
+/// How an inode was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// The tree was stopped.
+    Stopped,
+    /// It ran: a write might have been half done, of which the journal tells afterwards.
+    Running,
+    /// It was mapped, or open where times tell nothing of stores to mappings: it may change unseen.
+    Exposed,
 }
 
 /// The inodes of one area.
@@ -33,7 +45,7 @@ pub enum Trust {
     /// Nothing: content is compared.
     #[default]
     Nothing,
-    /// Everything but content: stores to shared mappings change no times (tmpfs, network file systems).
+    /// Everything but content: stores to shared mappings change no times (tmpfs).
     Metadata,
     /// Everything, but for files that were mapped when they were read.
     All,
@@ -89,15 +101,16 @@ impl Inodes {
         }
     }
 
-    /// What is known of an inode that looks so: all but content, and content.
-    pub fn find(&self, stat: &Stat) -> (Option<Arc<Meta>>, Content) {
-        let unchanged = |known: &&Known| {
+    /// What is known of an inode that looks so: all but content, and content. `unchanged`: the journal says that nothing has
+    /// happened to it.
+    pub fn find(&self, stat: &Stat, unchanged: bool) -> (Option<Arc<Meta>>, Content) {
+        let looks_the_same = |known: &&Known| {
             let of = |stat: &Stat| -> (Time, Time, u64, u32, u32) {
                 (stat.ctime, stat.mtime, stat.size, stat.mode, stat.links)
             };
             self.trust != Trust::Nothing && of(&known.meta.stat) == of(stat)
         };
-        let Some(known) = self.known.get(&stat.ino).filter(unchanged) else {
+        let Some(known) = self.known.get(&stat.ino).filter(looks_the_same) else {
             return (None, Content::Unknown);
         };
         let meta = if known.meta.stat == *stat {
@@ -108,9 +121,14 @@ impl Inodes {
                 ..Meta::clone(&known.meta)
             })
         };
-        let content = match self.trust {
-            Trust::All if !known.mapped => known.content.clone(),
-            _ => Content::Unknown,
+        let proven = match (self.trust, known.read) {
+            (Trust::All, Read::Stopped) => true,
+            (Trust::All | Trust::Metadata, Read::Stopped | Read::Running) => unchanged,
+            _ => false,
+        };
+        let content = match proven {
+            true => known.content.clone(),
+            false => Content::Unknown,
         };
         (Some(meta), content)
     }
@@ -122,14 +140,21 @@ impl Inodes {
             .map_or(Content::Unknown, |known| known.content.clone())
     }
 
-    /// Learns of an inode. `mapped`: somebody has it mapped shared.
-    pub fn learn(&mut self, meta: Arc<Meta>, content: Content, mapped: bool) {
+    /// Learns of an inode.
+    pub fn learn(&mut self, meta: Arc<Meta>, content: Content, read: Read) {
         let known = Known {
             meta,
             content,
-            mapped,
+            read,
         };
         self.known.insert(known.meta.stat.ino, known);
+    }
+
+    /// Notes that an inode may change unseen.
+    pub fn expose(&mut self, ino: u64) {
+        if let Some(known) = self.known.get_mut(&ino) {
+            known.read = Read::Exposed;
+        }
     }
 
     /// Bytes of content that they refer to.

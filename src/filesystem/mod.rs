@@ -6,10 +6,12 @@ pub mod capture;
 pub mod complete;
 pub mod content;
 pub mod diff;
-mod execute;
+pub mod execute;
 pub mod image;
+pub mod journal;
 pub mod known;
 mod layers;
+pub mod mapped;
 pub mod meta;
 pub mod mounted;
 pub mod plan;
@@ -25,8 +27,8 @@ pub use areas::discover;
 pub use diff::{Change, ChangeKind};
 pub use execute::Put;
 pub use image::Image;
-pub use session::{Files, Mounts, Plans, Prepared};
-pub use uses::Use;
+pub use session::{Files, Mounts, Moved, Plans, Prepared};
+pub use uses::{How, Use};
 
 #[cfg(test)]
 mod tests;

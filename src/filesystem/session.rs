@@ -1,31 +1,40 @@
 //! The files of one tree, across its checkpoints.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use super::area::{Area, Found, Kind, Options};
 use super::areas::discover;
-use super::capture::{self, capture, recognize};
+use super::capture::{self, capture, exposed, keep_early, recognize};
 use super::complete::complete;
 use super::diff::{Change, changes};
 use super::execute::{Put, execute, set_times};
 use super::image::{AreaImage, Image};
-use super::known::{Inodes, Trust};
-use super::meta::{APPEND, IMMUTABLE, Identity, Meta, stat};
+use super::journal::{Journal, Seen};
+use super::known::{Inodes, Read, Trust};
+use super::mapped::mapped;
+use super::meta::{APPEND, IMMUTABLE, Identity, Meta, Time, stat};
 use super::mounted::{Mounted, descend, file_error, split};
 use super::plan::{Plan, plan};
 use super::store::Store;
-use super::tree::{Content, NodeId, Tree};
-use super::uses::Use;
+use super::tree::{Content, Node, NodeId, ROOT, Tree};
+use super::uses::{How, Use};
 use super::verify::verify;
-use super::walk::walk;
+use super::walk::{Watched, walk};
 use super::{Error, Result};
 use crate::outcome::{Difference, Refusal};
+
+/// How often content is kept while the tree runs, at most.
+const EARLY_PASSES: usize = 3;
+/// A pass that takes no longer leaves little to be done in the stop.
+const SHORT: Duration = Duration::from_millis(20);
 
 /// The files of a tree: what content is kept, and what is known of live ones.
 #[derive(Debug)]
@@ -33,6 +42,8 @@ pub struct Files {
     options: Options,
     store: Store,
     known: Vec<(Area, Inodes)>,
+    /// `None`: nothing is watched (yet).
+    journal: Option<Journal>,
 }
 
 /// The areas of a tree, open for a checkpoint.
@@ -54,6 +65,8 @@ pub struct Plans(Vec<AreaPlan>);
 struct AreaPlan {
     wanted: Tree,
     plan: Plan,
+    /// Live files that had to be compared to be known: these are what they were, or will be changed.
+    recognized: Vec<(Arc<Meta>, Content)>,
     /// Of the files without a name: whether their content has changed.
     nameless: Vec<bool>,
 }
@@ -65,6 +78,7 @@ impl Files {
             store: Store::new(options.store.clone(), options.max_bytes),
             options,
             known: Vec::new(),
+            journal: None,
         }
     }
 
@@ -103,7 +117,45 @@ impl Files {
             true => discover(root, &self.options)?,
             false => Found::default(),
         };
-        Self::open_found(root, found)
+        let prepared = Self::open_found(root, found)?;
+        self.keep_early(root, &prepared)?;
+        Ok(prepared)
+    }
+
+    /// Keeps content while the tree runs, again if that took long, so that little is left to be done in the stop.
+    fn keep_early(&mut self, root: Pid, prepared: &Prepared) -> Result<()> {
+        if prepared.is_empty() {
+            return Ok(());
+        }
+        if self.journal.is_none() {
+            match Journal::start() {
+                Ok(journal) => self.journal = Some(journal),
+                Err(error) => tracing::warn!(%error, "changes of files are not watched"),
+            }
+        }
+        let areas = prepared.found.areas.iter();
+        let areas = areas.filter(|area| !area.read_only);
+        for _ in 0..EARLY_PASSES {
+            let started = Instant::now();
+            let since = clock(ClockId::CLOCK_REALTIME_COARSE)?;
+            let mapped = mapped(root);
+            for (area, mounted) in areas.clone().zip(&prepared.mounts) {
+                let index = self.index(area);
+                let known = &mut self.known[index].1;
+                let Some(journal) = &mut self.journal else {
+                    break;
+                };
+                // What is read there is opened, which the journal takes for a change.
+                if known.trust() == Trust::All {
+                    let (store, early) = (&mut self.store, (since, &mapped));
+                    keep_early(mounted, area.device, known, store, journal, early)?;
+                }
+            }
+            if started.elapsed() < SHORT {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn open_found(root: Pid, found: Found) -> Result<Prepared> {
@@ -130,10 +182,20 @@ impl Files {
         for (area, mounted) in areas {
             let index = self.index(&area);
             let known = &mut self.known[index].1;
-            let captured = capture(mounted, area, known, &mut self.store, uses)?;
+            let seen = seen(&mut self.journal);
+            let watched = watched(&mut self.journal, &seen);
+            let captured = capture(mounted, area, known, &mut self.store, watched, uses)?;
             image.areas.push(captured);
         }
+        self.rest();
         Ok(image)
+    }
+
+    /// All is as it is known: to be called at the end of an operation, before the tree runs.
+    pub fn rest(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            journal.clear();
+        }
     }
 
     /// The place in `known` of an area.
@@ -171,7 +233,20 @@ impl Files {
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
             let index = self.index(&area.area);
             let known = &self.known[index].1;
-            let (wanted, live) = compared(mounted, known, area)?;
+            let seen = seen(&mut self.journal);
+            let watched = watched(&mut self.journal, &seen);
+            let mut live = walk(mounted, known, watched, &mut |directory, name, node| {
+                recognize(mounted, known, directory, name, node)
+            })?;
+            let is_news = |node: &&Node| {
+                !matches!(node.content, Content::Unknown)
+                    && known.find(&node.meta.stat, true).1 != node.content
+            };
+            let recognized = live.nodes.iter().filter(is_news);
+            let recognized = recognized.map(|node| (Arc::clone(&node.meta), node.content.clone()));
+            let recognized = recognized.collect();
+            let mut wanted = area.tree.clone();
+            complete(mounted, &mut wanted, &mut live)?;
             let plan = plan(&wanted, &live);
             check(mounted, &wanted, &live, &plan)?;
             check_uses(mounted, &wanted, &plan, uses)?;
@@ -180,6 +255,7 @@ impl Files {
                 nameless: nameless.map_err(mounted.error("compare", Path::new("(deleted)")))?,
                 wanted,
                 plan,
+                recognized,
             });
         }
         Ok(Plans(plans))
@@ -196,10 +272,56 @@ impl Files {
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
             let known = self.known.iter().find(|(other, _)| *other == area.area);
             let known = known.map_or(&nothing, |(_, known)| known);
-            let (wanted, live) = compared(mounted, known, area)?;
+            // Without the journal: only checkpoints and rollbacks take from that.
+            let mut live = walk(
+                mounted,
+                known,
+                Watched::Not,
+                &mut |directory, name, node| recognize(mounted, known, directory, name, node),
+            )?;
+            let mut wanted = area.tree.clone();
+            complete(mounted, &mut wanted, &mut live)?;
             found.extend(changes(&area.area.mount_point, &wanted, &live));
         }
         found.sort();
+        Ok(found)
+    }
+
+    /// Files that have been made again and were open at the checkpoint. `root` is a process that sees them.
+    ///
+    /// # Errors
+    ///
+    /// They are not where they were made; the tree must be killed.
+    pub fn moved(
+        &self,
+        root: Pid,
+        mounts: &Mounts,
+        plans: &Plans,
+        uses: &[Use],
+    ) -> Result<Vec<Moved>> {
+        let mut found = Vec::new();
+        for (mounted, todo) in mounts.0.iter().zip(&plans.0) {
+            let device = todo.wanted.nodes[ROOT].meta.stat.device;
+            for (node, path) in &todo.plan.after {
+                let was = todo.wanted.nodes[*node].meta.stat.ino;
+                let is_it = |using: &Use| using.device == device && using.ino == was;
+                if !todo.plan.made.contains(node) || !uses.iter().any(is_it) {
+                    continue;
+                }
+                let (parent, name) = split(path);
+                let now = descend(mounted.root.as_fd(), parent)
+                    .and_then(|directory| stat(directory.as_fd(), name))
+                    .map_err(mounted.error("look at", path))?;
+                let seen = mounted.path(path);
+                let below = seen.strip_prefix("/").unwrap_or(&seen);
+                found.push(Moved {
+                    device,
+                    was,
+                    is: now.ino,
+                    path: PathBuf::from(format!("/proc/{root}/root")).join(below),
+                });
+            }
+        }
         Ok(found)
     }
 
@@ -243,6 +365,18 @@ impl Files {
             let area = images[to].areas[number].area.clone();
             let index = self.index(&area);
             let mut after = todo.plan.after.clone();
+            let device = todo.wanted.nodes[ROOT].meta.stat.device;
+            let exposed = exposed(uses, device, self.known[index].1.trust());
+            let read = |ino: u64| match exposed.contains(&ino) {
+                true => Read::Exposed,
+                false => Read::Stopped,
+            };
+            let known = &mut self.known[index].1;
+            for (meta, content) in &todo.recognized {
+                let (meta, ino) = (Arc::clone(meta), meta.stat.ino);
+                known.learn(meta, content.clone(), read(ino));
+            }
+            exposed.iter().for_each(|ino| known.expose(*ino));
             let rebound = rebound(mounted, &todo.wanted, uses)?;
             // The deepest first: what is done to a name changes the times of its directory only.
             for (node, path) in &rebound {
@@ -267,8 +401,6 @@ impl Files {
                     .and_then(|directory| stat(directory.as_fd(), name))
                     .map_err(mounted.error("look at", &path))?;
                 let was = &todo.wanted.nodes[node];
-                let is_mapped = |using: &&Use| using.mapped && using.ino == was.meta.stat.ino;
-                let is_mapped = uses.iter().any(|using| is_mapped(&using));
                 let meta = Arc::new(Meta {
                     stat: now,
                     ..Meta::clone(&was.meta)
@@ -276,8 +408,12 @@ impl Files {
                 if was.meta.stat.identity() != meta.stat.identity() && !was.of_lower {
                     changed.insert(was.meta.stat.identity(), meta.stat.identity());
                 }
+                let read = match exposed.contains(&was.meta.stat.ino) {
+                    true => Read::Exposed,
+                    false => read(meta.stat.ino),
+                };
                 let known = &mut self.known[index].1;
-                known.learn(meta, was.content.clone(), is_mapped);
+                known.learn(meta, was.content.clone(), read);
             }
             for image in images.iter_mut() {
                 let of_area = image.areas.iter_mut().filter(|other| other.area == area);
@@ -301,14 +437,31 @@ impl Files {
     }
 }
 
-/// The recorded and the live files of an area, neither to be seen as an overlay any more.
-fn compared(mounted: &Mounted, known: &Inodes, area: &AreaImage) -> Result<(Tree, Tree)> {
-    let mut live = walk(mounted, known, &mut |directory, name, node| {
-        recognize(mounted, known, directory, name, node)
+/// What has happened until now.
+fn seen(journal: &mut Option<Journal>) -> Seen {
+    match journal {
+        Some(journal) => {
+            journal.take();
+            journal.changes()
+        }
+        None => Seen::default(),
+    }
+}
+
+fn watched<'a>(journal: &'a mut Option<Journal>, seen: &'a Seen) -> Watched<'a> {
+    match journal {
+        Some(journal) => Watched::Stopped(journal, seen),
+        None => Watched::Not,
+    }
+}
+
+fn clock(clock: ClockId) -> Result<Time> {
+    let now = clock_gettime(clock).map_err(|errno| Error::File {
+        what: "read the clock for",
+        path: PathBuf::from("files"),
+        error: errno.into(),
     })?;
-    let mut wanted = area.tree.clone();
-    complete(mounted, &mut wanted, &mut live)?;
-    Ok((wanted, live))
+    Ok((now.tv_sec(), now.tv_nsec() as u32))
 }
 
 impl Prepared {
@@ -337,13 +490,12 @@ impl AreaImage {
 /// Sockets, FIFOs and mapped files that other parts of the rollback have made again or written to, and their directories.
 fn rebound(mounted: &Mounted, wanted: &Tree, uses: &[Use]) -> Result<Vec<(NodeId, PathBuf)>> {
     let mut special = Vec::new();
+    let mapped = uses.iter().filter(|using| using.how == How::Mapped);
+    let mapped: HashSet<u64> = mapped.map(|using| using.ino).collect();
     wanted.walk(|directory, path, node| {
         let stat = &wanted.nodes[node].meta.stat;
-        let is_mapped = || {
-            uses.iter()
-                .any(|using| using.mapped && using.ino == stat.ino)
-        };
-        if matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO) || is_mapped() {
+        let is_special = matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO);
+        if is_special || mapped.contains(&stat.ino) {
             special.push((directory, path.to_owned(), node));
         }
     });
@@ -393,12 +545,27 @@ fn check(mounted: &Mounted, wanted: &Tree, live: &Tree, plan: &Plan) -> Result<(
     Ok(())
 }
 
-/// Refuses if what is in use has to be made again: whoever uses it would go on using the old one.
+/// A file that was made again while descriptors were open on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moved {
+    /// Device of both inodes.
+    pub device: u64,
+    /// The number of the recorded inode.
+    pub was: u64,
+    /// That of the new one.
+    pub is: u64,
+    /// A path that leads to it through the tree's own mounts.
+    pub path: PathBuf,
+}
+
+/// Refuses if what is in use has to be made again, unless by descriptors, which can be opened again.
 fn check_uses(mounted: &Mounted, wanted: &Tree, plan: &Plan, uses: &[Use]) -> Result<()> {
-    let device = wanted.nodes[super::tree::ROOT].meta.stat.device;
+    let device = wanted.nodes[ROOT].meta.stat.device;
     for node in &plan.made {
         let stat = &wanted.nodes[*node].meta.stat;
-        let is_it = |using: &&Use| using.device == device && using.ino == stat.ino;
+        let is_it = |using: &&Use| {
+            using.device == device && using.ino == stat.ino && using.how != How::Open
+        };
         if stat.file_type() == libc::S_IFSOCK {
             continue;
         }
@@ -418,8 +585,10 @@ fn check_uses(mounted: &Mounted, wanted: &Tree, plan: &Plan, uses: &[Use]) -> Re
 pub(super) mod tests_only {
     use super::*;
 
-    /// Opens areas that were not discovered.
-    pub(crate) fn files_of(root: Pid, found: Found) -> Result<Prepared> {
-        Files::open_found(root, found)
+    /// Prepares areas that were not discovered.
+    pub(crate) fn files_of(files: &mut Files, root: Pid, found: Found) -> Result<Prepared> {
+        let prepared = Files::open_found(root, found)?;
+        files.keep_early(root, &prepared)?;
+        Ok(prepared)
     }
 }

@@ -112,7 +112,7 @@ impl Place {
             areas: vec![self.area.clone()],
             left_out: Vec::new(),
         };
-        let prepared = files_of(self.pid(), found).unwrap();
+        let prepared = files_of(files, self.pid(), found).unwrap();
         files.capture(prepared, &[]).unwrap()
     }
 
@@ -121,6 +121,7 @@ impl Place {
         let plans = files.plan(&mounts, images[to], &[]).unwrap();
         let put = files.execute(&mounts, images[to], &plans).unwrap();
         files.settle(&mounts, images, to, &plans, &[]).unwrap();
+        files.rest();
         let differences = files.verify(&mounts, images[to]).unwrap();
         assert!(differences.is_empty(), "{differences:?}");
         put

@@ -15,6 +15,17 @@ pub struct Use {
     pub what: String,
     /// As `pid 12 (redis-server)`.
     pub holder: String,
-    /// It is mapped, and stores to the mapping reach the file.
-    pub mapped: bool,
+    /// How it is used.
+    pub how: How,
+}
+
+/// How a file is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// By a descriptor that can be opened again.
+    Open,
+    /// By a mapping, through which stores reach the file.
+    Mapped,
+    /// In a way that ties to the inode: a FIFO's end, a directory to live in.
+    Tied,
 }

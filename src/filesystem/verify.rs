@@ -16,12 +16,14 @@ use super::known::Inodes;
 use super::meta::Meta;
 use super::mounted::{Mounted, descend, open_file, split};
 use super::tree::{Node, NodeId, ROOT, Tree};
-use super::walk::walk;
+use super::walk::{Watched, walk};
 use crate::outcome::Difference;
 
 /// Compares an area with its image.
 pub fn verify(mounted: &Mounted, image: &AreaImage) -> Result<Vec<Difference>> {
-    let mut live = walk(mounted, &Inodes::default(), &mut |_, _, _| Ok(()))?;
+    let mut live = walk(mounted, &Inodes::default(), Watched::Not, &mut |_, _, _| {
+        Ok(())
+    })?;
     let mut wanted = image.tree.clone();
     complete(mounted, &mut wanted, &mut live)?;
     let mut verifier = Verifier {

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::journal::{Directory, Journal, Seen};
 use super::known::Inodes;
 use super::meta::{Meta, Stat, names, open_directory, path_of, stat};
 use super::mounted::Mounted;
@@ -23,21 +24,23 @@ fn look(
     directory: BorrowedFd<'_>,
     name: &OsStr,
     stat: Stat,
+    unchanged: bool,
 ) -> io::Result<(Arc<Meta>, Content)> {
-    match known.find(&stat) {
+    match known.find(&stat, unchanged) {
         (Some(meta), content) => Ok((meta, content)),
         (None, content) => Ok((Arc::new(Meta::read(directory, name, stat)?), content)),
     }
 }
 
-/// Makes a node of what is at a name in a directory.
+/// Makes a node of what is at a name in a directory. `unchanged` as for [`Inodes::find`].
 pub fn node(
     known: &Inodes,
     directory: BorrowedFd<'_>,
     name: &OsStr,
     stat: Stat,
+    unchanged: bool,
 ) -> io::Result<Node> {
-    let (meta, content) = look(known, directory, name, stat)?;
+    let (meta, content) = look(known, directory, name, stat, unchanged)?;
     Ok(Node {
         meta,
         content,
@@ -47,14 +50,49 @@ pub fn node(
     })
 }
 
+/// Who watches the directories, and what has changed in them; how a tree is walked.
+#[derive(Debug)]
+pub enum Watched<'a> {
+    /// It is stopped.
+    Stopped(&'a mut Journal, &'a Seen),
+    /// It runs: what can't be looked at is passed over.
+    Running(&'a mut Journal),
+    /// Nobody does.
+    Not,
+}
+
+impl Watched<'_> {
+    fn watch(&mut self, directory: BorrowedFd<'_>, key: Directory) {
+        match self {
+            Self::Stopped(journal, _) | Self::Running(journal) => journal.watch(directory, key),
+            Self::Not => {}
+        }
+    }
+
+    fn is_unchanged(&self, directory: Directory, name: &OsStr) -> bool {
+        match self {
+            Self::Stopped(_, seen) => seen.is_unchanged(directory, name),
+            // What is known is compared again when the tree has stopped.
+            Self::Running(_) => true,
+            Self::Not => false,
+        }
+    }
+}
+
 /// What is done with a regular file whose content is not known: its directory and name are given.
 pub type Unknown<'a> = &'a mut dyn FnMut(BorrowedFd<'_>, &OsStr, &mut Node) -> io::Result<()>;
 
 /// Walks all of an area.
-pub fn walk(mounted: &Mounted, known: &Inodes, unknown: Unknown<'_>) -> Result<Tree> {
+pub fn walk(
+    mounted: &Mounted,
+    known: &Inodes,
+    watched: Watched<'_>,
+    unknown: Unknown<'_>,
+) -> Result<Tree> {
     let mut walker = Walker {
         mounted,
         known,
+        watched,
         unknown,
         tree: Tree::default(),
         linked: HashMap::new(),
@@ -63,7 +101,7 @@ pub fn walk(mounted: &Mounted, known: &Inodes, unknown: Unknown<'_>) -> Result<T
     let root = mounted.root.as_fd();
     let failed = |error| mounted.error("look at", Path::new(""))(error);
     let found = stat(root, OsStr::new("")).map_err(failed)?;
-    let mut node = node(known, root, OsStr::new(""), found).map_err(failed)?;
+    let mut node = node(known, root, OsStr::new(""), found, false).map_err(failed)?;
     node.merged = mounted.upper.as_ref().map(|_| Merged::default());
     walker.tree.nodes.push(node);
     let upper = mounted.upper.as_ref().map(|upper| upper.as_fd());
@@ -74,6 +112,7 @@ pub fn walk(mounted: &Mounted, known: &Inodes, unknown: Unknown<'_>) -> Result<T
 struct Walker<'a> {
     mounted: &'a Mounted,
     known: &'a Inodes,
+    watched: Watched<'a>,
     unknown: Unknown<'a>,
     tree: Tree,
     /// Nodes of inodes that have more than one name.
@@ -93,18 +132,45 @@ impl Walker<'_> {
         upper: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
         let here = OsStr::new("");
-        for name in names(upper.unwrap_or(directory)).map_err(self.failed(here))? {
-            if let Some(upper) = upper
-                && is_whiteout(&stat(upper, &name).map_err(self.failed(&name))?)
-            {
-                if let Some(merged) = &mut self.tree.nodes[id].merged {
-                    merged.whiteouts.insert(name);
+        let own = upper.unwrap_or(directory);
+        let found = stat(own, here).map_err(self.failed(here))?;
+        let key = (found.device, found.ino);
+        // Before it is listed, so that nothing can happen in between.
+        self.watched.watch(own, key);
+        for name in names(own).map_err(self.failed(here))? {
+            let done = self.name(id, directory, upper, key, name);
+            match (&self.watched, done) {
+                (Watched::Running(_), Err(Error::File { error, .. })) => {
+                    tracing::debug!(%error, "passed over");
                 }
-                continue;
+                (_, done) => done?,
             }
-            self.entry(id, directory, upper, name)?;
         }
         Ok(())
+    }
+
+    fn name(
+        &mut self,
+        id: NodeId,
+        directory: BorrowedFd<'_>,
+        upper: Option<BorrowedFd<'_>>,
+        key: Directory,
+        name: OsString,
+    ) -> Result<()> {
+        if let Some(upper) = upper
+            && is_whiteout(&stat(upper, &name).map_err(self.failed(&name))?)
+        {
+            if let Some(merged) = &mut self.tree.nodes[id].merged {
+                merged.whiteouts.insert(name);
+            }
+            return Ok(());
+        }
+        let depth = self.path.components().count();
+        let done = self.entry(id, directory, upper, key, name);
+        if done.is_err() {
+            self.path = self.path.components().take(depth).collect();
+        }
+        done
     }
 
     fn entry(
@@ -112,18 +178,31 @@ impl Walker<'_> {
         parent: NodeId,
         directory: BorrowedFd<'_>,
         upper: Option<BorrowedFd<'_>>,
+        key: Directory,
         name: OsString,
     ) -> Result<()> {
+        let unchanged = self.watched.is_unchanged(key, &name);
         let found = stat(directory, &name).map_err(self.failed(&name))?;
         let (ino, links, is_directory) = (found.ino, found.links, found.is_directory());
         if links > 1
             && !is_directory
             && let Some(&id) = self.linked.get(&ino)
         {
+            let node = &mut self.tree.nodes[id];
+            if !unchanged && node.meta.stat.is_file() {
+                // It may have been changed by this name.
+                let (_, content) = self.known.find(&found, false);
+                node.content = content;
+                if matches!(node.content, Content::Unknown) {
+                    let done = (self.unknown)(directory, &name, node);
+                    done.map_err(self.mounted.error("look at", &self.path.join(&name)))?;
+                }
+            }
             self.tree.nodes[parent].entries.insert(name, id);
             return Ok(());
         }
-        let mut node = node(self.known, directory, &name, found).map_err(self.failed(&name))?;
+        let node = node(self.known, directory, &name, found, unchanged);
+        let mut node = node.map_err(self.failed(&name))?;
         if node.meta.stat.is_file() && matches!(node.content, Content::Unknown) {
             (self.unknown)(directory, &name, &mut node).map_err(self.failed(&name))?;
         }

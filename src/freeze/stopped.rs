@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use crate::kernel::latency::Awake;
 use crate::kernel::procfs;
 use crate::kernel::ptrace::{self, Event, Options, Registers};
+use crate::kernel::scheduling;
 
 use super::thread::Thread;
 use super::tree::{Member, OnTracerDeath, Tree, UnknownCall};
@@ -83,6 +84,7 @@ impl<'t> Stopped<'t> {
     pub(super) fn stop(tree: &'t mut Tree, on_death: OnTracerDeath) -> Result<Self> {
         let deadline = Instant::now() + PATIENCE;
         let awake = tree.latency.awake();
+        scheduling::move_away(tree.processors());
         loop {
             tree.let_stragglers_go();
             let mut attempt = Stopped {

@@ -220,6 +220,20 @@ impl Tree {
             .is_some()
     }
 
+    /// The processors that the tree ran on last, if its processes are few: those of many are everywhere.
+    ///
+    /// A batch that is started on our processor runs instead of us, and not beside us: where processors are few, the
+    /// scheduler does not look for an idle one (`select_idle_cpu`).
+    pub(super) fn processors(&self) -> Vec<usize> {
+        const FEW: usize = 4;
+        if self.members.len() > FEW {
+            return Vec::new();
+        }
+        let members = self.members.values();
+        let stats = members.filter_map(|member| procfs::Stat::read_held(&member.stat).ok());
+        stats.map(|stat| stat.processor()).collect()
+    }
+
     /// The root's PID.
     pub fn root(&self) -> Pid {
         self.root

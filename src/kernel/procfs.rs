@@ -124,6 +124,11 @@ impl Stat {
             .unwrap_or(0)
     }
 
+    /// The processor it ran on last.
+    pub fn processor(&self) -> usize {
+        self.field(39) as usize
+    }
+
     /// PID of the parent.
     pub fn parent(&self) -> Pid {
         Pid::from_raw(self.field(4) as i32)

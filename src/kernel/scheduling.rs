@@ -73,6 +73,31 @@ pub fn set_processors(tid: Pid, processors: &Processors) -> Result<(), Errno> {
     .map(drop)
 }
 
+/// Moves this thread to another processor if it runs on one of `theirs` and may run elsewhere; says whether it did, which
+/// takes some 10 us. It may come back, but a thread that runs is seldom moved.
+pub fn move_away(theirs: impl IntoIterator<Item = usize>) -> bool {
+    let theirs: Vec<usize> = theirs.into_iter().collect();
+    if !nix::sched::sched_getcpu().is_ok_and(|here| theirs.contains(&here)) {
+        return false;
+    }
+    let tid = nix::unistd::gettid();
+    let Ok(allowed) = processors(tid) else {
+        return false;
+    };
+    let mut others = allowed;
+    for processor in theirs {
+        if let Some(word) = others.get_mut(processor / 64) {
+            *word &= !(1 << (processor % 64));
+        }
+    }
+    // Refused if nothing is left, or nothing that the cpuset has.
+    let moved = set_processors(tid, &others).is_ok();
+    if moved && let Err(error) = set_processors(tid, &allowed) {
+        tracing::warn!(%error, "sched_setaffinity");
+    }
+    moved
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,5 +110,18 @@ mod tests {
         set_attributes(me, &attributes).unwrap();
         let processors = processors(me).unwrap();
         set_processors(me, &processors).unwrap();
+    }
+
+    #[test]
+    fn a_thread_moves_away_and_may_run_where_it_might() {
+        let me = nix::unistd::gettid();
+        let before = processors(me).unwrap();
+        assert!(!move_away(0..PROCESSOR_WORDS * 64), "there is nowhere else");
+        assert!(!move_away([]), "it is elsewhere");
+        let count: u32 = before.iter().map(|word| word.count_ones()).sum();
+        // It may be moved by others between the two calls, but not for ever.
+        let moves = || move_away([nix::sched::sched_getcpu().unwrap()]);
+        assert_eq!((0..1000).any(|_| moves()), count > 1);
+        assert_eq!(processors(me).unwrap(), before);
     }
 }

@@ -109,7 +109,7 @@ pub fn run(
     if verify {
         let mut differences =
             compare(&mut stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
-        let found = files.verify(&mounts, &checkpoints[to].files);
+        let found = writable.files.verify(&mounts, &checkpoints[to].files);
         differences.extend(found.map_err(|error| Failure::HalfWay(error.into()))?);
         if !differences.is_empty() {
             return Err(Failure::Different(differences));
@@ -117,6 +117,7 @@ pub fn run(
         phases.end("verify");
         fault::point("rollback.verified");
     }
+    writable.files.rest();
     fault::point("rollback.resuming");
     stopped
         .resume()
@@ -166,7 +167,27 @@ fn execute(
         .execute(writable.mounts, &checkpoints[to].files, writable.plans)?;
     phases.end("files");
     fault::point("rollback.files");
+    let uses = &checkpoints[to].uses;
+    let moved = writable
+        .files
+        .moved(stopped.root(), writable.mounts, writable.plans, uses)?;
+    for moved in &moved {
+        // Where it was open without a name it is the old one still, which is pinned.
+        let named = |checkpoint: &&mut Checkpoint| {
+            !checkpoint.files.has_nameless((moved.device, moved.was))
+        };
+        for checkpoint in checkpoints.iter_mut().filter(named) {
+            let inodes = (moved.device, moved.was, moved.is);
+            objects::moved(&mut checkpoint.objects, inodes, &moved.path)?;
+            let uses = checkpoint.uses.iter_mut();
+            uses.filter(|using| (using.device, using.ino) == (moved.device, moved.was))
+                .for_each(|using| using.ino = moved.is);
+        }
+    }
     let remade = remake::processes(stopped, spaces, checkpoints, to, plan)?;
+    if !moved.is_empty() && remade.is_empty() {
+        plan.objects = remake::descriptors(stopped, &checkpoints[to])?;
+    }
     fault::point("rollback.remade");
     let revived = remake::threads(stopped, checkpoints, to, plan)?;
     if revived > 0 {
