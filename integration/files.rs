@@ -230,7 +230,7 @@ fn options_that_make_no_sense_are_told() {
     let session = &containers.session;
     let id = &unique("senseless");
     let bundle = idle(&containers, &[]);
-    ready(containers.start_with_layer(id, &bundle));
+    let _ = ready(containers.start_with_layer(id, &bundle));
     for options in [
         &["--no-files", "--volume", "/tmp"][..],
         &["--no-files", "--max-bytes", "1"],
