@@ -1,6 +1,5 @@
 //! Which files the processes of a tree have open, mapped, or live in.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::Result;
@@ -24,20 +23,14 @@ pub(super) fn find(
             common.file_type(),
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFIFO
         ) {
-            found.push(Use {
-                device: common.dev,
-                ino: common.ino,
-                link: procfs::path(
-                    nix::unistd::Pid::from_raw(place.pid),
-                    &format!("fd/{}", place.fd),
-                ),
-                what: format!("fd {}", place.fd),
-                holder: recorded.holder(place.pid),
-                how: match common.file_type() {
-                    libc::S_IFIFO => How::Tied,
-                    _ => How::Open,
-                },
-            });
+            let pid = nix::unistd::Pid::from_raw(place.pid);
+            let link = procfs::path(pid, &format!("fd/{}", place.fd));
+            let how = match common.file_type() {
+                libc::S_IFIFO => How::Tied,
+                _ => How::Open,
+            };
+            let holder = recorded.holder(place.pid);
+            found.extend(look(link, format!("fd {}", place.fd), holder, how)?);
         }
     }
     for image in images {
@@ -70,15 +63,8 @@ pub(super) fn find(
 
 /// `None`: it is not there.
 fn look(link: PathBuf, what: String, holder: String, how: How) -> Result<Option<Use>> {
-    match std::fs::metadata(&link) {
-        Ok(at) => Ok(Some(Use {
-            device: at.dev(),
-            ino: at.ino(),
-            link,
-            what,
-            holder,
-            how,
-        })),
+    match Use::look(link.clone(), what, holder, how) {
+        Ok(using) => Ok(Some(using)),
         // Segments and other mappings have no file that can be had.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(filesystem::Error::File {

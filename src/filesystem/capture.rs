@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,33 +15,33 @@ use super::area::Area;
 use super::content::{Source, first_difference};
 use super::image::{AreaImage, Nameless};
 use super::journal::Journal;
-use super::known::{Inodes, Read, Trust};
+use super::known::{Inodes, Read};
 use super::meta::{Meta, Time, stat};
-use super::mounted::{Mounted, file_error, open_file};
-use super::store::Store;
+use super::mounted::{Mounted, file_error, open_file, own_file};
+use super::store::{From, Store};
 use super::tree::{Content, Node, Tree};
-use super::uses::{How, Use};
-use super::walk::{Watched, walk};
+use super::uses::{Use, exposed};
+use super::walk::{At, Watched, walk};
 use super::{Error, Result};
 
+/// Files of that size and more are shared rather than compared, in bytes.
+pub const BIG: u64 = 1 << 20;
+
 /// Whether a file has the content that it had when it was read last: compares it.
-pub fn recognize(
-    mounted: &Mounted,
-    known: &Inodes,
-    directory: BorrowedFd<'_>,
-    name: &OsStr,
-    node: &mut Node,
-) -> io::Result<()> {
+pub fn recognize(mounted: &Mounted, known: &Inodes, at: At<'_>, node: &mut Node) -> io::Result<()> {
     let last = Node {
         content: known.last(node.meta.stat.ino),
         ..node.clone()
     };
-    if matches!(last.content, Content::Unknown) {
-        return Ok(());
+    match &last.content {
+        Content::Unknown => return Ok(()),
+        // Putting it back, and keeping it anew, takes less than comparing it.
+        Content::Kept(kept) if kept.is_shared() && kept.size >= BIG => return Ok(()),
+        _ => {}
     }
     let wanted = super::execute::Wanted::open(mounted, &last)?;
     if wanted.source().size() == node.meta.stat.size {
-        let live = open_file(directory, name, OFlags::RDONLY)?;
+        let live = open_file(at.directory, at.name, OFlags::RDONLY)?;
         if first_difference(&live, wanted.source())?.is_none() {
             node.content = last.content;
         }
@@ -57,15 +57,20 @@ fn keep(
     watched: Watched<'_>,
 ) -> Result<Tree> {
     let mut refused = None;
-    let tree = walk(mounted, known, watched, &mut |directory, name, node| {
+    let tree = walk(mounted, known, watched, &mut |at, node| {
         if refused.is_some() {
             return Ok(());
         }
-        recognize(mounted, known, directory, name, node)?;
+        recognize(mounted, known, at, node)?;
         if matches!(node.content, Content::Unknown) {
-            let live = open_file(directory, name, OFlags::RDONLY)?;
+            let live = open_file(at.directory, at.name, OFlags::RDONLY)?;
+            let own = own_file(at, OFlags::RDONLY)?;
             let stat = &node.meta.stat;
-            match store.keep(&live, stat.size, stat.device, &mounted.beside) {
+            let from = From {
+                live: &live,
+                own: own.as_ref(),
+            };
+            match store.keep(from, stat.size, stat.device, &mounted.beside) {
                 Ok(kept) => node.content = Content::Kept(kept),
                 Err(Error::File { error, .. }) => return Err(error),
                 Err(error) => refused = Some(error),
@@ -96,7 +101,10 @@ pub fn keep_early(
             continue;
         }
         // Stores to a mapping that was made later change times once.
-        let is_exposed = stat.ctime >= since || mapped.contains(&(device, stat.ino));
+        let is_exposed = stat.ctime >= since
+            || [stat.ino, stat.shown.1]
+                .iter()
+                .any(|ino| mapped.contains(&(device, *ino)));
         let read = match is_exposed {
             true => Read::Exposed,
             false => Read::Running,
@@ -104,14 +112,6 @@ pub fn keep_early(
         known.learn(Arc::clone(&node.meta), node.content.clone(), read);
     }
     Ok(())
-}
-
-/// Inodes that may change without a trace, because of how they are used.
-pub fn exposed(uses: &[Use], device: u64, trust: Trust) -> HashSet<u64> {
-    let is_exposed =
-        |using: &&Use| using.device == device && (using.how == How::Mapped || trust != Trust::All);
-    let exposed = uses.iter().filter(is_exposed);
-    exposed.map(|using| using.ino).collect()
 }
 
 /// Records an area of a stopped tree, and keeps all content that is not kept yet.
@@ -124,8 +124,7 @@ pub fn capture(
     uses: &[Use],
 ) -> Result<AreaImage> {
     let tree = keep(mounted, known, store, watched)?;
-    let device = tree.nodes[super::tree::ROOT].meta.stat.device;
-    let exposed = exposed(uses, device, known.trust());
+    let exposed = exposed(uses, &area, &tree, known.trust());
     *known = Inodes::new(known.trust());
     for node in &tree.nodes {
         let read = match exposed.contains(&node.meta.stat.ino) {
@@ -134,7 +133,7 @@ pub fn capture(
         };
         known.learn(Arc::clone(&node.meta), node.content.clone(), read);
     }
-    let nameless = nameless(mounted, store, uses, device)?;
+    let nameless = nameless(mounted, &area, store, uses)?;
     Ok(AreaImage {
         area,
         tree,
@@ -142,16 +141,20 @@ pub fn capture(
     })
 }
 
-/// Files of the device that have no name and are in use.
+/// Files of an area that have no name and are in use.
 fn nameless(
     mounted: &Mounted,
+    area: &Area,
     store: &mut Store,
     uses: &[Use],
-    device: u64,
 ) -> Result<Vec<Nameless>> {
     let mut found: Vec<Nameless> = Vec::new();
-    for using in uses.iter().filter(|using| using.device == device) {
-        if found.iter().any(|file| file.meta.stat.ino == using.ino) {
+    for using in uses
+        .iter()
+        .filter(|using| using.links == 0 && using.is_in(area))
+    {
+        let shown = (using.device, using.ino);
+        if found.iter().any(|file| file.meta.stat.shown == shown) {
             continue;
         }
         let failed = || file_error("look at", &using.link);
@@ -167,7 +170,15 @@ fn nameless(
             Err(error) => return Err(failed()(error)),
         };
         let live = open_link(&using.link, libc::O_NOATIME).map_err(failed())?;
-        let content = store.keep(&live, meta.stat.size, device, &mounted.beside)?;
+        let content = store.keep(
+            From {
+                live: &live,
+                own: None,
+            },
+            meta.stat.size,
+            meta.stat.device,
+            &mounted.beside,
+        )?;
         found.push(Nameless {
             pin,
             meta: Arc::new(meta),

@@ -189,14 +189,27 @@ pub fn put_back(live: &File, source: Source<'_>) -> io::Result<u64> {
     Ok(written)
 }
 
-/// Fills an empty file with content, sharing blocks where that works; returns the bytes copied.
-pub fn fill(live: &File, source: Source<'_>) -> io::Result<u64> {
+/// As [`put_back`], by sharing blocks where that works, without looking at what is there. `own` is the file in the upper layer of
+/// an overlay.
+pub fn replace(live: &File, own: Option<&File>, source: Source<'_>) -> io::Result<u64> {
+    let written = fill(live, own, source)?;
+    let mut end = 0;
+    for segment in source.data()? {
+        dig(live, end, segment.offset - end)?;
+        end = segment.offset + segment.length;
+    }
+    dig(live, end, source.size() - end)?;
+    Ok(written)
+}
+
+/// Fills a file with content, sharing blocks where that works, but for holes; returns the bytes copied.
+pub fn fill(live: &File, own: Option<&File>, source: Source<'_>) -> io::Result<u64> {
     live.set_len(source.size())?;
     let mut buffer = vec![0; PIECE];
     let mut written = 0;
     for segment in source.data()? {
         let shared = match source {
-            Source::Kept(kept) => kept.share_into(&segment, live),
+            Source::Kept(kept) => kept.share_into(&segment, own.unwrap_or(live)),
             Source::File(..) => 0,
         };
         let (mut at, end) = (segment.offset + shared, segment.offset + segment.length);
@@ -246,7 +259,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::filesystem::store::Store;
+    use crate::filesystem::store::{From, Store};
 
     /// A file of runs of data and holes.
     fn file(parts: &[(bool, u16, u8)]) -> File {
@@ -282,7 +295,8 @@ mod tests {
             let mut store = Store::new(directory.path().to_owned(), None);
             let (was, is) = (file(&was), file(&is));
             let size = was.metadata().unwrap().len();
-            let kept = store.keep(&was, size, 1, Path::new("/nonexistent")).unwrap();
+            let from = From { live: &was, own: None };
+            let kept = store.keep(from, size, 1, Path::new("/nonexistent")).unwrap();
             let differs = all(&was).iter().zip(&all(&is)).position(|(one, other)| one != other);
             let shorter = all(&was).len().min(all(&is).len());
             let expected = differs.or((all(&was).len() != all(&is).len()).then_some(shorter));
@@ -292,7 +306,7 @@ mod tests {
             prop_assert!(is.metadata().unwrap().blocks() <= was.metadata().unwrap().blocks() + 8);
             prop_assert_eq!(put_back(&is, Source::Kept(&kept)).unwrap(), 0);
             let empty = tempfile::tempfile().unwrap();
-            fill(&empty, Source::Kept(&kept)).unwrap();
+            fill(&empty, None, Source::Kept(&kept)).unwrap();
             prop_assert_eq!(all(&was), all(&empty));
             drop(kept);
             prop_assert_eq!(store.used(), 0);

@@ -12,11 +12,13 @@ use rustix::fs::{
 };
 
 use super::Result;
-use super::content::{Source, fill, put_back};
+use super::capture::BIG;
+use super::content::{Source, fill, put_back, replace};
 use super::meta::{Meta, path_of};
-use super::mounted::{Mounted, descend, open_file, split};
+use super::mounted::{Mounted, descend, open_file, own_file, split};
 use super::plan::{Op, Plan};
 use super::tree::{Content, Node, NodeId, Tree};
+use super::walk::At;
 
 /// What was put back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -115,7 +117,13 @@ impl Executor<'_> {
                 let content = Wanted::open(mounted, &wanted.nodes[*node])?;
                 let (directory, name) = self.at(path)?;
                 let live = open_file(directory.as_fd(), name, OFlags::RDWR)?;
-                self.put.bytes += put_back(&live, content.source())?;
+                self.put.bytes += match content.source() {
+                    Source::Kept(kept) if kept.is_shared() && kept.size >= BIG => {
+                        let own = self.own(path)?;
+                        replace(&live, own.as_ref(), content.source())?
+                    }
+                    source => put_back(&live, source)?,
+                };
             }
             Op::Rights(path, node) => {
                 let meta = &self.wanted.nodes[*node].meta;
@@ -147,6 +155,23 @@ impl Executor<'_> {
         let directory = descend(self.mounted.root.as_fd(), parent)?;
         self.last = Some((parent.to_owned(), directory.try_clone()?));
         Ok((directory, name))
+    }
+
+    /// A file of the upper layer as it is there.
+    fn own(&self, path: &Path) -> io::Result<Option<File>> {
+        let Some(upper) = &self.mounted.upper else {
+            return Ok(None);
+        };
+        let (parent, name) = split(path);
+        let upper = descend(upper.as_fd(), parent)?;
+        own_file(
+            At {
+                directory: self.mounted.root.as_fd(),
+                upper: Some(upper.as_fd()),
+                name,
+            },
+            OFlags::RDWR,
+        )
     }
 
     fn stash(&mut self) -> io::Result<OwnedFd> {
@@ -193,7 +218,9 @@ impl Executor<'_> {
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
                 let mode = Mode::RUSR | Mode::WUSR;
                 let file = File::from(rustix::fs::openat(&directory, name, flags, mode)?);
-                self.put.bytes += fill(&file, Wanted::open(self.mounted, wanted)?.source())?;
+                let content = Wanted::open(self.mounted, wanted)?;
+                let own = self.own(path)?;
+                self.put.bytes += fill(&file, own.as_ref(), content.source())?;
             }
             libc::S_IFLNK => {
                 use std::os::unix::ffi::OsStrExt;

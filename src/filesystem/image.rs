@@ -84,7 +84,7 @@ impl Image {
     /// Whether an inode had no name any more.
     pub fn has_nameless(&self, (device, ino): (u64, u64)) -> bool {
         let files = self.areas.iter().flat_map(|area| &area.nameless);
-        let mut inodes = files.map(|file| (file.meta.stat.device, file.meta.stat.ino));
+        let mut inodes = files.map(|file| file.meta.stat.shown);
         inodes.any(|inode| inode == (device, ino))
     }
 

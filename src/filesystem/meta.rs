@@ -22,10 +22,13 @@ const ATTRIBUTES: u64 = IMMUTABLE | APPEND;
 /// What statx(2) tells of an inode.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stat {
-    /// Inode number.
+    /// Inode number; of what is in the upper layer of an overlay the one it has there, as that which the mount shows is not
+    /// always the same for all names of a file.
     pub ino: u64,
-    /// Device as stat(2) tells it.
+    /// The device of it.
     pub device: u64,
+    /// Device and inode number as the mount shows them.
+    pub shown: (u64, u64),
     /// Type and permissions.
     pub mode: u32,
     /// Owner.
@@ -79,13 +82,35 @@ impl Stat {
         self.file_type() == libc::S_IFLNK
     }
 
+    /// This, of the inode that is another's.
+    pub fn named_as(&self, other: &Self) -> Self {
+        Self {
+            ino: other.ino,
+            device: other.device,
+            shown: other.shown,
+            born: other.born,
+            ..self.clone()
+        }
+    }
+
+    /// What the mount shows, with what names an inode in the upper layer.
+    pub fn in_upper(self, upper: &Self) -> Self {
+        Self {
+            ino: upper.ino,
+            device: upper.device,
+            born: upper.born,
+            links: upper.links,
+            ..self
+        }
+    }
+
     fn new(from: &Statx) -> Self {
+        let device =
+            nix::sys::stat::makedev(u64::from(from.stx_dev_major), u64::from(from.stx_dev_minor));
         Self {
             ino: from.stx_ino,
-            device: nix::sys::stat::makedev(
-                u64::from(from.stx_dev_major),
-                u64::from(from.stx_dev_minor),
-            ),
+            device,
+            shown: (device, from.stx_ino),
             mode: u32::from(from.stx_mode),
             uid: from.stx_uid,
             gid: from.stx_gid,

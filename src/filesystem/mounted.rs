@@ -10,7 +10,8 @@ use nix::unistd::Pid;
 use rustix::fs::{Mode, OFlags};
 
 use super::area::{Area, Kind};
-use super::meta::open_directory;
+use super::meta::{Stat, open_directory, path_of, stat};
+use super::walk::At;
 use super::{Error, Result};
 use crate::kernel::detached;
 use crate::outcome::Refusal;
@@ -74,6 +75,24 @@ impl Mounted {
         })
     }
 
+    /// Looks at a path in it.
+    pub fn stat(&self, path: &Path) -> io::Result<Stat> {
+        let (parent, name) = split(path);
+        let found = stat(descend(self.root.as_fd(), parent)?.as_fd(), name)?;
+        let Some(upper) = &self.upper else {
+            return Ok(found);
+        };
+        let own = descend(upper.as_fd(), parent).and_then(|upper| stat(upper.as_fd(), name));
+        match own {
+            Ok(own) => Ok(found.in_upper(&own)),
+            // It is the lower layers'.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
+                Ok(found)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// A path in it as the tree sees it.
     pub fn path(&self, below: &Path) -> PathBuf {
         match below == Path::new("") {
@@ -116,6 +135,22 @@ pub fn open_file(directory: BorrowedFd<'_>, name: &OsStr, flags: OFlags) -> io::
         flags,
         Mode::empty(),
     )?))
+}
+
+/// A regular file of the upper layer as it is there: blocks can be shared with it, which an overlay does not pass on. `None`:
+/// it is on no overlay, or its content is in a lower layer (`metacopy`).
+pub fn own_file(at: At<'_>, flags: OFlags) -> io::Result<Option<File>> {
+    let Some(upper) = at.upper else {
+        return Ok(None);
+    };
+    let mut value = [0; 8];
+    let path = path_of(upper, at.name);
+    match rustix::fs::lgetxattr(path, "trusted.overlay.metacopy", &mut value[..]) {
+        Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {
+            open_file(upper, at.name, flags).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 /// The directory part of a path, and its last name.

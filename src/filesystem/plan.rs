@@ -90,7 +90,7 @@ impl Matches {
         let identity = |node: NodeId| (live.nodes[node].meta.stat.identity(), node);
         let by_identity: HashMap<Identity, NodeId> = (1..live.nodes.len()).map(identity).collect();
         // A copy that was made of a lower layer's file has its number, but was made when it was copied.
-        let number = |node: NodeId| (live.nodes[node].meta.stat.ino, node);
+        let number = |node: NodeId| (live.nodes[node].meta.stat.shown.1, node);
         let by_number: HashMap<u64, NodeId> = (1..live.nodes.len()).map(number).collect();
         for node in 1..wanted.nodes.len() {
             let was = &wanted.nodes[node];

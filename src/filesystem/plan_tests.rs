@@ -15,6 +15,7 @@ pub(crate) fn node(ino: u64, mode: u32, time: i64) -> Node {
     let stat = Stat {
         ino,
         device: 1,
+        shown: (1, ino),
         mode,
         uid: 0,
         gid: 0,

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use super::area::{Area, Found, Kind, Options};
 use super::areas::discover;
-use super::capture::{self, capture, exposed, keep_early, recognize};
+use super::capture::{self, capture, keep_early, recognize};
 use super::complete::complete;
 use super::diff::{Change, changes};
 use super::execute::{Put, execute, set_times};
@@ -20,12 +20,12 @@ use super::image::{AreaImage, Image};
 use super::journal::{Journal, Seen};
 use super::known::{Inodes, Read, Trust};
 use super::mapped::mapped;
-use super::meta::{APPEND, IMMUTABLE, Identity, Meta, Time, stat};
+use super::meta::{APPEND, IMMUTABLE, Identity, Meta, Stat, Time};
 use super::mounted::{Mounted, descend, file_error, split};
 use super::plan::{Plan, plan};
 use super::store::Store;
-use super::tree::{Content, Node, NodeId, ROOT, Tree};
-use super::uses::{How, Use};
+use super::tree::{Content, Node, NodeId, Tree};
+use super::uses::{How, Use, exposed};
 use super::verify::verify;
 use super::walk::{Watched, walk};
 use super::{Error, Result};
@@ -235,8 +235,8 @@ impl Files {
             let known = &self.known[index].1;
             let seen = seen(&mut self.journal);
             let watched = watched(&mut self.journal, &seen);
-            let mut live = walk(mounted, known, watched, &mut |directory, name, node| {
-                recognize(mounted, known, directory, name, node)
+            let mut live = walk(mounted, known, watched, &mut |at, node| {
+                recognize(mounted, known, at, node)
             })?;
             let is_news = |node: &&Node| {
                 !matches!(node.content, Content::Unknown)
@@ -249,7 +249,7 @@ impl Files {
             complete(mounted, &mut wanted, &mut live)?;
             let plan = plan(&wanted, &live);
             check(mounted, &wanted, &live, &plan)?;
-            check_uses(mounted, &wanted, &plan, uses)?;
+            check_uses(mounted, &area.area, &wanted, &plan, uses)?;
             let nameless: std::io::Result<_> = area.nameless.iter().map(capture::differs).collect();
             plans.push(AreaPlan {
                 nameless: nameless.map_err(mounted.error("compare", Path::new("(deleted)")))?,
@@ -273,12 +273,9 @@ impl Files {
             let known = self.known.iter().find(|(other, _)| *other == area.area);
             let known = known.map_or(&nothing, |(_, known)| known);
             // Without the journal: only checkpoints and rollbacks take from that.
-            let mut live = walk(
-                mounted,
-                known,
-                Watched::Not,
-                &mut |directory, name, node| recognize(mounted, known, directory, name, node),
-            )?;
+            let mut live = walk(mounted, known, Watched::Not, &mut |at, node| {
+                recognize(mounted, known, at, node)
+            })?;
             let mut wanted = area.tree.clone();
             complete(mounted, &mut wanted, &mut live)?;
             found.extend(changes(&area.area.mount_point, &wanted, &live));
@@ -296,28 +293,27 @@ impl Files {
         &self,
         root: Pid,
         mounts: &Mounts,
+        image: &Image,
         plans: &Plans,
         uses: &[Use],
     ) -> Result<Vec<Moved>> {
         let mut found = Vec::new();
-        for (mounted, todo) in mounts.0.iter().zip(&plans.0) {
-            let device = todo.wanted.nodes[ROOT].meta.stat.device;
-            for (node, path) in &todo.plan.after {
-                let was = todo.wanted.nodes[*node].meta.stat.ino;
-                let is_it = |using: &Use| using.device == device && using.ino == was;
-                if !todo.plan.made.contains(node) || !uses.iter().any(is_it) {
+        let areas = image.areas.iter().zip(&mounts.0).zip(&plans.0);
+        for ((area, mounted), todo) in areas {
+            for node in &todo.plan.made {
+                let wanted = &todo.wanted.nodes[*node];
+                let (Some(using), Some(path)) = (
+                    uses.iter().find(|using| using.is_of(&area.area, wanted)),
+                    todo.plan.after.get(node),
+                ) else {
                     continue;
-                }
-                let (parent, name) = split(path);
-                let now = descend(mounted.root.as_fd(), parent)
-                    .and_then(|directory| stat(directory.as_fd(), name))
-                    .map_err(mounted.error("look at", path))?;
+                };
+                let now = mounted.stat(path).map_err(mounted.error("look at", path))?;
                 let seen = mounted.path(path);
                 let below = seen.strip_prefix("/").unwrap_or(&seen);
                 found.push(Moved {
-                    device,
-                    was,
-                    is: now.ino,
+                    was: (using.device, using.ino),
+                    is: now.shown,
                     path: PathBuf::from(format!("/proc/{root}/root")).join(below),
                 });
             }
@@ -365,8 +361,8 @@ impl Files {
             let area = images[to].areas[number].area.clone();
             let index = self.index(&area);
             let mut after = todo.plan.after.clone();
-            let device = todo.wanted.nodes[ROOT].meta.stat.device;
-            let exposed = exposed(uses, device, self.known[index].1.trust());
+            let trust = self.known[index].1.trust();
+            let exposed = exposed(uses, &area, &todo.wanted, trust);
             let read = |ino: u64| match exposed.contains(&ino) {
                 true => Read::Exposed,
                 false => Read::Stopped,
@@ -377,7 +373,7 @@ impl Files {
                 known.learn(meta, content.clone(), read(ino));
             }
             exposed.iter().for_each(|ino| known.expose(*ino));
-            let rebound = rebound(mounted, &todo.wanted, uses)?;
+            let rebound = rebound(mounted, &todo.wanted, &exposed)?;
             // The deepest first: what is done to a name changes the times of its directory only.
             for (node, path) in &rebound {
                 let (parent, name) = split(path);
@@ -396,9 +392,8 @@ impl Files {
             }
             let mut changed = HashMap::new();
             for (node, path) in after {
-                let (parent, name) = split(&path);
-                let now = descend(mounted.root.as_fd(), parent)
-                    .and_then(|directory| stat(directory.as_fd(), name))
+                let now = mounted
+                    .stat(&path)
                     .map_err(mounted.error("look at", &path))?;
                 let was = &todo.wanted.nodes[node];
                 let meta = Arc::new(Meta {
@@ -406,7 +401,7 @@ impl Files {
                     ..Meta::clone(&was.meta)
                 });
                 if was.meta.stat.identity() != meta.stat.identity() && !was.of_lower {
-                    changed.insert(was.meta.stat.identity(), meta.stat.identity());
+                    changed.insert(was.meta.stat.identity(), meta.stat.clone());
                 }
                 let read = match exposed.contains(&was.meta.stat.ino) {
                     true => Read::Exposed,
@@ -472,42 +467,44 @@ impl Prepared {
 }
 
 impl AreaImage {
-    /// Learns what inodes are called that were made again: before and now.
-    fn renumber(&mut self, changed: &HashMap<Identity, Identity>) {
+    /// Learns what names inodes that were made again: before and now.
+    fn renumber(&mut self, changed: &HashMap<Identity, Stat>) {
         if changed.is_empty() {
             return;
         }
         for node in &mut self.tree.nodes {
             if let Some(new) = changed.get(&node.meta.stat.identity()) {
                 let mut meta = Meta::clone(&node.meta);
-                (meta.stat.ino, meta.stat.born) = *new;
+                meta.stat = meta.stat.named_as(new);
                 node.meta = Arc::new(meta);
             }
         }
     }
 }
 
-/// Sockets, FIFOs and mapped files that other parts of the rollback have made again or written to, and their directories.
-fn rebound(mounted: &Mounted, wanted: &Tree, uses: &[Use]) -> Result<Vec<(NodeId, PathBuf)>> {
+/// Sockets, FIFOs and exposed files that other parts of the rollback have made again or written to, and their directories.
+fn rebound(
+    mounted: &Mounted,
+    wanted: &Tree,
+    exposed: &HashSet<u64>,
+) -> Result<Vec<(NodeId, PathBuf)>> {
     let mut special = Vec::new();
-    let mapped = uses.iter().filter(|using| using.how == How::Mapped);
-    let mapped: HashSet<u64> = mapped.map(|using| using.ino).collect();
     wanted.walk(|directory, path, node| {
-        let stat = &wanted.nodes[node].meta.stat;
+        let node_of = &wanted.nodes[node];
+        let stat = &node_of.meta.stat;
         let is_special = matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO);
-        if is_special || mapped.contains(&stat.ino) {
+        if !node_of.of_lower && (is_special || exposed.contains(&stat.ino)) {
             special.push((directory, path.to_owned(), node));
         }
     });
     let mut found = Vec::new();
     for (directory, path, node) in special {
-        let (parent, name) = split(&path);
-        let now = descend(mounted.root.as_fd(), parent)
-            .and_then(|directory| stat(directory.as_fd(), name))
+        let now = mounted
+            .stat(&path)
             .map_err(mounted.error("look at", &path))?;
         let was = &wanted.nodes[node].meta.stat;
         if (now.ino, now.mtime) != (was.ino, was.mtime) {
-            let parent = parent.to_owned();
+            let parent = split(&path).0.to_owned();
             found.push((node, path));
             found.push((directory, parent));
         }
@@ -548,24 +545,26 @@ fn check(mounted: &Mounted, wanted: &Tree, live: &Tree, plan: &Plan) -> Result<(
 /// A file that was made again while descriptors were open on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moved {
-    /// Device of both inodes.
-    pub device: u64,
-    /// The number of the recorded inode.
-    pub was: u64,
-    /// That of the new one.
-    pub is: u64,
+    /// Device and number of the recorded inode, as the mount shows them.
+    pub was: (u64, u64),
+    /// Those of the new one.
+    pub is: (u64, u64),
     /// A path that leads to it through the tree's own mounts.
     pub path: PathBuf,
 }
 
 /// Refuses if what is in use has to be made again, unless by descriptors, which can be opened again.
-fn check_uses(mounted: &Mounted, wanted: &Tree, plan: &Plan, uses: &[Use]) -> Result<()> {
-    let device = wanted.nodes[ROOT].meta.stat.device;
+fn check_uses(
+    mounted: &Mounted,
+    area: &Area,
+    wanted: &Tree,
+    plan: &Plan,
+    uses: &[Use],
+) -> Result<()> {
     for node in &plan.made {
         let stat = &wanted.nodes[*node].meta.stat;
-        let is_it = |using: &&Use| {
-            using.device == device && using.ino == stat.ino && using.how != How::Open
-        };
+        let is_it =
+            |using: &&Use| using.how != How::Open && using.is_of(area, &wanted.nodes[*node]);
         if stat.file_type() == libc::S_IFSOCK {
             continue;
         }

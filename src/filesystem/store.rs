@@ -68,6 +68,11 @@ impl Kept {
         self.segments.iter().map(|segment| segment.length).sum()
     }
 
+    /// Whether its blocks are the file's own.
+    pub fn is_shared(&self) -> bool {
+        self.shared
+    }
+
     /// Reads from a segment, at an offset in the file that was kept.
     pub fn read_exact_at(
         &self,
@@ -124,6 +129,15 @@ struct Bin {
     shares: bool,
 }
 
+/// A file whose content is to be kept.
+#[derive(Debug, Clone, Copy)]
+pub struct From<'a> {
+    /// Through the mount.
+    pub live: &'a File,
+    /// As it is in the upper layer of an overlay.
+    pub own: Option<&'a File>,
+}
+
 /// The contents of all checkpoints of a keeper.
 #[derive(Debug)]
 pub struct Store {
@@ -163,7 +177,7 @@ impl Store {
     /// Refused if there is no room.
     pub fn keep(
         &mut self,
-        file: &File,
+        from: From<'_>,
         size: u64,
         device: u64,
         beside: &Path,
@@ -173,7 +187,7 @@ impl Store {
             path: PathBuf::from(format!("inode of {}", beside.display())),
             error,
         };
-        let data = data_of(file, size).map_err(failed)?;
+        let data = data_of(from.live, size).map_err(failed)?;
         let bytes: u64 = data.iter().map(|(_, length)| length).sum();
         if let Some(most) = self.max_bytes {
             let needed = self.used() + bytes;
@@ -201,10 +215,11 @@ impl Store {
             bin.end = (at + length).next_multiple_of(ALIGNMENT);
             kept.segments.push(Segment { offset, length, at });
             self.used.fetch_add(length, Ordering::Relaxed);
-            if let Err(error) = fill(bin, file, (offset, length), at, &mut self.buffer) {
-                return Err(no_room(error, &self.directory).unwrap_or_else(failed));
+            let filled = fill(bin, from, (offset, length), at, &mut self.buffer);
+            match filled {
+                Ok(shared) => kept.shared &= shared,
+                Err(error) => return Err(no_room(error, &self.directory).unwrap_or_else(failed)),
             }
-            kept.shared &= bin.shares;
         }
         Ok(Arc::new(kept))
     }
@@ -257,17 +272,18 @@ fn can_share(file: &File) -> bool {
     tried && cleared
 }
 
-/// Puts a part of a file into the bin, by sharing if that works.
+/// Puts a part of a file into the bin; returns whether its blocks are shared.
 fn fill(
     bin: &mut Bin,
-    file: &File,
+    from: From<'_>,
     (offset, length): (u64, u64),
     at: u64,
     buffer: &mut Vec<u8>,
-) -> io::Result<()> {
+) -> io::Result<bool> {
     if bin.shares && offset.is_multiple_of(ALIGNMENT) {
+        let file = from.own.unwrap_or(from.live);
         match reflink::share(file.as_fd(), offset, length, bin.file.as_fd(), at) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(true),
             Err(Errno::ENOSPC | Errno::EDQUOT) => {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
@@ -278,11 +294,11 @@ fn fill(
     let mut done = 0;
     while done < length {
         let piece = &mut buffer[..(length - done).min(PIECE as u64) as usize];
-        file.read_exact_at(piece, offset + done)?;
+        from.live.read_exact_at(piece, offset + done)?;
         bin.file.write_all_at(piece, at + done)?;
         done += piece.len() as u64;
     }
-    Ok(())
+    Ok(false)
 }
 
 fn no_room(error: io::Error, directory: &Path) -> std::result::Result<Error, io::Error> {

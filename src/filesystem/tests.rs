@@ -22,7 +22,8 @@ struct Place {
     /// Where we see the mount.
     seen: PathBuf,
     area: Area,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
+    sort: Sort,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,6 +31,8 @@ enum Sort {
     Tmpfs,
     Overlay,
     Volume,
+    /// An overlay whose upper layer is on a file system that can share blocks.
+    Reflink,
 }
 
 impl Place {
@@ -39,14 +42,22 @@ impl Place {
         for name in ["at", "upper", "work", "lower1", "lower2", "source"] {
             fs::create_dir(directory.path().join(name)).unwrap();
         }
-        if sort == Sort::Overlay {
+        if matches!(sort, Sort::Overlay | Sort::Reflink) {
             fill_lowers(directory.path());
         }
+        if sort == Sort::Reflink {
+            mount_xfs(directory.path());
+        }
         let path = directory.path().display();
+        let upper = match sort {
+            Sort::Reflink => directory.path().join("xfs"),
+            _ => directory.path().to_owned(),
+        };
+        let upper = upper.display();
         let mount = match sort {
             Sort::Tmpfs => format!("mount -t tmpfs none {path}/at"),
-            Sort::Overlay => format!(
-                "mount -t overlay none -o lowerdir={path}/lower1:{path}/lower2,upperdir={path}/upper,workdir={path}/work {path}/at"
+            Sort::Overlay | Sort::Reflink => format!(
+                "mount -t overlay none -o lowerdir={path}/lower1:{path}/lower2,upperdir={upper}/upper,workdir={upper}/work {path}/at"
             ),
             Sort::Volume => format!("mount --bind {path}/source {path}/at"),
         };
@@ -68,8 +79,8 @@ impl Place {
             .expect("the mount");
         let kind = match sort {
             Sort::Tmpfs => Kind::Tmpfs,
-            Sort::Overlay => Kind::Overlay {
-                upper: directory.path().join("upper"),
+            Sort::Overlay | Sort::Reflink => Kind::Overlay {
+                upper: Path::new(&upper.to_string()).join("upper"),
                 lowers: vec![
                     directory.path().join("lower1"),
                     directory.path().join("lower2"),
@@ -92,7 +103,8 @@ impl Place {
             child,
             seen,
             area,
-            _directory: directory,
+            directory,
+            sort,
         }
     }
 
@@ -102,7 +114,7 @@ impl Place {
 
     fn files(&self) -> Files {
         Files::new(Options {
-            store: self._directory.path().join("store"),
+            store: self.directory.path().join("store"),
             ..Options::default()
         })
     }
@@ -132,6 +144,31 @@ impl Drop for Place {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let xfs = self.directory.path().join("xfs");
+        if xfs.exists() {
+            let _ = Command::new("umount").arg("--lazy").arg(xfs).status();
+        }
+    }
+}
+
+/// An image of XFS in a file, mounted at `xfs`.
+fn mount_xfs(directory: &Path) {
+    let image = directory.join("image");
+    File::create(&image).unwrap().set_len(320 << 20).unwrap();
+    let xfs = directory.join("xfs");
+    fs::create_dir(&xfs).unwrap();
+    let run = |command: &mut Command| {
+        let done = command.output().expect("a command of the system");
+        assert!(done.status.success(), "{done:?}");
+    };
+    run(Command::new("/usr/sbin/mkfs.xfs").arg("-q").arg(&image));
+    run(Command::new("mount")
+        .arg("-o")
+        .arg("loop")
+        .arg(&image)
+        .arg(&xfs));
+    for name in ["upper", "work"] {
+        fs::create_dir(xfs.join(name)).unwrap();
     }
 }
 
@@ -167,7 +204,7 @@ struct Seen {
     same_as: Option<PathBuf>,
 }
 
-fn see(root: &Path) -> BTreeMap<PathBuf, Seen> {
+fn see_all(root: &Path) -> BTreeMap<PathBuf, Seen> {
     let mut all = BTreeMap::new();
     let mut pending = vec![PathBuf::new()];
     let mut inodes: BTreeMap<u64, PathBuf> = BTreeMap::new();
@@ -215,6 +252,15 @@ fn see(root: &Path) -> BTreeMap<PathBuf, Seen> {
             names.reverse();
             pending.extend(names.into_iter().map(|name| path.join(name)));
         }
+    }
+    all
+}
+
+/// Of an overlay whose layers are on several file systems the kernel does not show names of one file to be so.
+fn see(place: &Place) -> BTreeMap<PathBuf, Seen> {
+    let mut all = see_all(&place.seen);
+    if place.sort == Sort::Reflink {
+        all.values_mut().for_each(|seen| seen.same_as = None);
     }
     all
 }
@@ -426,12 +472,12 @@ fn random_changes(sort: Sort) {
                 change(&place.seen, &mut random);
             }
             let mut first = place.checkpoint(&mut files);
-            let was_first = see(&place.seen);
+            let was_first = see(&place);
             for _ in 0..30 {
                 change(&place.seen, &mut random);
             }
             let mut second = place.checkpoint(&mut files);
-            let was_second = see(&place.seen);
+            let was_second = see(&place);
             for round in 0..4 {
                 for _ in 0..25 {
                     change(&place.seen, &mut random);
@@ -440,7 +486,7 @@ fn random_changes(sort: Sort) {
                 let images = &mut [&mut first, &mut second];
                 place.rollback(&mut files, images, to);
                 let was = [&was_first, &was_second][to];
-                assert_same(was, &see(&place.seen));
+                assert_same(was, &see(&place));
                 if round % 2 == 0 {
                     // Nothing is left to be done.
                     let put = place.rollback(&mut files, images, to);
@@ -470,6 +516,36 @@ fn overlay_goes_back() {
 #[test]
 fn volume_goes_back() {
     random_changes(Sort::Volume);
+}
+
+#[test]
+fn overlay_goes_back_by_sharing_blocks() {
+    random_changes(Sort::Reflink);
+}
+
+/// Of a file that shares its blocks with the store only what was written since is another.
+#[test]
+fn a_big_file_costs_nothing_where_blocks_are_shared() {
+    let place = Place::new(Sort::Reflink);
+    let mut files = place.files();
+    let big = place.seen.join("big");
+    fs::write(&big, vec![7; 64 << 20]).unwrap();
+    let free = || {
+        let found = rustix::fs::statvfs(place.directory.path().join("xfs")).unwrap();
+        found.f_bfree * found.f_frsize
+    };
+    let before = free();
+    let mut image = place.checkpoint(&mut files);
+    assert!(before.saturating_sub(free()) < 8 << 20, "it was copied");
+    let file = OpenOptions::new().write(true).open(&big).unwrap();
+    file.write_all_at(&[8; 5000], 10 << 20).unwrap();
+    let put = place.rollback(&mut files, &mut [&mut image], 0);
+    assert!(put.bytes <= 3 * 4096, "{put:?}");
+    fs::remove_file(&big).unwrap();
+    let before = free();
+    place.rollback(&mut files, &mut [&mut image], 0);
+    assert!(before.saturating_sub(free()) < 8 << 20, "it was copied");
+    assert!(fs::read(&big).unwrap().iter().all(|&byte| byte == 7));
 }
 
 #[test]

@@ -1,6 +1,14 @@
 //! What of the files a tree of processes has open or mapped.
 
+use std::collections::HashSet;
+use std::io;
 use std::path::PathBuf;
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
+use super::area::Area;
+use super::known::Trust;
+use super::tree::{Node, Tree};
 
 /// A file that is open or mapped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,6 +17,10 @@ pub struct Use {
     pub device: u64,
     /// Its number.
     pub ino: u64,
+    /// The mount it is reached by.
+    pub mount_id: u64,
+    /// Names it has.
+    pub links: u32,
     /// A link in `/proc` that leads to it.
     pub link: PathBuf,
     /// As `fd 7` or `its mapping of /a/b`.
@@ -28,4 +40,52 @@ pub enum How {
     Mapped,
     /// In a way that ties to the inode: a FIFO's end, a directory to live in.
     Tied,
+}
+
+impl Use {
+    /// One of what a link in `/proc` leads to.
+    ///
+    /// # Errors
+    ///
+    /// It leads to nothing that can be looked at.
+    pub fn look(link: PathBuf, what: String, holder: String, how: How) -> io::Result<Self> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+        let found = statx(CWD, &link, AtFlags::empty(), mask)?;
+        let (major, minor) = (found.stx_dev_major, found.stx_dev_minor);
+        Ok(Self {
+            device: nix::sys::stat::makedev(u64::from(major), u64::from(minor)),
+            ino: found.stx_ino,
+            mount_id: found.stx_mnt_id,
+            links: found.stx_nlink,
+            link,
+            what,
+            holder,
+            how,
+        })
+    }
+
+    /// Whether it is of a file of an area.
+    pub fn is_in(&self, area: &Area) -> bool {
+        self.mount_id == area.mount_id || self.device == area.device
+    }
+
+    /// Whether it is of a node of an area.
+    pub fn is_of(&self, area: &Area, node: &Node) -> bool {
+        let (device, ino) = node.meta.stat.shown;
+        // The lower layers' own devices are not what the mount shows.
+        self.is_in(area) && self.ino == ino && (node.of_lower || self.device == device)
+    }
+}
+
+/// Inodes that may change without a trace, because of how they are used.
+pub fn exposed(uses: &[Use], area: &Area, tree: &Tree, trust: Trust) -> HashSet<u64> {
+    let is_exposing = |using: &&Use| using.how == How::Mapped || trust != Trust::All;
+    let uses: Vec<&Use> = uses.iter().filter(is_exposing).collect();
+    let numbers: HashSet<u64> = uses.iter().map(|using| using.ino).collect();
+    let is_exposed = |node: &&Node| {
+        numbers.contains(&node.meta.stat.shown.1)
+            && uses.iter().any(|using| using.is_of(area, node))
+    };
+    let nodes = tree.nodes.iter().filter(is_exposed);
+    nodes.map(|node| node.meta.stat.ino).collect()
 }

@@ -21,9 +21,12 @@ use crate::outcome::Difference;
 
 /// Compares an area with its image.
 pub fn verify(mounted: &Mounted, image: &AreaImage) -> Result<Vec<Difference>> {
-    let mut live = walk(mounted, &Inodes::default(), Watched::Not, &mut |_, _, _| {
-        Ok(())
-    })?;
+    let mut live = walk(
+        mounted,
+        &Inodes::default(),
+        Watched::Not,
+        &mut |_, _| Ok(()),
+    )?;
     let mut wanted = image.tree.clone();
     complete(mounted, &mut wanted, &mut live)?;
     let mut verifier = Verifier {

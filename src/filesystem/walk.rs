@@ -79,8 +79,19 @@ impl Watched<'_> {
     }
 }
 
-/// What is done with a regular file whose content is not known: its directory and name are given.
-pub type Unknown<'a> = &'a mut dyn FnMut(BorrowedFd<'_>, &OsStr, &mut Node) -> io::Result<()>;
+/// What is done with a regular file whose content is not known.
+pub type Unknown<'a> = &'a mut dyn FnMut(At<'_>, &mut Node) -> io::Result<()>;
+
+/// Where a name is.
+#[derive(Debug, Clone, Copy)]
+pub struct At<'a> {
+    /// The directory, through the mount.
+    pub directory: BorrowedFd<'a>,
+    /// The directory in the upper layer.
+    pub upper: Option<BorrowedFd<'a>>,
+    /// The name.
+    pub name: &'a OsStr,
+}
 
 /// Walks all of an area.
 pub fn walk(
@@ -100,7 +111,7 @@ pub fn walk(
     };
     let root = mounted.root.as_fd();
     let failed = |error| mounted.error("look at", Path::new(""))(error);
-    let found = stat(root, OsStr::new("")).map_err(failed)?;
+    let found = mounted.stat(Path::new("")).map_err(failed)?;
     let mut node = node(known, root, OsStr::new(""), found, false).map_err(failed)?;
     node.merged = mounted.upper.as_ref().map(|_| Merged::default());
     walker.tree.nodes.push(node);
@@ -157,16 +168,23 @@ impl Walker<'_> {
         key: Directory,
         name: OsString,
     ) -> Result<()> {
-        if let Some(upper) = upper
-            && is_whiteout(&stat(upper, &name).map_err(self.failed(&name))?)
-        {
+        let own = match upper {
+            Some(upper) => Some(stat(upper, &name).map_err(self.failed(&name))?),
+            None => None,
+        };
+        if own.as_ref().is_some_and(is_whiteout) {
             if let Some(merged) = &mut self.tree.nodes[id].merged {
                 merged.whiteouts.insert(name);
             }
             return Ok(());
         }
+        let found = stat(directory, &name).map_err(self.failed(&name))?;
+        let found = match own {
+            Some(own) => found.in_upper(&own),
+            None => found,
+        };
         let depth = self.path.components().count();
-        let done = self.entry(id, directory, upper, key, name);
+        let done = self.entry(id, directory, upper, key, name, found);
         if done.is_err() {
             self.path = self.path.components().take(depth).collect();
         }
@@ -180,9 +198,9 @@ impl Walker<'_> {
         upper: Option<BorrowedFd<'_>>,
         key: Directory,
         name: OsString,
+        found: Stat,
     ) -> Result<()> {
         let unchanged = self.watched.is_unchanged(key, &name);
-        let found = stat(directory, &name).map_err(self.failed(&name))?;
         let (ino, links, is_directory) = (found.ino, found.links, found.is_directory());
         if links > 1
             && !is_directory
@@ -194,8 +212,14 @@ impl Walker<'_> {
                 let (_, content) = self.known.find(&found, false);
                 node.content = content;
                 if matches!(node.content, Content::Unknown) {
-                    let done = (self.unknown)(directory, &name, node);
-                    done.map_err(self.mounted.error("look at", &self.path.join(&name)))?;
+                    let name = &name;
+                    let at = At {
+                        directory,
+                        upper,
+                        name,
+                    };
+                    let done = (self.unknown)(at, node);
+                    done.map_err(self.mounted.error("look at", &self.path.join(name)))?;
                 }
             }
             self.tree.nodes[parent].entries.insert(name, id);
@@ -204,7 +228,12 @@ impl Walker<'_> {
         let node = node(self.known, directory, &name, found, unchanged);
         let mut node = node.map_err(self.failed(&name))?;
         if node.meta.stat.is_file() && matches!(node.content, Content::Unknown) {
-            (self.unknown)(directory, &name, &mut node).map_err(self.failed(&name))?;
+            let at = At {
+                directory,
+                upper,
+                name: &name,
+            };
+            (self.unknown)(at, &mut node).map_err(self.failed(&name))?;
         }
         let id = self.tree.nodes.len();
         self.tree.nodes.push(node);

@@ -9,21 +9,18 @@ use nix::errno::Errno;
 
 use super::Error;
 use super::capture::Capture;
+use super::model::Inode;
 use super::state::State;
 
-/// Notes that a file was made again: its device, the number its inode had and the one it has, and a path that leads to it.
+/// Notes that a file was made again: the inode it had and the one it has, and a path that leads to it.
 /// Descriptions of it count as closed from now on, whatever is still open on the old inode, and are opened again.
-pub fn moved(
-    capture: &mut Capture,
-    (device, was, is): (u64, u64, u64),
-    path: &Path,
-) -> Result<(), Error> {
+pub fn moved(capture: &mut Capture, was: Inode, is: Inode, path: &Path) -> Result<(), Error> {
     let recorded = &mut capture.recorded;
     for (id, description) in &mut recorded.descriptions {
         let State::File(_) = &description.state else {
             continue;
         };
-        if description.common.inode() != (device, was) {
+        if description.common.inode() != was {
             continue;
         }
         let file = OpenOptions::new()
@@ -40,18 +37,18 @@ pub fn moved(
         let found = file
             .metadata()
             .map_err(failed("stat of a file that was made again"))?;
-        if (found.dev(), found.ino()) != (device, is) {
+        if (found.dev(), found.ino()) != is {
             return Err(Error::Own {
                 call: "open of a file that was made again",
                 errno: Errno::ESTALE,
             });
         }
-        description.common.ino = is;
+        (description.common.dev, description.common.ino) = is;
         capture.pins.insert(*id, OwnedFd::from(file));
     }
     for lock in &mut recorded.locks {
-        if lock.inode == (device, was) {
-            lock.inode = (device, is);
+        if lock.inode == was {
+            lock.inode = is;
         }
     }
     Ok(())

@@ -168,20 +168,21 @@ fn execute(
     phases.end("files");
     fault::point("rollback.files");
     let uses = &checkpoints[to].uses;
-    let moved = writable
-        .files
-        .moved(stopped.root(), writable.mounts, writable.plans, uses)?;
+    let moved = writable.files.moved(
+        stopped.root(),
+        writable.mounts,
+        &checkpoints[to].files,
+        writable.plans,
+        uses,
+    )?;
     for moved in &moved {
         // Where it was open without a name it is the old one still, which is pinned.
-        let named = |checkpoint: &&mut Checkpoint| {
-            !checkpoint.files.has_nameless((moved.device, moved.was))
-        };
+        let named = |checkpoint: &&mut Checkpoint| !checkpoint.files.has_nameless(moved.was);
         for checkpoint in checkpoints.iter_mut().filter(named) {
-            let inodes = (moved.device, moved.was, moved.is);
-            objects::moved(&mut checkpoint.objects, inodes, &moved.path)?;
+            objects::moved(&mut checkpoint.objects, moved.was, moved.is, &moved.path)?;
             let uses = checkpoint.uses.iter_mut();
-            uses.filter(|using| (using.device, using.ino) == (moved.device, moved.was))
-                .for_each(|using| using.ino = moved.is);
+            uses.filter(|using| (using.device, using.ino) == moved.was)
+                .for_each(|using| (using.device, using.ino) = moved.is);
         }
     }
     let remade = remake::processes(stopped, spaces, checkpoints, to, plan)?;
