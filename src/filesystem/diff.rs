@@ -105,8 +105,8 @@ impl Differences<'_> {
 mod tests {
     use std::ffi::OsStr;
 
-    use super::super::plan::tests::node;
     use super::*;
+    use crate::filesystem::plan::tests::node;
 
     fn tree(files: &[(&str, i64)]) -> Tree {
         let mut tree = Tree::default();
