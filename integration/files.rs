@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
 use crate::runtime::{text, unique};
 use crate::support::container::Containers;
 use crate::support::session::{DONE, ERROR, REFUSED, USAGE};
-use crate::support::wait;
+use crate::support::{skip, wait};
 
 /// A container that does nothing but wait, once it has written `/ready`.
 fn idle(containers: &Containers, options: &[&str]) -> PathBuf {
@@ -262,4 +263,119 @@ fn files_of_the_host_stay_and_the_report_says_so() {
     session
         .run(&volume)
         .expect(REFUSED, "a volume of the host's");
+}
+
+/// podman with storage of its own, on overlays. Dropped, its container and all it has are gone.
+struct Podman<'a> {
+    place: &'a Path,
+}
+
+impl Podman<'_> {
+    const CONTAINER: &'static str = "snapback-test";
+
+    fn output(&self, arguments: &[&str]) -> Output {
+        let configuration = self.place.join("containers.conf");
+        fs::write(
+            &configuration,
+            "[containers]\ndefault_ulimits=[\"nofile=20000:20000\",\"nproc=32768:32768\"]\n\
+             [engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nruntime=\"runc\"\n",
+        )
+        .expect("writing a file");
+        Command::new("podman")
+            .env("CONTAINERS_CONF", configuration)
+            .args(["--storage-driver", "overlay", "--root"])
+            .arg(self.place.join("storage"))
+            .arg("--runroot")
+            .arg(self.place.join("run"))
+            .arg("--tmpdir")
+            .arg(self.place.join("tmp"))
+            .args(arguments)
+            .output()
+            .expect("starting podman")
+    }
+
+    #[track_caller]
+    fn must(&self, arguments: &[&str]) -> String {
+        let output = self.output(arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "podman {arguments:?}: {error}");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    #[track_caller]
+    fn shell(&self, script: &str) -> String {
+        self.must(&["exec", Self::CONTAINER, "sh", "-c", script])
+    }
+}
+
+impl Drop for Podman<'_> {
+    fn drop(&mut self) {
+        self.output(&["rm", "--force", "--time", "0", "--volumes", Self::CONTAINER]);
+        // podman mounts the directory of its layers on itself.
+        let layers = self.place.join("storage/overlay");
+        let _ = Command::new("umount").arg(layers).output();
+    }
+}
+
+#[test]
+fn a_podman_container_comes_back_with_its_layer_and_its_volumes() {
+    if !Path::new("/usr/bin/podman").exists() {
+        skip!("no podman");
+    }
+    let containers = Containers::new();
+    let session = &containers.session;
+    let bundle = containers.bundle("bundle", &["busybox"]);
+    let place = session.scratch().join("podman");
+    fs::create_dir(&place).expect("making a directory");
+    let podman = Podman { place: &place };
+    let image = place.join("image.tar");
+    let mut tar = Command::new("tar");
+    tar.arg("-C")
+        .arg(bundle.join("rootfs"))
+        .arg("-cf")
+        .arg(&image)
+        .arg(".");
+    crate::support::session::finish(tar).expect(DONE, "tar");
+    let image = podman.must(&["import", "--quiet", text(&image)]);
+    let script = "for place in / /named /anonymous /dev/shm; do echo old >$place/kept; done; touch /ready; sleep 100000";
+    podman.must(&[
+        "run",
+        "--detach",
+        "--net",
+        "none",
+        "--name",
+        Podman::CONTAINER,
+        "--volume",
+        "named:/named",
+        "--volume",
+        "/anonymous",
+        &image,
+        "sh",
+        "-c",
+        script,
+    ]);
+    let pid = podman.must(&["inspect", "--format", "{{.State.Pid}}", Podman::CONTAINER]);
+    let _ = ready(pid.parse().expect("a PID"));
+
+    let taken = session
+        .run(&["checkpoint", "--json", "--pid", &pid])
+        .expect(DONE, "checkpoint");
+    let included = &taken.report["files"]["included"];
+    for place in ["/", "/named", "/anonymous", "/dev/shm"] {
+        assert!(
+            included.as_array().unwrap().contains(&json!(place)),
+            "{included}"
+        );
+    }
+    podman.shell("echo new >/kept; rm /named/kept; mkdir /anonymous/new; echo new >/dev/shm/kept; rm /etc/passwd");
+    session
+        .run(&["rollback", "--verify", "--pid", &pid])
+        .expect(DONE, "rollback");
+    let kept = podman.shell(
+        "cat /kept /named/kept /anonymous/kept /dev/shm/kept; ls /anonymous; ls /etc/passwd",
+    );
+    assert_eq!(kept, "old\nold\nold\nold\nkept\n/etc/passwd");
+    session
+        .run(&["release", "--pid", &pid])
+        .expect(DONE, "release");
 }
