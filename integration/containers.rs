@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::container::{Containers, unique};
-use crate::support::fixture::{Fixture, build_directory};
+use crate::support::fixture::{Fixture, build_directory, real};
 use crate::support::session::{Answer, DONE, REFUSED, Session};
 use crate::support::{numbers, skip, wait};
 
@@ -159,6 +159,52 @@ fn of_runc_in_a_user_namespace() {
         runcs,
         &["--seccomp", "--user-namespace", "--user", "1000:1000"],
     );
+}
+
+/// Rollbacks of the container of several services.
+const ROUNDS: u64 = 10;
+
+/// Redis, nginx, an SSH server and a session with a terminal on it, started by an init that is none of them.
+#[test]
+fn of_several_services() {
+    for program in ["redis-server", "nginx", "dropbear", "dbclient"] {
+        let is_there = |directory: &&str| Path::new(directory).join(program).exists();
+        if !["/usr/bin", "/usr/sbin"]
+            .iter()
+            .any(|directory| is_there(&directory))
+        {
+            skip!("no {program}");
+        }
+    }
+    let containers = Containers::new();
+    let session = &containers.session;
+    let id = &unique("services");
+    let programs = real("");
+    let mount = format!("{}:/real:ro", programs.display());
+    let program = ["--", "python3", "/real/services.py"];
+    let all = [&["host", "--seccomp", "--mount", &mount][..], &program].concat();
+    let bundle = containers.bundle("services", &all);
+    let mut services = Fixture::launch("services.py", ours(session, &bundle, id));
+    services.verify("before the checkpoint");
+    session
+        .run(&["checkpoint", "--json", id])
+        .expect(DONE, "checkpoint");
+    for round in 0..ROUNDS {
+        services.run_on();
+        services.verify("in use");
+        // While it is used, and after the interesting part has died.
+        if round % 3 != 2 {
+            services.mutate();
+        }
+        let answer = session.run(&["rollback", "--verify", "--json", id]);
+        answer.expect(DONE, "rollback");
+        services.verify(&format!("after rollback {round}"));
+    }
+    session
+        .run(&["release", "--all", id])
+        .expect(DONE, "release");
+    services.run_on();
+    services.verify("after the release");
 }
 
 /// A process that has joined the container has its parent outside: it comes back where it is, with its children made
