@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::container::{Containers, unique};
-use crate::support::fixture::{Fixture, build_directory};
+use crate::support::fixture::{Fixture, build_directory, real};
 use crate::support::session::{Answer, DONE, REFUSED, Session};
 use crate::support::{numbers, skip, wait};
 
@@ -159,6 +159,120 @@ fn of_runc_in_a_user_namespace() {
         runcs,
         &["--seccomp", "--user-namespace", "--user", "1000:1000"],
     );
+}
+
+/// The file that limits the processes of a container.
+fn process_limit(init: i32) -> PathBuf {
+    let text = std::fs::read_to_string(format!("/proc/{init}/cgroup")).expect("cgroup");
+    let paths = text.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    let files = paths.flat_map(|path| {
+        ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"]
+            .map(|top| PathBuf::from(format!("{top}{path}/pids.max")))
+    });
+    let mut found = files.filter(|file| file.exists());
+    found.next().expect("a limit of processes")
+}
+
+/// A limit that leaves no room: for shadows no checkpoint is taken, for a process that is to be made again there is no
+/// rollback, and nothing is touched.
+#[test]
+fn where_its_process_limit_is_reached() {
+    let containers = Containers::new();
+    let session = &containers.session;
+    let id = &unique("limit");
+    let bundle = bundle(&containers, "child_exits", &[]);
+    let config = bundle.join("config.json");
+    let text = std::fs::read_to_string(&config).expect("config.json");
+    let mut value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    value["linux"]["resources"]["pids"] = serde_json::json!({ "limit": 1000 });
+    std::fs::write(&config, value.to_string()).expect("writing config.json");
+    let mut fixture = Fixture::launch("child_exits", ours(session, &bundle, id));
+    let init = init_of(fixture.pid(), "child_exits").expect("an init");
+    let limit = process_limit(init);
+    let current = limit.with_file_name("pids.current");
+    let fill = || {
+        let now = std::fs::read_to_string(&current).expect("pids.current");
+        std::fs::write(&limit, now).expect("pids.max");
+    };
+    let free = || std::fs::write(&limit, "1000").expect("pids.max");
+    let is_named = |answer: &Answer, what: &str| {
+        assert!(
+            answer.report["refused"].to_string().contains(what),
+            "{answer:#?}"
+        );
+    };
+
+    fill();
+    let refused = session
+        .run(&["checkpoint", "--json", id])
+        .expect(REFUSED, "checkpoint");
+    is_named(&refused, "process limit");
+    fixture.verify("after a refused checkpoint");
+    free();
+    session
+        .run(&["checkpoint", "--json", id])
+        .expect(DONE, "checkpoint");
+    for _ in 0..2 {
+        fixture.mutate();
+        let wrecked = fixture.ask(b'v');
+        fill();
+        let back = || session.run(&["rollback", "--verify", "--json", id]);
+        is_named(&back().expect(REFUSED, "rollback"), "pids.max");
+        assert_eq!(
+            fixture.ask(b'v'),
+            wrecked,
+            "a refused rollback changed something"
+        );
+        free();
+        back().expect(DONE, "rollback");
+        fixture.verify("after the rollback");
+    }
+}
+
+/// Rollbacks of the container of several services.
+const ROUNDS: u64 = 10;
+
+/// Redis, nginx, an SSH server and a session with a terminal on it, started by an init that is none of them.
+#[test]
+fn of_several_services() {
+    for program in ["redis-server", "nginx", "dropbear", "dbclient"] {
+        let is_there = |directory: &&str| Path::new(directory).join(program).exists();
+        if !["/usr/bin", "/usr/sbin"]
+            .iter()
+            .any(|directory| is_there(&directory))
+        {
+            skip!("no {program}");
+        }
+    }
+    let containers = Containers::new();
+    let session = &containers.session;
+    let id = &unique("services");
+    let programs = real("");
+    let mount = format!("{}:/real:ro", programs.display());
+    let program = ["--", "python3", "/real/services.py"];
+    let all = [&["host", "--seccomp", "--mount", &mount][..], &program].concat();
+    let bundle = containers.bundle("services", &all);
+    let mut services = Fixture::launch("services.py", ours(session, &bundle, id));
+    services.verify("before the checkpoint");
+    session
+        .run(&["checkpoint", "--json", id])
+        .expect(DONE, "checkpoint");
+    for round in 0..ROUNDS {
+        services.run_on();
+        services.verify("in use");
+        // While it is used, and after the interesting part has died.
+        if round % 3 != 2 {
+            services.mutate();
+        }
+        let answer = session.run(&["rollback", "--verify", "--json", id]);
+        answer.expect(DONE, "rollback");
+        services.verify(&format!("after rollback {round}"));
+    }
+    session
+        .run(&["release", "--all", id])
+        .expect(DONE, "release");
+    services.run_on();
+    services.verify("after the release");
 }
 
 /// A process that has joined the container has its parent outside: it comes back where it is, with its children made

@@ -22,6 +22,12 @@ const ROUNDS: usize = 20;
 fn killed_again_and_again(name: &str, shell: &str) {
     let mut command = Command::new(shell);
     command.arg(real(name));
+    killed_and_used(name, command, 1);
+}
+
+/// The same, where only every so many rounds it is used in between.
+#[track_caller]
+fn killed_and_used(name: &str, command: Command, every: usize) {
     let mut session = Session::new();
     let mut program = Fixture::launch(name, command);
     program.verify("before the checkpoint");
@@ -35,11 +41,26 @@ fn killed_again_and_again(name: &str, shell: &str) {
         let answer = session.rollback(program.pid());
         assert!(answer.number("revived") >= 2, "{answer:#?}");
         program.verify(&format!("after rollback {round}"));
-        program.run_on();
-        program.verify("after it ran on");
+        if round % every == 0 {
+            program.run_on();
+            program.verify("after it ran on");
+        }
     }
     session.release(program.pid()).expect(DONE, "release");
     program.verify("after the release");
+}
+
+/// A parallel make goes on where it was, with its jobs and those of the make below it, and ends with all done once.
+#[test]
+fn make_in_the_middle() {
+    if !Path::new("/usr/bin/python3").exists() {
+        skip!("no python3");
+    }
+    // Numbers of a namespace of its own, as in a container: others would take those of its many processes.
+    let mut command = Command::new("unshare");
+    let options = ["--pid", "--fork", "--kill-child", "--mount-proc"];
+    command.args(options).arg("python3").arg(real("make.py"));
+    killed_and_used("make.py", command, ROUNDS / 2);
 }
 
 #[test]

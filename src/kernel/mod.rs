@@ -18,6 +18,7 @@ pub mod multicast;
 pub mod namespaces;
 pub mod pagemap;
 pub mod pidfd;
+pub mod pids_limit;
 pub mod probe;
 pub mod proc_events;
 pub mod procfs;

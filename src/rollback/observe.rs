@@ -128,6 +128,7 @@ fn look(
             .for_each(|(pid, refusal)| lost.add(pid, refusal));
         return Ok(Seen::MoreLost(lost));
     }
+    task::check_room(stopped, recorded, &lost, &tasks)?;
     phases.end("check");
     fault::point("rollback.observed");
     let memory = plan_memory(stopped, checkpoint, &images, &observed, &populated)?;

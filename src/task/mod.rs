@@ -44,6 +44,7 @@ mod remake;
 mod restore;
 mod revive;
 mod rights;
+mod room;
 mod settings;
 mod steps;
 mod verify;
@@ -63,6 +64,7 @@ pub use remake::{clear, end, join_groups, make, settle_in};
 pub use restore::{loosen, restore};
 pub use revive::revive;
 pub use rights::{has_rights_of, keeps_rights, may_set_program};
+pub use room::check_room;
 pub use settings::Settings;
 pub use verify::verify;
 
