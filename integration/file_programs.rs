@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::runtime::{text, unique};
-use crate::support::container::Containers;
+use crate::runtime::text;
+use crate::support::container::{Containers, unique};
 use crate::support::fixture::Fixture;
 use crate::support::manifest::Manifest;
 use crate::support::redis;

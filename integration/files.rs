@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
-use crate::runtime::{text, unique};
-use crate::support::container::Containers;
+use crate::runtime::text;
+use crate::support::container::{Containers, unique};
 use crate::support::session::{DONE, ERROR, REFUSED, USAGE};
 use crate::support::{skip, wait};
 

@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 
 use crate::file_programs::rounds;
 use crate::postgresql::{Client, programs};
-use crate::runtime::{text, unique};
-use crate::support::container::Containers;
+use crate::runtime::text;
+use crate::support::container::{Containers, unique};
 use crate::support::session::{Answer, DONE, finish};
 use crate::support::{skip, wait};
 
