@@ -12,7 +12,7 @@ use crate::support::session::{DONE, Session, finish};
 use crate::support::{skip, wait};
 
 /// Where the newest version has its programs.
-fn programs() -> Option<PathBuf> {
+pub(crate) fn programs() -> Option<PathBuf> {
     let mut versions: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
         .ok()?
         .flatten()
@@ -67,7 +67,7 @@ impl Server {
         );
         let server = Self { family, directory };
         wait::until("PostgreSQL answers", || {
-            let mut client = Client::connect(&server.directory);
+            let mut client = Client::connect(server.directory.path());
             client.ask("select 1").as_deref() == Some("1")
         });
         server
@@ -83,17 +83,18 @@ impl Server {
 }
 
 /// `psql`, a statement a line.
-struct Client {
+pub(crate) struct Client {
     psql: Child,
     statements: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
 impl Client {
-    fn connect(directory: &tempfile::TempDir) -> Self {
+    /// To the server whose socket is in the directory.
+    pub(crate) fn connect(directory: &Path) -> Self {
         let mut psql = Command::new("psql")
             .args(["-U", "postgres", "-d", "postgres", "-qAtX", "-h"])
-            .arg(directory.path())
+            .arg(directory)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -109,7 +110,7 @@ impl Client {
     }
 
     /// The answer, a line, or `None` if the connection is gone.
-    fn ask(&mut self, statement: &str) -> Option<String> {
+    pub(crate) fn ask(&mut self, statement: &str) -> Option<String> {
         writeln!(self.statements, "{statement};").ok()?;
         let mut line = String::new();
         let count = self.answers.read_line(&mut line).ok()?;
@@ -126,7 +127,7 @@ impl Drop for Client {
 }
 
 /// Clients that come after the checkpoint, and read until they are thrown out.
-fn newcomers(directory: &tempfile::TempDir) -> Vec<JoinHandle<u32>> {
+fn newcomers(directory: &Path) -> Vec<JoinHandle<u32>> {
     let clients: Vec<_> = (0..2)
         .map(|_| {
             let mut client = Client::connect(directory);
@@ -158,7 +159,7 @@ fn comes_back_under_load() {
         skip!("no PostgreSQL");
     };
     let server = Server::start(&programs);
-    let mut client = Client::connect(&server.directory);
+    let mut client = Client::connect(server.directory.path());
     let mut ask = |statement: &str| {
         client
             .ask(statement)
@@ -181,7 +182,7 @@ fn comes_back_under_load() {
             "round {round}"
         );
         ask("set search_path = nowhere; prepare later as select 1; select 1");
-        let readers = newcomers(&server.directory);
+        let readers = newcomers(server.directory.path());
         assert_eq!(
             ask("select count(*) from pg_stat_activity where state = 'active' or state = 'idle'"),
             "3"

@@ -182,9 +182,10 @@ fn assert_flat(server: i32, before: &[(i32, Holdings)], after: &[(i32, Holdings)
     }
 }
 
-/// The run that every Redis has to pass, whoever started it. `target` is an ID or `--pid` and a PID.
+/// The run that every Redis has to pass, whoever started it. `target` is an ID or `--pid` and a PID; `files` are options of
+/// the checkpoint.
 #[track_caller]
-fn redis_run(session: &Session, target: &[&str], pid: i32, socket: &Path) {
+fn redis_run(session: &Session, target: &[&str], files: &[&str], pid: i32, socket: &Path) {
     let operate = |verb: &str, options: &[&str]| {
         let arguments: Vec<&str> = [&[verb, "--json"][..], options, target].concat();
         session.run(&arguments).expect(DONE, verb)
@@ -194,7 +195,7 @@ fn redis_run(session: &Session, target: &[&str], pid: i32, socket: &Path) {
     let size = client.must("DBSIZE");
     let id = client.must("CLIENT ID");
 
-    operate("checkpoint", &[]);
+    operate("checkpoint", files);
     let mut before = None;
     for round in 0..rounds() {
         // Wrecked, by itself and by newcomers; every third time while they are at it.
@@ -258,7 +259,7 @@ fn redis_from_a_shell() {
             .stderr(log),
     );
     let pid = server.pid();
-    redis_run(&session, &["--pid", &pid.to_string()], pid, &socket);
+    redis_run(&session, &["--pid", &pid.to_string()], &[], pid, &socket);
 }
 
 /// An ID no other test uses: cgroups are named after it.
@@ -278,10 +279,11 @@ fn redis_in_our_own_run() {
         skip!("no redis-server");
     }
     let containers = Containers::new();
-    let (bundle, socket) = redis_bundle(&containers);
+    let (bundle, _) = redis_bundle(&containers);
     let id = unique("redis");
-    let pid = containers.start(&id, &bundle);
-    redis_run(&containers.session, &[&id], pid, &socket);
+    let pid = containers.start_with_layer(&id, &bundle);
+    let socket = PathBuf::from(format!("/proc/{pid}/root/run/redis.sock"));
+    redis_run(&containers.session, &[&id], &[], pid, &socket);
 }
 
 /// A container of runc's, gone when this is.
@@ -338,6 +340,7 @@ fn redis_that_runc_started() {
     redis_run(
         &containers.session,
         &["--pid", &pid.to_string()],
+        &["--no-files"],
         pid,
         &socket,
     );

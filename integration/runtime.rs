@@ -533,7 +533,7 @@ fn a_container_with_a_checkpoint_can_be_ended_like_any_other() {
     // The copies that a checkpoint keeps are in the container's PID namespace, which ends only without them.
     for end in [&["delete", "--force"][..], &["kill"]] {
         let id = &unique(&format!("kept-{}", end[0]));
-        let pid = containers.start(id, &bundle);
+        let pid = containers.start_with_layer(id, &bundle);
         session.run(&["checkpoint", id]).expect(DONE, "checkpoint");
         let ended = match end {
             ["kill"] => session.run(&["kill", id, "KILL"]),

@@ -154,6 +154,16 @@ impl Engine {
         })
     }
 
+    /// Which files go back with the next checkpoint.
+    pub fn files(&self) -> &filesystem::Options {
+        self.files.options()
+    }
+
+    /// Changes that. Where content is kept stays the same, and so do the checkpoints there are.
+    pub fn set_files(&mut self, options: filesystem::Options) {
+        self.files.set_options(options);
+    }
+
     /// Takes a checkpoint. One of the same name is replaced once the new one is there.
     ///
     /// # Errors
@@ -287,6 +297,17 @@ impl Engine {
             },
             refused: None,
         })
+    }
+
+    /// What has become of files since a checkpoint, in the order of paths. The tree is stopped while it is looked at.
+    ///
+    /// # Errors
+    ///
+    /// There is no checkpoint of that name; or refused or failed, and the tree runs as before.
+    pub fn diff(&mut self, name: &str) -> Result<Vec<filesystem::Change>, Error> {
+        let of = self.find(name)?;
+        let checkpoint = &self.checkpoints[of];
+        Ok(checkpoint::diff(&mut self.tree, &self.files, checkpoint)?)
     }
 
     /// The checkpoints, oldest first.

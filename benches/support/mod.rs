@@ -5,6 +5,8 @@
     reason = "each bench is a program of its own and uses a part of this"
 )]
 
+pub(crate) mod container;
+
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -64,9 +64,22 @@ impl Containers {
     /// `run --detach`; returns the init's PID.
     #[track_caller]
     pub(crate) fn start(&self, id: &str, bundle: &Path) -> i32 {
+        self.start_with(&[], id, bundle)
+    }
+
+    /// The same with an overlay, so that its files can go back.
+    #[track_caller]
+    pub(crate) fn start_with_layer(&self, id: &str, bundle: &Path) -> i32 {
+        self.start_with(&["--overlay"], id, bundle)
+    }
+
+    /// The same with options of `run`.
+    #[track_caller]
+    pub(crate) fn start_with(&self, options: &[&str], id: &str, bundle: &Path) -> i32 {
         let log = self.session.scratch().join(format!("{id}.log"));
         let path = bundle.to_str().expect("a path in UTF-8");
-        self.run_logged(&log, &["run", "--detach", "--bundle", path, id])
+        let arguments = [&["run", "--detach", "--bundle", path], options, &[id]].concat();
+        self.run_logged(&log, &arguments)
             .expect(DONE, "run --detach");
         self.pid(id)
     }

@@ -4,6 +4,7 @@
 pub(crate) mod container;
 pub(crate) mod family;
 pub(crate) mod fixture;
+pub(crate) mod manifest;
 pub(crate) mod nginx;
 pub(crate) mod numbers;
 pub(crate) mod redis;

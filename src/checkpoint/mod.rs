@@ -3,7 +3,10 @@
 //! A checkpoint either is taken whole or refused, and then the tree is as it was. Nothing of it is undone by hand but
 //! what the capture itself added: shadows and windows.
 
+mod diff;
 mod uses;
+
+pub use diff::diff;
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;

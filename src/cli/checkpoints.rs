@@ -20,7 +20,8 @@ Examples:
   snapback checkpoints --json --pid 4711
 
 HEADERS is all that a checkpoint holds besides page contents, which stay shared with the running processes until they
-are changed; SHARE compares it with the memory that was resident when the checkpoint was taken.")]
+are changed; SHARE compares it with the memory that was resident when the checkpoint was taken. FILES is content of files;
+what several checkpoints have in common is kept once and shown with each.")]
 pub(crate) struct Checkpoints {
     /// Print one JSON object
     #[arg(long)]
@@ -75,7 +76,10 @@ fn now() -> f64 {
 }
 
 fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
-    let header = ["NAME", "AGE", "HEADERS", "RESIDENT", "SHARE", "BY KIND"].map(str::to_owned);
+    let header = [
+        "NAME", "AGE", "HEADERS", "RESIDENT", "SHARE", "FILES", "BY KIND",
+    ]
+    .map(str::to_owned);
     let mut rows = vec![header];
     rows.extend(checkpoints.iter().map(|info| {
         let mut kinds: Vec<_> = info.kinds.iter().collect();
@@ -90,6 +94,7 @@ fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
             size(info.header_bytes),
             size(info.resident_bytes),
             share(info.header_bytes, info.resident_bytes),
+            size(info.file_bytes),
             kinds.join(", "),
         ]
     }));
@@ -147,11 +152,12 @@ mod tests {
             header_bytes: 21 << 10,
             resident_bytes: 100 << 20,
             copied_bytes: 0,
+            file_bytes: 3 << 20,
         };
         assert_eq!(
             table(&[info], 1075.5),
-            "NAME     AGE     HEADERS   RESIDENT   SHARE              BY KIND\n\
-             default  1m 15s  21.0 KiB  100.0 MiB  0.02% of resident  vma 20.0 KiB, pipe 1.0 KiB\n"
+            "NAME     AGE     HEADERS   RESIDENT   SHARE              FILES    BY KIND\n\
+             default  1m 15s  21.0 KiB  100.0 MiB  0.02% of resident  3.0 MiB  vma 20.0 KiB, pipe 1.0 KiB\n"
         );
     }
 

@@ -23,7 +23,9 @@ pub(crate) struct Create {
 
 /// What `--help` of `create` and `run` ends with.
 pub(super) const OVERLAY_HELP: &str = "\
-With --overlay the container gets a layer of its own for all that it writes, and the bundle stays as it is:
+Files go back in a rollback where what a container writes can be told from the rest. In a bundle whose root is a plain
+directory it can't; with --overlay the container gets a layer of its own for all that it writes, and the bundle stays
+as it is:
 
   snapback run --overlay -d -b /bundles/web web              layer in the state directory, gone with `delete`
   snapback run --overlay=/srv/web -d -b /bundles/web web     layer in /srv/web/upper, kept, and used again by the next

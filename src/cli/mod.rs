@@ -17,6 +17,7 @@ mod checkpoint;
 mod checkpoints;
 mod create;
 mod delete;
+mod diff;
 mod exec;
 mod fault_points;
 mod features;
@@ -115,6 +116,7 @@ enum Command {
     Rollback(rollback::Rollback),
     Checkpoints(checkpoints::Checkpoints),
     Release(release::Release),
+    Diff(diff::Diff),
     Check(check::Check),
     /// Hold the checkpoints of a process tree; started by `checkpoint`
     #[command(hide = true)]
@@ -143,6 +145,7 @@ fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
         Command::Rollback(args) => rollback::run(global, args),
         Command::Checkpoints(args) => checkpoints::run(global, args),
         Command::Release(args) => release::run(global, args),
+        Command::Diff(args) => diff::run(global, args),
         Command::Keeper(args) => keeper::run(global, args),
         Command::Check(args) => check::run(args),
         Command::FaultPoints => fault_points::run(),

@@ -5,6 +5,7 @@ mod areas;
 pub mod capture;
 pub mod complete;
 pub mod content;
+pub mod diff;
 pub mod execute;
 pub mod image;
 pub mod journal;
@@ -23,6 +24,7 @@ pub mod walk;
 
 pub use area::{Area, Found, Kind, LeftOut, Options};
 pub use areas::discover;
+pub use diff::{Change, ChangeKind};
 pub use execute::Put;
 pub use image::Image;
 pub use session::{Files, Mounts, Moved, Plans, Prepared};

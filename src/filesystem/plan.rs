@@ -313,4 +313,4 @@ fn differ_in_time(wanted: &Meta, live: &Meta) -> bool {
 
 #[cfg(test)]
 #[path = "plan_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -11,7 +11,7 @@ use super::{Op, plan};
 use crate::filesystem::meta::{Meta, Stat};
 use crate::filesystem::tree::{Content, Node, NodeId, ROOT, Tree};
 
-fn node(ino: u64, mode: u32, time: i64) -> Node {
+pub(crate) fn node(ino: u64, mode: u32, time: i64) -> Node {
     let stat = Stat {
         ino,
         device: 1,

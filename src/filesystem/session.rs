@@ -14,6 +14,7 @@ use super::area::{Area, Found, Kind, Options};
 use super::areas::discover;
 use super::capture::{self, capture, keep_early, recognize};
 use super::complete::complete;
+use super::diff::{Change, changes};
 use super::execute::{Put, execute, set_times};
 use super::image::{AreaImage, Image};
 use super::journal::{Journal, Seen};
@@ -79,6 +80,20 @@ impl Files {
             known: Vec::new(),
             journal: None,
         }
+    }
+
+    /// What is to go back with the next checkpoint.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Changes that; where content is kept stays the same.
+    pub fn set_options(&mut self, options: Options) {
+        self.store.limit(options.max_bytes);
+        self.options = Options {
+            store: std::mem::take(&mut self.options.store),
+            ..options
+        };
     }
 
     /// Bytes of content that are kept, for all checkpoints.
@@ -245,6 +260,29 @@ impl Files {
             });
         }
         Ok(Plans(plans))
+    }
+
+    /// What has become of the files of a stopped tree; in the order of paths. Nothing is touched.
+    ///
+    /// # Errors
+    ///
+    /// They can't be looked at.
+    pub fn diff(&self, mounts: &Mounts, image: &Image) -> Result<Vec<Change>> {
+        let nothing = Inodes::default();
+        let mut found = Vec::new();
+        for (area, mounted) in image.areas.iter().zip(&mounts.0) {
+            let known = self.known.iter().find(|(other, _)| *other == area.area);
+            let known = known.map_or(&nothing, |(_, known)| known);
+            // Without the journal: only checkpoints and rollbacks take from that.
+            let mut live = walk(mounted, known, Watched::Not, &mut |at, node| {
+                recognize(mounted, known, at, node)
+            })?;
+            let mut wanted = area.tree.clone();
+            complete(mounted, &mut wanted, &mut live)?;
+            found.extend(changes(&area.area.mount_point, &wanted, &live));
+        }
+        found.sort();
+        Ok(found)
     }
 
     /// Files that have been made again and were open at the checkpoint. `root` is a process that sees them.

@@ -149,6 +149,11 @@ pub struct Store {
 }
 
 impl Store {
+    /// Sets the most bytes that may be kept from now on; what there is stays.
+    pub fn limit(&mut self, max_bytes: Option<u64>) {
+        self.max_bytes = max_bytes;
+    }
+
     /// An empty one. Nothing is made in `directory` before it is needed.
     pub fn new(directory: PathBuf, max_bytes: Option<u64>) -> Self {
         Self {

@@ -54,6 +54,11 @@ impl StateDirectory {
         }
     }
 
+    /// The directory itself.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The container's name for messages.
     pub(super) fn label(&self) -> &str {
         &self.label

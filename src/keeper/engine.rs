@@ -1,10 +1,13 @@
 //! The keeper's operations on a real tree.
 
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::UNIX_EPOCH;
 
 use crate::engine::{self, Engine, RollbackOptions, Target};
+use crate::filesystem;
 use crate::keeper::Errand;
-use crate::keeper::protocol::{CheckpointInfo, Failure};
+use crate::keeper::protocol::{Change, CheckpointInfo, Failure, FileOptions};
 use crate::keeper::server::Operations;
 use crate::outcome::Report;
 
@@ -15,7 +18,16 @@ pub fn attach(errand: &Errand) -> impl FnOnce() -> Result<Engine, Failure> + Sen
         errand.cgroup.clone(),
         errand.label.clone(),
     );
-    move || Engine::attach(Target { pid, cgroup, label }).map_err(Failure::from)
+    // Which files are to go back is told with each checkpoint.
+    let files = filesystem::Options {
+        include: false,
+        store: errand.directory().path().to_owned(),
+        ..filesystem::Options::default()
+    };
+    move || {
+        let target = Target { pid, cgroup, label };
+        Engine::attach_with_files(target, files).map_err(Failure::from)
+    }
 }
 
 impl From<engine::Error> for Failure {
@@ -30,12 +42,28 @@ impl From<engine::Error> for Failure {
 }
 
 impl Operations for Engine {
-    fn checkpoint(&mut self, name: &str) -> Result<Report, Failure> {
+    fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure> {
+        let FileOptions {
+            include,
+            volumes,
+            max_bytes,
+        } = files.clone();
+        self.set_files(filesystem::Options {
+            include,
+            volumes,
+            max_bytes,
+            ..self.files().clone()
+        });
         Ok(self.take(name)?)
     }
 
     fn rollback(&mut self, name: &str, verify: bool) -> Result<Report, Failure> {
         Ok(Engine::rollback(self, name, RollbackOptions { verify })?)
+    }
+
+    fn diff(&mut self, name: &str) -> Result<Vec<Change>, Failure> {
+        let changes = Engine::diff(self, name)?;
+        Ok(changes.into_iter().map(change).collect())
     }
 
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
@@ -59,6 +87,38 @@ impl Operations for Engine {
     }
 }
 
+fn change(change: filesystem::Change) -> Change {
+    Change {
+        kind: change.kind,
+        path: printable(&change.path),
+        before: change.before,
+        after: change.after,
+    }
+}
+
+/// A path on one line, whatever its bytes are, from which they can be told.
+fn printable(path: &Path) -> String {
+    let mut text = String::new();
+    for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+        for character in chunk.valid().chars() {
+            match character {
+                '\\' => text.push_str("\\x5c"),
+                plain if !plain.is_control() => text.push(plain),
+                control => {
+                    let mut bytes = [0; 4];
+                    for byte in control.encode_utf8(&mut bytes).bytes() {
+                        text.push_str(&format!("\\x{byte:02x}"));
+                    }
+                }
+            }
+        }
+        for byte in chunk.invalid() {
+            text.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    text
+}
+
 fn info(info: engine::CheckpointInfo) -> CheckpointInfo {
     const PAGE: u64 = 4096;
     let since = info.taken_at.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -72,5 +132,20 @@ fn info(info: engine::CheckpointInfo) -> CheckpointInfo {
         header_bytes: info.stats.bytes,
         resident_bytes: info.resident_pages * PAGE,
         copied_bytes: info.shared_bytes,
+        file_bytes: info.file_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use super::*;
+
+    #[test]
+    fn any_path_is_one_line() {
+        let shown = |bytes| printable(Path::new(OsStr::from_bytes(bytes)));
+        assert_eq!(shown("/ä b".as_bytes()), "/ä b");
+        assert_eq!(shown(b"/a\nb\\c\xff/\x7f"), "/a\\x0ab\\x5cc\\xff/\\x7f");
     }
 }

@@ -7,17 +7,19 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
+use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::filesystem::ChangeKind;
 use crate::outcome::{Refusal, Report};
 
 /// The version of this protocol. Both sides name theirs in [`Hello`]; they must be equal.
 pub const VERSION: u32 = 1;
 
-/// The longest line either side accepts, in bytes.
-pub const LINE_LIMIT: u64 = 1 << 20;
+/// The longest line either side accepts, in bytes: the changes of a million files have to fit.
+pub const LINE_LIMIT: u64 = 256 << 20;
 
 /// The first line each way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +46,17 @@ impl Default for Hello {
     }
 }
 
+/// Which files go back with a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct FileOptions {
+    /// Whether any do.
+    pub include: bool,
+    /// Mount points, as the tree sees them, of bind mounts to be taken in.
+    pub volumes: Vec<PathBuf>,
+    /// The most bytes of content to be kept, for all checkpoints of the keeper.
+    pub max_bytes: Option<u64>,
+}
+
 /// What a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
@@ -52,6 +65,8 @@ pub enum Request {
     Checkpoint {
         /// Its name.
         name: String,
+        /// Which files go back with it.
+        files: FileOptions,
     },
     /// Roll the tree back to this checkpoint.
     Rollback {
@@ -59,6 +74,11 @@ pub enum Request {
         name: String,
         /// Compare everything with the checkpoint before the tree runs again.
         verify: bool,
+    },
+    /// Tell what has become of files since this checkpoint.
+    Diff {
+        /// The checkpoint's name.
+        name: String,
     },
     /// List the checkpoints.
     Checkpoints,
@@ -83,6 +103,11 @@ pub enum Response {
         /// Oldest first.
         checkpoints: Vec<CheckpointInfo>,
     },
+    /// What has become of files.
+    Changes {
+        /// In the order of paths.
+        changes: Vec<Change>,
+    },
     /// The checkpoint or checkpoints are freed.
     Released {
         /// How many are left; with none left the keeper ends.
@@ -90,6 +115,19 @@ pub enum Response {
     },
     /// Nothing was done.
     Failure(Failure),
+}
+
+/// A file that is not as it was at a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// What has become of it.
+    pub kind: ChangeKind,
+    /// Where it is, as the tree sees it. Control characters, backslashes and bytes that are no UTF-8 are as `\xNN`.
+    pub path: String,
+    /// Its size in bytes at the checkpoint, if it was a regular file.
+    pub before: Option<u64>,
+    /// Its size now, if it is one.
+    pub after: Option<u64>,
 }
 
 /// How a request can fail, in the terms of the program's exit status.
@@ -131,6 +169,8 @@ pub struct CheckpointInfo {
     pub resident_bytes: u64,
     /// Bytes of shared memory, which cannot be kept copy-on-write, in a copy.
     pub copied_bytes: u64,
+    /// Bytes of content of files, some of which may be kept for other checkpoints too.
+    pub file_bytes: u64,
 }
 
 /// Writes one message and its line end in one piece.

@@ -18,7 +18,8 @@ use parking_lot::{Condvar, Mutex};
 use crate::fault;
 use crate::keeper::directory::Locked;
 use crate::keeper::protocol::{
-    CheckpointInfo, Failure, Hello, Request, Response, VERSION, append, receive, send,
+    Change, CheckpointInfo, Failure, FileOptions, Hello, Request, Response, VERSION, append,
+    receive, send,
 };
 use crate::keeper::{Error, Identity, StateDirectory};
 use crate::kernel::{disposition, pidfd};
@@ -34,13 +35,19 @@ pub trait Operations {
     /// # Errors
     ///
     /// Refused or failed; the tree runs as before.
-    fn checkpoint(&mut self, name: &str) -> Result<Report, Failure>;
+    fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure>;
     /// Rolls the tree back.
     ///
     /// # Errors
     ///
     /// Refused or failed with the tree as before, or lost with the tree killed.
     fn rollback(&mut self, name: &str, verify: bool) -> Result<Report, Failure>;
+    /// What has become of files since a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; the tree runs as before.
+    fn diff(&mut self, name: &str) -> Result<Vec<Change>, Failure>;
     /// The checkpoints held, oldest first.
     fn checkpoints(&self) -> Vec<CheckpointInfo>;
     /// Frees one checkpoint, or all.
@@ -457,7 +464,9 @@ fn carry_out<O: Operations>(
             let end = match request {
                 _ if !operations.is_alive() => End::Now,
                 Request::Checkpoint { .. } | Request::Release { .. } => End::WithoutCheckpoints,
-                Request::Rollback { .. } | Request::Checkpoints => End::Never,
+                Request::Rollback { .. } | Request::Diff { .. } | Request::Checkpoints => {
+                    End::Never
+                }
             };
             (Some((reply, response)), end)
         }
@@ -481,8 +490,11 @@ fn carry_out<O: Operations>(
 
 fn answer<O: Operations>(operations: &mut O, request: &Request) -> Response {
     let done = match request {
-        Request::Checkpoint { name } => operations.checkpoint(name).map(report),
+        Request::Checkpoint { name, files } => operations.checkpoint(name, files).map(report),
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
+        Request::Diff { name } => operations
+            .diff(name)
+            .map(|changes| Response::Changes { changes }),
         Request::Checkpoints => Ok(Response::Checkpoints {
             checkpoints: operations.checkpoints(),
         }),

@@ -64,7 +64,7 @@ fn refusal() -> Refusal {
 }
 
 impl Operations for Fake {
-    fn checkpoint(&mut self, name: &str) -> Result<Report, Failure> {
+    fn checkpoint(&mut self, name: &str, _: &FileOptions) -> Result<Report, Failure> {
         if name == "refused" {
             return Err(Failure::Refused { refusal: refusal() });
         }
@@ -99,6 +99,10 @@ impl Operations for Fake {
         }
     }
 
+    fn diff(&mut self, _: &str) -> Result<Vec<Change>, Failure> {
+        Ok(Vec::new())
+    }
+
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
         let info = |name: &String| CheckpointInfo {
             name: name.clone(),
@@ -107,6 +111,7 @@ impl Operations for Fake {
             header_bytes: 64,
             resident_bytes: 4096,
             copied_bytes: 0,
+            file_bytes: 0,
         };
         self.names.iter().map(info).collect()
     }
@@ -202,6 +207,7 @@ impl Setting {
     fn first(&self, name: &str) -> Result<Response, Error> {
         let request = Request::Checkpoint {
             name: name.to_owned(),
+            files: FileOptions::default(),
         };
         Client::ask_or_start_with(&self.directory(), |locked| self.start(locked), &request)
     }
@@ -234,6 +240,7 @@ fn messages_survive_the_wire() {
     let requests = [
         Request::Checkpoint {
             name: "ä\n\"b\"".into(),
+            files: FileOptions::default(),
         },
         Request::Rollback {
             name: "x".into(),

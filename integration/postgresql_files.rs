@@ -1,0 +1,309 @@
+//! PostgreSQL in a container, its files in the writable layer or in a volume: rolled back under load, checked by its
+//! own tools, and started again from the files alone.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use crate::file_programs::rounds;
+use crate::postgresql::{Client, programs};
+use crate::runtime::{text, unique};
+use crate::support::container::Containers;
+use crate::support::session::{Answer, DONE, finish};
+use crate::support::{skip, wait};
+
+/// Makes the data directory if there is none, and becomes the server.
+const SCRIPT: &str = r#"
+user="setpriv --reuid=postgres --regid=postgres --clear-groups"
+cd /pg
+chown postgres:postgres .
+[ -e data/PG_VERSION ] || $user BIN/initdb --auth=trust -D data >log 2>&1
+rm -f data/postmaster.pid
+exec $user BIN/postgres -D data -c listen_addresses= -c max_connections=40 -k /pg >>log 2>&1
+"#;
+
+/// Where the data is.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    Layer,
+    Volume,
+}
+
+struct Server {
+    containers: Containers,
+    programs: PathBuf,
+    bundle: PathBuf,
+    id: String,
+    place: Place,
+    pid: i32,
+}
+
+impl Server {
+    fn start(programs: PathBuf, place: Place, name: &str) -> Self {
+        let containers = Containers::new();
+        let scratch = containers.session.scratch();
+        for name in ["layer", "volume"] {
+            std::fs::create_dir(scratch.join(name)).expect("making a directory");
+        }
+        let script = SCRIPT.replace("BIN", text(&programs));
+        let volume = format!("{}:/pg", text(&scratch.join("volume")));
+        let mut options = vec!["host", "--mount", "/etc/passwd:/etc/passwd:ro"];
+        if place == Place::Volume {
+            options.extend(["--mount", &volume]);
+        }
+        let script = format!("mkdir -p /pg; {script}");
+        options.extend(["--", "sh", "-ec", &script]);
+        let bundle = containers.bundle("bundle", &options);
+        let mut server = Self {
+            containers,
+            programs,
+            bundle,
+            id: unique(name),
+            place,
+            pid: 0,
+        };
+        server.run();
+        server
+    }
+
+    /// Starts the container with the layer and the volume there are.
+    fn run(&mut self) {
+        let layer = self.containers.session.scratch().join("layer");
+        let overlay = format!("--overlay={}", text(&layer));
+        self.pid = self
+            .containers
+            .start_with(&[&overlay], &self.id, &self.bundle);
+        wait::until("PostgreSQL answers", || {
+            Client::connect(&self.directory())
+                .ask("select 1")
+                .as_deref()
+                == Some("1")
+        });
+    }
+
+    /// Kills the container and starts it again: the server finds its files as after a crash.
+    fn restart(&mut self) {
+        let deleted = self
+            .containers
+            .session
+            .run(&["delete", "--force", &self.id]);
+        deleted.expect(DONE, "delete");
+        self.run();
+    }
+
+    fn directory(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root/pg", self.pid))
+    }
+
+    fn checkpoint(&self, name: &str) {
+        let mut arguments = vec!["checkpoint", "--json", "--name", name];
+        if self.place == Place::Volume {
+            arguments.extend(["--volume", "/pg"]);
+        }
+        arguments.push(&self.id);
+        let taken = self.containers.session.run(&arguments);
+        taken.expect(DONE, "checkpoint");
+    }
+
+    fn rollback(&self, name: &str) -> Answer {
+        let arguments = ["rollback", "--verify", "--json", "--to", name, &self.id];
+        self.containers
+            .session
+            .run(&arguments)
+            .expect(DONE, "rollback")
+    }
+
+    /// A program of PostgreSQL's, as a client.
+    fn tool(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.programs.join(name));
+        command
+            .args(["-U", "postgres", "-h"])
+            .arg(self.directory())
+            .args(arguments);
+        command
+    }
+
+    fn use_tool(&self, name: &str, arguments: &[&str]) {
+        finish(self.tool(name, arguments)).expect(DONE, name);
+    }
+
+    /// pgbench in the background, which may fail: connections that were busy are reset.
+    fn load(&self) -> Load {
+        let mut command = self.tool("pgbench", &["-n", "-c", "8", "-T", "600", "postgres"]);
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("starting pgbench");
+        Load(child)
+    }
+
+    fn ask(&self, statement: &str) -> String {
+        let answer = Client::connect(&self.directory()).ask(statement);
+        answer.unwrap_or_else(|| panic!("no answer to {statement}: {}", self.log()))
+    }
+
+    fn log(&self) -> String {
+        let log = std::fs::read_to_string(self.directory().join("log"));
+        log.unwrap_or_default()
+    }
+
+    /// Waits until pgbench has done something.
+    fn goes_on(&self) {
+        let before = self.transactions();
+        wait::until("pgbench goes on", || self.transactions() > before + 100);
+    }
+
+    /// Waits until the sessions of pgbench have ended.
+    fn is_quiet(&self) {
+        let left = "select count(*) from pg_stat_activity where application_name = 'pgbench'";
+        wait::until("the sessions of pgbench have ended", || {
+            self.ask(left) == "0"
+        });
+    }
+
+    fn transactions(&self) -> u64 {
+        let count = self.ask("select count(*) from pgbench_history");
+        count.parse().expect("a number")
+    }
+
+    /// What pgbench never changes the sum of, whatever it has done: all four are the same.
+    fn balances(&self) -> String {
+        let sums = self.ask(
+            "select concat_ws(' ', (select sum(abalance) from pgbench_accounts), (select sum(bbalance) from \
+             pgbench_branches), (select sum(tbalance) from pgbench_tellers), (select coalesce(sum(delta), 0) from \
+             pgbench_history))",
+        );
+        let words: Vec<&str> = sums.split(' ').collect();
+        assert!(
+            words.len() == 4 && words.iter().all(|sum| *sum == words[0]),
+            "sums differ: {sums}"
+        );
+        sums
+    }
+
+    /// A digest of all rows, by PostgreSQL.
+    fn digest(&self) -> String {
+        self.ask(
+            "select md5(string_agg(row, ',' order by row)) from (select t::text as row from pgbench_history t union all \
+             select t::text from pgbench_accounts t where abalance <> 0 union all select t::text from \
+             pgbench_tellers t) rows",
+        )
+    }
+
+    /// Everything that can be wrecked in files, past what was there.
+    fn wreck(&self) {
+        self.ask("drop table pgbench_branches; select 1");
+        self.use_tool("psql", &["-qc", "vacuum full pgbench_accounts", "postgres"]);
+        self.use_tool("psql", &["-qc", "create database another", "postgres"]);
+        self.use_tool(
+            "psql",
+            &[
+                "-qc",
+                "create table large as select g, md5(g::text) from generate_series(1, 20000) g",
+                "another",
+            ],
+        );
+        self.use_tool("psql", &["-qc", "checkpoint", "postgres"]);
+    }
+
+    /// pg_amcheck reads every page of every table and index.
+    fn check(&self) {
+        self.use_tool("pg_amcheck", &["--all", "--heapallindexed"]);
+        assert_eq!(
+            self.ask("select count(*) from pg_database where datname = 'another'"),
+            "0"
+        );
+    }
+}
+
+struct Load(Child);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // It may have ended with its connections.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn comes_back_with_its_files(place: Place, name: &str) {
+    let Some(programs) = programs() else {
+        skip!("no PostgreSQL");
+    };
+    let mut server = Server::start(programs, place, name);
+    let scale = std::env::var("SNAPBACK_SCALE").unwrap_or_else(|_| "1".to_owned());
+    server.use_tool("pgbench", &["-i", "-q", "-s", &scale, "postgres"]);
+    // The extension it needs is made once, so that it changes nothing later.
+    server.use_tool("pg_amcheck", &["--all", "--install-missing"]);
+    for round in 0..rounds() {
+        let mut idle = Client::connect(&server.directory());
+        let own = idle.ask("create temp table own as select 42 as v; select v from own");
+        assert_eq!(own.as_deref(), Some("42"));
+        let load = server.load();
+        server.goes_on();
+        let before = server.transactions();
+        server.checkpoint("busy");
+        let after = server.transactions();
+        server.goes_on();
+        drop(load);
+        server.is_quiet();
+        server.checkpoint("quiet");
+        let quiet = (server.digest(), server.balances());
+
+        let load = server.load();
+        server.goes_on();
+        drop(load);
+        server.wreck();
+        server.rollback("quiet");
+        server.check();
+        assert_eq!((server.digest(), server.balances()), quiet, "round {round}");
+        assert_eq!(
+            idle.ask("select v from own").as_deref(),
+            Some("42"),
+            "round {round}"
+        );
+
+        server.wreck();
+        server.rollback("busy");
+        // Eight sessions were at work: what each had in hand may still be done, and then they end.
+        server.is_quiet();
+        server.check();
+        server.balances();
+        let done = server.transactions();
+        assert!(
+            (before..=after + 8).contains(&done),
+            "round {round}: {before} {done} {after}"
+        );
+        assert_eq!(
+            idle.ask("select v from own").as_deref(),
+            Some("42"),
+            "round {round}"
+        );
+
+        // The files alone, as they are the moment after a rollback.
+        server.rollback("quiet");
+        server.restart();
+        server.check();
+        assert_eq!(
+            (server.digest(), server.balances()),
+            quiet,
+            "round {round}, started again"
+        );
+    }
+    let log = server.log();
+    assert!(
+        !log.contains("PANIC") && !log.contains("invalid page"),
+        "{log}"
+    );
+}
+
+#[test]
+fn in_the_writable_layer() {
+    comes_back_with_its_files(Place::Layer, "pg-layer");
+}
+
+#[test]
+fn in_a_volume() {
+    comes_back_with_its_files(Place::Volume, "pg-volume");
+}
