@@ -194,14 +194,15 @@ impl Engine {
     /// As [`Engine::checkpoint`].
     pub fn take(&mut self, name: &str) -> Result<Report, Error> {
         let mut phases = Phases::start();
-        let checkpoint = checkpoint::take(
+        let taken = checkpoint::take(
             &mut self.tree,
             &mut self.spaces,
             &mut self.checkpoints,
             &mut self.files,
             name,
             &mut phases,
-        )?;
+        );
+        let checkpoint = taken.inspect_err(|_| self.files.forget_unused())?;
         let stop_us = phases.stopped().as_micros() as u64;
         let report = Report {
             outcome: Outcome::Checkpointed,
@@ -229,6 +230,7 @@ impl Engine {
                 &self.checkpoints,
                 replaced,
             )?;
+            self.files.forget_unused();
         }
         Ok(Report {
             total_us: phases.total().as_micros() as u64,
@@ -345,6 +347,7 @@ impl Engine {
                 checkpoint,
             )?;
         }
+        self.files.forget_unused();
         Ok(())
     }
 

@@ -150,25 +150,31 @@ impl Inodes {
         self.known.insert(known.meta.stat.ino, known);
     }
 
+    /// Forgets content that nothing else refers to, so that its space is free.
+    pub fn forget_unused(&mut self) {
+        // An inode that was made again has the content of the one that was deleted, which may be known still.
+        let mut ours: HashMap<_, usize> = HashMap::new();
+        for known in self.known.values() {
+            if let Content::Kept(kept) = &known.content {
+                *ours.entry(Arc::as_ptr(kept)).or_default() += 1;
+            }
+        }
+        for known in self.known.values_mut() {
+            if let Content::Kept(kept) = &known.content
+                && let Some(count) = ours.get_mut(&Arc::as_ptr(kept))
+                && Arc::strong_count(kept) == *count
+            {
+                *count -= 1;
+                known.content = Content::Unknown;
+            }
+        }
+    }
+
     /// Notes that an inode may change unseen.
     pub fn expose(&mut self, ino: u64) {
         if let Some(known) = self.known.get_mut(&ino) {
             known.read = Read::Exposed;
         }
-    }
-
-    /// Bytes of content that they refer to.
-    #[cfg(test)]
-    pub(super) fn kept_bytes(&self) -> u64 {
-        let mut seen = std::collections::HashSet::new();
-        let contents = self
-            .known
-            .values()
-            .filter_map(|known| match &known.content {
-                Content::Kept(kept) if seen.insert(Arc::as_ptr(kept)) => Some(kept.bytes()),
-                _ => None,
-            });
-        contents.sum()
     }
 
     /// What times prove here.

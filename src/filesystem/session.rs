@@ -101,10 +101,11 @@ impl Files {
         self.store.used()
     }
 
-    /// Bytes of content that is known to be live.
-    #[cfg(test)]
-    pub(super) fn known_bytes(&self) -> u64 {
-        self.known.iter().map(|(_, known)| known.kept_bytes()).sum()
+    /// Frees content that no checkpoint has: one was released, or refused.
+    pub fn forget_unused(&mut self) {
+        for (_, known) in &mut self.known {
+            known.forget_unused();
+        }
     }
 
     /// Finds and opens what belongs to a tree, which may run meanwhile. `root` is its root.
