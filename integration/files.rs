@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::runtime::text;
 use crate::support::container::{Containers, unique};
 use crate::support::session::{DONE, ERROR, REFUSED, USAGE};
-use crate::support::{skip, wait};
+use crate::support::{numbers, skip, wait};
 
 /// A container that does nothing but wait, once it has written `/ready`.
 fn idle(containers: &Containers, options: &[&str]) -> PathBuf {
@@ -311,6 +311,14 @@ impl Podman<'_> {
 impl Drop for Podman<'_> {
     fn drop(&mut self) {
         self.output(&["rm", "--force", "--time", "0", "--volumes", Self::CONTAINER]);
+        // What it started to clean up after the container mounts once more.
+        let place = self.place.to_string_lossy();
+        let is_left = || {
+            numbers::with_argument(&place)
+                .into_iter()
+                .any(numbers::is_alive)
+        };
+        wait::within(wait::PATIENCE, || !is_left());
         // podman mounts the directory of its layers on itself.
         let layers = self.place.join("storage/overlay");
         let _ = Command::new("umount").arg(layers).output();

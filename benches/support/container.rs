@@ -14,7 +14,10 @@ pub(crate) struct Container {
     pub(crate) pid: i32,
 }
 
-const ID: &str = "bench";
+/// Cgroups are named after it: two benches at the same time must not have the same.
+fn id() -> String {
+    format!("bench-{}", std::process::id())
+}
 
 impl Container {
     /// Makes a bundle (`fixtures/bundles/make.sh` has the arguments) and runs it.
@@ -39,7 +42,7 @@ impl Container {
             .arg(format!("--overlay={}", self.place.join("layer").display()))
             .arg("--bundle")
             .arg(self.place.join("bundle"))
-            .arg(ID);
+            .arg(id());
         // What stays with the program must not be ours.
         let status = command
             .stdin(Stdio::null())
@@ -59,7 +62,7 @@ impl Container {
 
     /// A verb with its options.
     pub(crate) fn ask(&self, arguments: &[&str]) -> Output {
-        must(self.command().args(arguments).arg(ID))
+        must(self.command().args(arguments).arg(id()))
     }
 
     /// The same of one that prints JSON.
@@ -75,7 +78,7 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let _ = self.command().args(["delete", "--force", ID]).status();
+        let _ = self.command().args(["delete", "--force", &id()]).status();
         let _ = std::fs::remove_dir_all(&self.place);
     }
 }
