@@ -95,7 +95,7 @@ fn come_back(runtime: Runtime, options: &[&str]) {
             let what = format!("{program} {options:?}: {}", arguments[0]);
             session.run(&all).expect(DONE, &what)
         };
-        run(&["checkpoint", "--json"]);
+        run(&["checkpoint", "--no-files", "--json"]);
         for round in 0..2 {
             fixture.verify("before it is wrecked");
             fixture.mutate();
@@ -204,13 +204,13 @@ fn where_its_process_limit_is_reached() {
 
     fill();
     let refused = session
-        .run(&["checkpoint", "--json", id])
+        .run(&["checkpoint", "--no-files", "--json", id])
         .expect(REFUSED, "checkpoint");
     is_named(&refused, "process limit");
     fixture.verify("after a refused checkpoint");
     free();
     session
-        .run(&["checkpoint", "--json", id])
+        .run(&["checkpoint", "--no-files", "--json", id])
         .expect(DONE, "checkpoint");
     for _ in 0..2 {
         fixture.mutate();
@@ -239,7 +239,7 @@ fn of_several_services() {
         let is_there = |directory: &&str| Path::new(directory).join(program).exists();
         if !["/usr/bin", "/usr/sbin"]
             .iter()
-            .any(|directory| is_there(&directory))
+            .any(|directory| is_there(directory))
         {
             skip!("no {program}");
         }
@@ -255,7 +255,7 @@ fn of_several_services() {
     let mut services = Fixture::launch("services.py", ours(session, &bundle, id));
     services.verify("before the checkpoint");
     session
-        .run(&["checkpoint", "--json", id])
+        .run(&["checkpoint", "--no-files", "--json", id])
         .expect(DONE, "checkpoint");
     for round in 0..ROUNDS {
         services.run_on();
@@ -295,7 +295,7 @@ fn a_process_that_joined() {
     let joined = init_of(fixture.pid(), "child_exits").expect("a process");
 
     session
-        .run(&["checkpoint", "--json", id])
+        .run(&["checkpoint", "--no-files", "--json", id])
         .expect(DONE, "checkpoint");
     let back = || session.run(&["rollback", "--verify", "--json", id]);
     for _ in 0..2 {
