@@ -239,7 +239,7 @@ fn of_several_services() {
         let is_there = |directory: &&str| Path::new(directory).join(program).exists();
         if !["/usr/bin", "/usr/sbin"]
             .iter()
-            .any(|directory| is_there(&directory))
+            .any(|directory| is_there(directory))
         {
             skip!("no {program}");
         }

@@ -2,6 +2,7 @@
 
 pub mod anonymous;
 pub mod confined;
+pub mod detached;
 pub mod disposition;
 pub mod host_names;
 pub mod kcmp;
@@ -23,6 +24,7 @@ pub mod proc_events;
 pub mod procfs;
 pub mod program_map;
 pub mod ptrace;
+pub mod reflink;
 pub mod registers;
 pub mod remote_memory;
 pub mod runner;
