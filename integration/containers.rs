@@ -237,10 +237,7 @@ const ROUNDS: u64 = 10;
 fn of_several_services() {
     for program in ["redis-server", "nginx", "dropbear", "dbclient"] {
         let is_there = |directory: &&str| Path::new(directory).join(program).exists();
-        if !["/usr/bin", "/usr/sbin"]
-            .iter()
-            .any(is_there)
-        {
+        if !["/usr/bin", "/usr/sbin"].iter().any(is_there) {
             skip!("no {program}");
         }
     }
