@@ -71,6 +71,15 @@ impl Watch {
             .is_some_and(|listening| listening.followed.lock().lineage.contains(pid))
     }
 
+    /// A process of the tree has been born to another than the tree.
+    pub(super) fn add(&mut self, pid: Pid) {
+        // What its birth tells comes first.
+        self.catch_up();
+        if let Some(listening) = &self.listening {
+            listening.followed.lock().lineage.add(pid);
+        }
+    }
+
     /// Descendants that are not among these.
     pub(super) fn others(&self, found: &BTreeSet<Pid>) -> Vec<Pid> {
         let Some(listening) = &self.listening else {

@@ -41,7 +41,13 @@ impl Adoption {
             what: format!("ptrace options of shadow {pid}"),
             error: errno.into(),
         })?;
-        // It must not hold the parent's pipes and sockets open, nor be hit by signals to the parent's process group.
+        // It must not hold the parent's pipes and sockets open, nor be hit by signals to the parent's process group, nor keep a
+        // session's number from its leader, should that be made again. Only a session from outside of the tree it must not
+        // leave: nothing else could bring back somebody to it.
+        let leave = match is_guest(stopped, parent) {
+            true => (libc::SYS_setpgid, [0; 3]),
+            false => (libc::SYS_setsid, [0; 3]),
+        };
         let calls = stopped.start_in_copy(
             parent,
             pid,
@@ -50,7 +56,7 @@ impl Adoption {
                     libc::SYS_close_range,
                     [0, u64::from(u32::MAX), CLOSE_RANGE_UNSHARE],
                 ),
-                (libc::SYS_setsid, [0; 3]),
+                leave,
             ],
         )?;
         Ok(Self { pid, calls })
@@ -71,6 +77,19 @@ impl Adoption {
             is_dead: AtomicBool::new(false),
         })
     }
+}
+
+/// Whether a process's parent and the leader of its session are not of the tree.
+fn is_guest(stopped: &Stopped, pid: Pid) -> bool {
+    let has_parent = stopped
+        .process(pid)
+        .is_none_or(|process| stopped.process(process.parent).is_some());
+    !has_parent
+        && stopped
+            .member(pid)
+            .ok()
+            .and_then(|member| procfs::Stat::read_held(&member.stat).ok())
+            .is_some_and(|stat| stopped.process(stat.session()).is_none())
 }
 
 impl Shadow {

@@ -61,7 +61,7 @@ pub fn run(
             .map_err(|error| untouched(error.into()))?;
     }
     let mut stopped = tree
-        .stop(OnTracerDeath::Die)
+        .stop_remains(OnTracerDeath::Die)
         .map_err(|error| untouched(error.into()))?;
     phases.end("stop");
     fault::point("rollback.stopped");

@@ -53,7 +53,7 @@ pub(super) fn observe(
     let mut lost = Lost::missing(stopped, &recorded)?;
     loop {
         if !lost.is_empty() {
-            lost.complete(stopped, &recorded);
+            lost.complete(&recorded);
             check_lost(stopped, checkpoint, &recorded, &lost)?;
         }
         match look(stopped, checkpoint, &recorded, lost, phases)? {
@@ -176,10 +176,16 @@ fn check_lost(
     {
         let maker = recorded
             .process(image.pid)
-            .and_then(|process| recorded.process(process.parent()))
+            .and_then(|process| recorded.begins_as(process))
             .and_then(|maker| Some((maker, checkpoint.space_of(maker.pid())?)));
         let obstacle = match maker {
             None => Some("nothing is known of its parent's memory"),
+            Some((maker, _)) if maker.pid() == image.pid => {
+                match memory::obstacle(stopped, image, image)? {
+                    None => task::shadow_obstacle(maker, image.shadow.pid),
+                    obstacle => obstacle,
+                }
+            }
             Some((maker, of_maker)) => match memory::obstacle(stopped, image, of_maker)? {
                 None if !memory::same_program(image, of_maker)
                     && !task::may_set_program(maker)

@@ -46,7 +46,7 @@ pub(super) fn processes(
     }
     task::join_groups(stopped, &recorded(&checkpoints[to])?, &made)?;
     for was in zombies {
-        let is = task::make(stopped, &recorded(&checkpoints[to])?, was, &numbers)?;
+        let is = task::make(stopped, &recorded(&checkpoints[to])?, was, None, &numbers)?;
         let pid = Pid::from_raw(is.pid);
         learn(checkpoints, to, was, &is)?;
         task::end(stopped, &recorded(&checkpoints[to])?, pid)?;
@@ -76,8 +76,10 @@ fn process(
     let gone = freeze::Error::Gone(was);
     let mut images = checkpoints[to].spaces.iter();
     let index = images.position(|image| image.pid == was).ok_or(gone)?;
-    let window = checkpoints[to].spaces[index].take_window(stopped);
-    let is = task::make(stopped, &recorded(&checkpoints[to])?, was, avoid)?;
+    let image = &checkpoints[to].spaces[index];
+    let window = image.take_window(stopped);
+    let shadow = Some(image.shadow.pid);
+    let is = task::make(stopped, &recorded(&checkpoints[to])?, was, shadow, avoid)?;
     let pid = Pid::from_raw(is.pid);
     learn(checkpoints, to, was, &is)?;
     execute_program(stopped, &checkpoints[to], pid, index)?;
@@ -122,7 +124,7 @@ fn execute_program(
     let recorded = recorded(checkpoint)?;
     let maker = recorded
         .process(pid)
-        .and_then(|process| recorded.process(process.parent()))
+        .and_then(|process| recorded.begins_as(process))
         .ok_or(freeze::Error::Gone(pid))?;
     let of_maker = checkpoint.space_of(maker.pid());
     let of_maker = of_maker.ok_or(freeze::Error::Gone(pid))?;
