@@ -17,5 +17,6 @@ mod postgresql;
 mod real_programs;
 mod refusals;
 mod revival;
+mod roots;
 mod runtime;
 mod stress;

@@ -62,7 +62,18 @@ impl Target {
         };
         let root = absolute(&global.root)?;
         let target = match must {
-            Must::Run => Identity::look_up(pid)?,
+            Must::Run => Identity::look_up(pid).with_context(|| {
+                let is_kept = Identity::kept(&root, pid).is_ok();
+                let hint = "of which there are checkpoints; `snapback rollback` brings it back";
+                format!(
+                    "pid {pid}{}",
+                    if is_kept {
+                        format!(", {hint}")
+                    } else {
+                        String::new()
+                    }
+                )
+            })?,
             Must::BeKept | Must::BeKnown => Identity::kept(&root, pid)?,
         };
         Ok(Errand {
@@ -231,7 +242,10 @@ fn sentence(name: &str, report: &Report) -> String {
         text += &format!("\n  killed, born since the checkpoint: {}", report.killed);
     }
     if report.revived > 0 {
-        text += &format!("\n  threads brought back: {}", report.revived);
+        text += &format!(
+            "\n  brought back, processes and threads: {}",
+            report.revived
+        );
     }
     if report.reset_connections > 0 {
         text += &format!("\n  connections reset: {}", report.reset_connections);
@@ -308,7 +322,7 @@ mod tests {
         assert_eq!(
             sentence("default", &rolled_back()),
             "rolled back \"default\": 3 processes, 1 thread, 1,024 pages in 0.81 ms (stop 0.74 ms)\n  \
-             killed, born since the checkpoint: 2\n  threads brought back: 1\n"
+             killed, born since the checkpoint: 2\n  brought back, processes and threads: 1\n"
         );
     }
 

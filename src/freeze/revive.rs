@@ -266,10 +266,7 @@ impl Stopped<'_> {
         let arguments = batch.filled(arguments.as_bytes());
         let offset = std::mem::offset_of!(CloneArguments, set_tid);
         batch.point(&arguments, offset, &set_tid);
-        let clone = batch.call(
-            libc::SYS_clone3,
-            &[arguments.arg(), size.into()],
-        );
+        let clone = batch.call(libc::SYS_clone3, &[arguments.arg(), size.into()]);
         let outputs = self.run(maker, &batch)?;
         let made = outputs.born.first().copied();
         child(maker, (outputs.result(clone), made))

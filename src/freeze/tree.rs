@@ -315,8 +315,7 @@ impl Tree {
     pub fn stop(&mut self, on_death: OnTracerDeath) -> Result<Stopped<'_>> {
         let root = self.root;
         let ended = || {
-            let remedy =
-                "its root process has ended; roll it back, or release the checkpoints and start it again";
+            let remedy = "its root process has ended; roll it back, or release the checkpoints and start it again";
             refuse(root, "the tree", remedy)
         };
         if !self.is_alive() {

@@ -143,7 +143,9 @@ impl Watched {
     /// Whether it is this one that is watched.
     fn is(&self, root: Identity) -> bool {
         let watched = self.root.lock();
-        watched.as_ref().is_some_and(|(watched, _)| *watched == root)
+        watched
+            .as_ref()
+            .is_some_and(|(watched, _)| *watched == root)
     }
 
     fn has_exited(&self) -> nix::Result<bool> {
@@ -433,11 +435,7 @@ fn talk(shared: &Shared, stream: &UnixStream, is_first: bool) -> io::Result<()> 
 }
 
 /// Carries out jobs until there is nothing left to keep.
-fn work<O: Operations>(
-    shared: &Shared,
-    queue: &Receiver<Job>,
-    mut operations: O,
-) {
+fn work<O: Operations>(shared: &Shared, queue: &Receiver<Job>, mut operations: O) {
     while let Ok(job) = queue.recv() {
         let (answer, end) = carry_out(&mut operations, job, shared);
         let is_last = match end {

@@ -51,6 +51,9 @@ pub(super) fn observe(
     check_complete(stopped, checkpoint)?;
     let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
     let mut lost = Lost::missing(stopped, &recorded)?;
+    if !lost.is_empty() {
+        lost.await_reapers(stopped);
+    }
     loop {
         if !lost.is_empty() {
             lost.complete(&recorded);
@@ -169,6 +172,7 @@ fn check_lost(
     lost: &Lost,
 ) -> Result<()> {
     lost.check(stopped, recorded)?;
+    checkpoint.segments.check_asked(|pid| lost.contains(pid))?;
     for image in checkpoint
         .spaces
         .iter()
@@ -182,6 +186,9 @@ fn check_lost(
             None => Some("nothing is known of its parent's memory"),
             Some((maker, _)) if maker.pid() == image.pid => {
                 match memory::obstacle(stopped, image, image)? {
+                    None if !image.shadow.keeps_time => {
+                        Some("its children live in another time namespace")
+                    }
                     None => task::shadow_obstacle(maker, image.shadow.pid),
                     obstacle => obstacle,
                 }

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use crate::checkpoint::{Checkpoint, Result, Spaces};
 use crate::freeze::{self, Stopped};
 use crate::memory::Space;
-use crate::{memory, objects, task};
+use crate::{fault, memory, objects, task};
 
 use super::observe::Plan;
 use super::recorded;
@@ -82,6 +82,7 @@ fn process(
     let is = task::make(stopped, &recorded(&checkpoints[to])?, was, shadow, avoid)?;
     let pid = Pid::from_raw(is.pid);
     learn(checkpoints, to, was, &is)?;
+    fault::point("remake.made");
     execute_program(stopped, &checkpoints[to], pid, index)?;
 
     let checkpoint = &checkpoints[to];
@@ -93,12 +94,15 @@ fn process(
         image.move_to(stopped, &mut space, window.as_ref())?;
     }
 
+    fault::point("remake.opened");
+
     let checkpoint = &checkpoints[to];
     let recorded = recorded(checkpoint)?;
     let (context, image) = (&checkpoint.context, &checkpoint.spaces[index]);
     task::clear(stopped, &recorded, pid)?;
     let mut todo = space.plan_remake(stopped, image, context)?;
     space.restore_layout(stopped, image, &todo)?;
+    fault::point("remake.laid_out");
     space.keep_inherited(stopped, image, &mut todo)?;
     space.restore_program(stopped, image, context)?;
     task::settle_in(stopped, &recorded, pid, image.shadow.pid, &mut plan.tasks)?;

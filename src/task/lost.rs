@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::killpg;
 use nix::unistd::Pid;
@@ -120,6 +121,25 @@ impl Lost {
         Refusal {
             remedy: format!("{what}; it can't be made again, as {obstacle}; take a new checkpoint"),
             ..why
+        }
+    }
+
+    /// Waits a moment until what has ended of the tree has been reaped by others, who may be about to: numbers of processes,
+    /// and of their groups and sessions, are free only then.
+    pub fn await_reapers(&self, stopped: &Stopped<'_>) {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        let deadline = Instant::now() + PATIENCE;
+        let is_waited_for =
+            |pid: Pid, stat: &procfs::Stat| stat.state == 'Z' && stopped.process(pid).is_none();
+        let is_taken = |lost: &Pid| {
+            let ended = procfs::Stat::read(*lost).is_ok_and(|stat| is_waited_for(*lost, &stat));
+            let holds = |(pid, stat): (Pid, procfs::Stat)| {
+                stat.belongs_to(*lost) && is_waited_for(pid, &stat)
+            };
+            ended || killpg(*lost, None).is_ok() && all_processes().any(holds)
+        };
+        while self.why.keys().any(is_taken) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -244,10 +264,14 @@ impl Lost {
 
 /// The living members of a process group, whoever they belong to.
 pub(super) fn members(group: Pid) -> impl Iterator<Item = (Pid, procfs::Stat)> {
+    all_processes()
+        .filter(move |(_, stat)| stat.group() == group && !matches!(stat.state, 'Z' | 'X'))
+}
+
+fn all_processes() -> impl Iterator<Item = (Pid, procfs::Stat)> {
     let all = procfs::numbers(Path::new("/proc")).unwrap_or_default();
     all.into_iter()
         .filter_map(|pid| Some((pid, procfs::Stat::read(pid).ok()?)))
-        .filter(move |(_, stat)| stat.group() == group && !matches!(stat.state, 'Z' | 'X'))
 }
 
 /// Why a process can't be made again from its shadow, if it can't.

@@ -36,7 +36,9 @@ pub fn make(
     let parent = process.parent();
     let is = match recorded.process(parent) {
         Some(_) => stopped.make_process(parent, pid, namespace_pid, exit_signal, avoid)?,
-        None => stopped.make_from_shadow(shadow.ok_or(Error::Gone(pid))?, pid, namespace_pid, avoid)?,
+        None => {
+            stopped.make_from_shadow(shadow.ok_or(Error::Gone(pid))?, pid, namespace_pid, avoid)?
+        }
     };
     capture::identify(stopped, is)
 }
@@ -56,8 +58,11 @@ pub fn clear(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, pid: Pid) -> Re
     let limits = process.record.state.limits.iter();
     for (limit, ([was, _], [is, hard])) in limits.zip(&maker.record.state.limits).enumerate() {
         debug_assert!(limit < LIMITS);
-        if is < was {
-            let value = steps.batch.input([*was, *hard].as_bytes());
+        // Descriptors may have had numbers that the limit does not allow any more.
+        let is_of_files = limit == libc::RLIMIT_NOFILE as usize && is < hard;
+        if is < was || is_of_files {
+            let soft = if is_of_files { *hard } else { *was };
+            let value = steps.batch.input([soft, *hard].as_bytes());
             let arguments = [0.into(), limit.into(), value, 0.into()];
             steps.call("prlimit64", libc::SYS_prlimit64, &arguments);
         }
