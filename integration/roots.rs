@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use snapback::fault;
 
 use crate::support::family::Family;
-use crate::support::fixture::{Fixture, build_directory, real};
+use crate::support::fixture::{Fixture, below_reaper, build_directory, real};
 use crate::support::redis::{self, Client};
 use crate::support::session::{DONE, ERROR, REFUSED, Session};
 use crate::support::{numbers, skip, wait};
@@ -29,15 +29,18 @@ fn end_unreaped(family: &Family, signal: Signal, all: bool) {
     wait::until("the root has ended", || !numbers::is_alive(root));
 }
 
-/// The same, and the root is reaped: by us, or if it was made again by who has adopted its shadow.
+/// The same, and the root is reaped.
 #[track_caller]
-fn end(family: &mut Family, signal: Signal, all: bool) {
+fn end(family: &Family, signal: Signal, all: bool) {
     end_unreaped(family, signal, all);
-    // None: we are not its parent any more.
-    let _ = family.child.try_wait();
     wait::until("the root is reaped", || {
         numbers::stat(family.pid()).is_none()
     });
+}
+
+fn start(program: &str) -> Fixture {
+    let command = below_reaper(build_directory().join(program));
+    Fixture::launch_below_reaper(program, command)
 }
 
 /// Killed again and again, and kept again when it has come back.
@@ -46,7 +49,7 @@ fn comes_back(mut fixture: Fixture) {
     let mut session = Session::new();
     let pid = fixture.pid();
     session.checkpoint(pid);
-    end(&mut fixture.family, Signal::SIGKILL, true);
+    end(&fixture.family, Signal::SIGKILL, true);
     let answer = session.rollback(pid);
     assert!(answer.number("revived") >= 1, "{answer:#?}");
     fixture.verify("after all was killed");
@@ -55,7 +58,7 @@ fn comes_back(mut fixture: Fixture) {
     session.rollback(pid);
     fixture.verify("rolled back while it lives");
 
-    end(&mut fixture.family, Signal::SIGTERM, false);
+    end(&fixture.family, Signal::SIGKILL, false);
     session.rollback(pid);
     fixture.verify("after its root was ended");
 
@@ -64,12 +67,12 @@ fn comes_back(mut fixture: Fixture) {
     let taken = session.run(&second("checkpoint", &["--name", "second"]));
     taken.expect(DONE, "checkpoint");
     fixture.mutate();
-    end(&mut fixture.family, Signal::SIGKILL, true);
+    end(&fixture.family, Signal::SIGKILL, true);
     for name in ["second", "default", "second"] {
         let back = session.run(&second("rollback", &["--verify", "--to", name]));
         back.expect(DONE, "rollback");
         fixture.verify(name);
-        end(&mut fixture.family, Signal::SIGKILL, true);
+        end(&fixture.family, Signal::SIGKILL, true);
     }
     session.rollback(pid);
     session.release(pid).expect(DONE, "release");
@@ -80,7 +83,7 @@ macro_rules! ended_tests {
     ($($program:ident),* $(,)?) => {$(
         #[test]
         fn $program() {
-            super::comes_back(super::Fixture::start(stringify!($program)));
+            super::comes_back(super::start(stringify!($program)));
         }
     )*};
 }
@@ -133,12 +136,12 @@ mod programs {
 /// Its root does not get its number by a privilege of its own.
 #[test]
 fn without_privileges() {
-    let mut command = Command::new("setpriv");
+    let mut command = below_reaper("setpriv");
     command
         .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
         .args(["--bounding-set=-all", "--no-new-privs"])
         .arg(build_directory().join("child_family"));
-    comes_back(Fixture::launch("child_family", command));
+    comes_back(Fixture::launch_below_reaper("child_family", command));
 }
 
 /// A root that leads a session of its own, and one in the process group of others.
@@ -146,11 +149,11 @@ fn without_privileges() {
 fn group_and_session() {
     let of_others = r#"exec 3<&0; "$0" <&3 3<&- & wait; exec sleep 1000"#;
     for how in [&["setsid", "--wait"][..], &["sh", "-c", of_others]] {
-        let mut command = Command::new(how[0]);
+        let mut command = below_reaper(how[0]);
         command
             .args(&how[1..])
             .arg(build_directory().join("child_family"));
-        let mut fixture = Fixture::launch("child_family", command);
+        let mut fixture = Fixture::launch_below_reaper("child_family", command);
         let mut all = numbers::processes().into_iter();
         let root = all.find(|(_, stat)| stat.parent == fixture.pid());
         let root = root.expect("its child").0;
@@ -162,22 +165,23 @@ fn group_and_session() {
         let was = place();
         let mut session = Session::new();
         session.checkpoint(root);
-        for round in 0..3 {
+        let kill_all = || {
             for (pid, stat) in numbers::processes() {
-                if pid == root
-                    || stat.parent == root && numbers::status_number(pid, "TracerPid") == Some(0)
-                {
+                let is_shadow = || numbers::status_number(pid, "TracerPid") != Some(0);
+                if pid == root || stat.parent == root && !is_shadow() {
                     kill(Pid::from_raw(pid), Signal::SIGKILL).expect("killing");
                 }
             }
             wait::until("the root is reaped", || numbers::stat(root).is_none());
+        };
+        for round in 0..3 {
+            kill_all();
             session.rollback(root);
             assert_eq!(place(), was, "{how:?}");
             fixture.verify(&format!("{how:?}, round {round}"));
         }
-        // The shell, or what is left of it, is not its parent any more.
-        kill(Pid::from_raw(root), Signal::SIGKILL).expect("killing");
         session.release(root).expect(DONE, "release");
+        kill_all();
     }
 }
 
@@ -185,13 +189,13 @@ fn group_and_session() {
 #[test]
 fn scripts() {
     for (shell, name) in [("bash", "pipeline.sh"), ("python3", "pool.py")] {
-        let mut command = Command::new(shell);
+        let mut command = below_reaper(shell);
         command.arg(real(name));
-        let mut fixture = Fixture::launch(name, command);
+        let mut fixture = Fixture::launch_below_reaper(name, command);
         let mut session = Session::new();
         session.checkpoint(fixture.pid());
         for round in 0..5 {
-            end(&mut fixture.family, Signal::SIGKILL, true);
+            end(&fixture.family, Signal::SIGKILL, true);
             session.rollback(fixture.pid());
             fixture.verify(&format!("round {round}"));
             fixture.run_on();
@@ -211,9 +215,12 @@ fn redis() {
     let port = free.local_addr().expect("an address").port();
     drop(free);
     let log = File::create(directory.path().join("log")).expect("making a file");
-    let mut server = Family::start(
-        redis::server(&socket)
+    let command = redis::server(&socket);
+    let server = Family::start_below_reaper(
+        below_reaper(command.get_program())
+            .args(command.get_args())
             .args(["--port", &port.to_string()])
+            .current_dir(directory.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("duplicating"))
             .stderr(log),
@@ -224,7 +231,7 @@ fn redis() {
     for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGKILL] {
         let mut client = Client::wait_for(&socket);
         client.must("FLUSHALL");
-        end(&mut server, signal, true);
+        end(&server, signal, true);
         assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
         session.rollback(server.pid());
         TcpStream::connect(("127.0.0.1", port)).expect("it listens on its port");
@@ -261,22 +268,21 @@ fn ended_trees_are_kept_until_they_are_released() {
     ask(&session, "checkpoint").expect(DONE, "checkpoint");
     assert_eq!(session.keepers().len(), 1);
 
-    end(&mut fixture.family, Signal::SIGKILL, true);
+    end_unreaped(&fixture.family, Signal::SIGKILL, true);
     assert_eq!(session.keepers().len(), 1);
     session.release(pid).expect(DONE, "release");
     wait::until("the keeper has ended", || session.keepers().is_empty());
-    let answer = ask(&session, "rollback").expect(ERROR, "rollback");
-    assert!(answer.err.contains("no process"), "{answer:#?}");
+    ask(&session, "rollback").expect(ERROR, "rollback");
 }
 
 /// Another process has the number now.
 #[test]
 fn a_taken_number_is_named() {
-    let mut fixture = Fixture::start("dirty_pages");
+    let mut fixture = start("dirty_pages");
     let mut session = Session::new();
     let pid = fixture.pid();
     session.checkpoint(pid);
-    end(&mut fixture.family, Signal::SIGKILL, true);
+    end(&fixture.family, Signal::SIGKILL, true);
     let mut taker = None;
     wait::until("another has its number", || {
         std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).expect("root");
@@ -319,10 +325,10 @@ fn a_killed_keeper_leaves_nothing_half_way() {
     {
         println!("{point}");
         let mut session = Session::new();
-        let mut fixture = Fixture::start("child_threads");
+        let mut fixture = start("child_threads");
         session.set(fault::VARIABLE, point);
         session.checkpoint(fixture.pid());
-        end(&mut fixture.family, Signal::SIGKILL, true);
+        end(&fixture.family, Signal::SIGKILL, true);
         let answer = session.try_rollback(fixture.pid());
         assert_ne!(answer.status, DONE, "{point} was not reached: {answer:#?}");
         wait::until("the keeper is gone", || session.keepers().is_empty());

@@ -22,26 +22,27 @@ impl Stopped<'_> {
             .window
             .as_ref()
             .ok_or(Error::Gone(original))?;
-        InCopy::start(copy, target.bootstrap.address, |_| {
-            (calls.to_vec(), Vec::new())
-        })
+        let calls = |_| (calls.to_vec(), Vec::new());
+        InCopy::start(copy, target.bootstrap.address, calls, || Ok(()))
     }
 
-    /// Has a shadow make one system call, whose arguments may point to `data`, of which `call` is told the address. Returns
-    /// what the call returned and the child that it made, if it did.
+    /// Has a shadow make one system call, right after `before`; its arguments may point to the data that `call` gives, and
+    /// of which it is told the address. Returns what the call returned and the child that it made, if it did.
     pub(super) fn call_in_shadow(
         shadow: Pid,
         call: impl FnOnce(u64) -> (PlainCall, Vec<u8>),
+        before: impl FnOnce() -> Result<()>,
     ) -> Result<(std::result::Result<u64, Errno>, Option<Pid>)> {
         let maps = std::fs::File::open(procfs::path(shadow, "maps"))
             .context(|| format!("open /proc/{shadow}/maps"))?;
         let place = Bootstrap::find(shadow, &maps)?;
         ptrace::set_options(shadow, Options::HOLD_OR_KILL)
             .context(|| format!("ptrace options of shadow {shadow}"))?;
-        let mut calls = InCopy::start(shadow, place.address, |data| {
+        let calls = |data| {
             let (call, data) = call(data);
             (vec![call], data)
-        })?;
+        };
+        let mut calls = InCopy::start(shadow, place.address, calls, before)?;
         let mut born = Vec::new();
         let results = calls.await_end(&mut born)?;
         ptrace::set_options(shadow, Options::SHADOW)
@@ -73,10 +74,12 @@ pub struct InCopy {
 
 impl InCopy {
     /// Starts calls, with what they need in memory, in a stopped copy in whose address space there is room at `place`.
+    /// `before` comes last.
     fn start(
         copy: Pid,
         place: u64,
         calls: impl FnOnce(u64) -> (Vec<PlainCall>, Vec<u8>),
+        before: impl FnOnce() -> Result<()>,
     ) -> Result<Self> {
         let data_at = place + Bootstrap::DATA;
         let (calls, data) = calls(data_at);
@@ -98,6 +101,7 @@ impl InCopy {
         let mut registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
         (registers.rip, registers.orig_rax) = (place, u64::MAX);
         ptrace::set_registers(copy, &registers).context(|| format!("set registers of {copy}"))?;
+        before()?;
         ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?;
         Ok(Self {
             copy,

@@ -189,13 +189,15 @@ impl Stopped<'_> {
             ),
         };
         while Instant::now() < deadline {
-            match &namespace {
-                Some(namespace) => last_pid::set_next_in(namespace.as_fd(), inside),
-                None => last_pid::set_next(inside),
-            }
-            .context(|| format!("ask for number {inside} in the namespace of {maker}"))?;
+            let ask = || {
+                match &namespace {
+                    Some(namespace) => last_pid::set_next_in(namespace.as_fd(), inside),
+                    None => last_pid::set_next(inside),
+                }
+                .context(|| format!("ask for number {inside} in the namespace of {maker}"))
+            };
             let born = self
-                .clone_with_any_id(by, wanted)?
+                .clone_with_next_id(by, wanted, ask)?
                 .map_err(|errno| failed(maker, "clone", errno))?;
             let is_ours = levels == 1;
             if id_inside(born)? == inside && (is_ours || !avoid.contains(&born)) {
@@ -210,21 +212,23 @@ impl Stopped<'_> {
         ))
     }
 
-    /// The same under the number that comes next.
-    fn clone_with_any_id(
+    /// The same under the number that comes next, once that was asked for.
+    fn clone_with_next_id(
         &mut self,
         by: Maker,
         wanted: Wanted,
+        ask: impl FnOnce() -> Result<()>,
     ) -> Result<std::result::Result<Pid, Errno>> {
         let flags = wanted.flags | wanted.exit_signal;
         let maker = match by {
             Maker::Leader(maker) => maker,
             Maker::Shadow(shadow) => {
                 let call = (libc::SYS_clone, [flags as u64, 0, 0]);
-                let made = Self::call_in_shadow(shadow, |_| (call, Vec::new()))?;
+                let made = Self::call_in_shadow(shadow, |_| (call, Vec::new()), ask)?;
                 return child(shadow, made);
             }
         };
+        ask()?;
         let mut batch = Batch::new();
         let zero = 0.into();
         let clone = batch.call(libc::SYS_clone, &[flags.into(), zero, zero, zero, zero]);
@@ -250,14 +254,15 @@ impl Stopped<'_> {
         let maker = match by {
             Maker::Leader(maker) => maker,
             Maker::Shadow(shadow) => {
-                let made = Self::call_in_shadow(shadow, |at| {
+                let call = |at| {
                     let arguments = CloneArguments {
                         set_tid: at + size as u64,
                         ..arguments
                     };
                     let data = [arguments.as_bytes(), ids.as_bytes()].concat();
                     ((libc::SYS_clone3, [at, size as u64, 0]), data)
-                })?;
+                };
+                let made = Self::call_in_shadow(shadow, call, || Ok(()))?;
                 return child(shadow, made);
             }
         };
