@@ -4,6 +4,7 @@ use std::fs::File;
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,6 +15,17 @@ use crate::support::fixture::{Fixture, below_reaper, build_directory, real};
 use crate::support::redis::{self, Client};
 use crate::support::session::{DONE, ERROR, REFUSED, Session};
 use crate::support::{numbers, skip, wait};
+
+/// Who turns back the kernel's count of numbers (`ns_last_pid`) has others get those that were free for us a moment ago.
+static NUMBERS: RwLock<()> = RwLock::new(());
+
+fn numbers_go_on() -> RwLockReadGuard<'static, ()> {
+    NUMBERS.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn numbers_turn_back() -> RwLockWriteGuard<'static, ()> {
+    NUMBERS.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Kills a tree, all of it or its root alone. Nobody has reaped the root yet.
 fn end_unreaped(family: &Family, signal: Signal, all: bool) {
@@ -83,6 +95,7 @@ macro_rules! ended_tests {
     ($($program:ident),* $(,)?) => {$(
         #[test]
         fn $program() {
+            let _numbers = super::numbers_go_on();
             super::comes_back(super::start(stringify!($program)));
         }
     )*};
@@ -136,6 +149,7 @@ mod programs {
 /// Its root does not get its number by a privilege of its own.
 #[test]
 fn without_privileges() {
+    let _numbers = numbers_turn_back();
     let mut command = below_reaper("setpriv");
     command
         .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
@@ -147,13 +161,14 @@ fn without_privileges() {
 /// A root that leads a session of its own, and one in the process group of others.
 #[test]
 fn group_and_session() {
+    let _numbers = numbers_go_on();
     let of_others = r#"exec 3<&0; "$0" <&3 3<&- & wait; exec sleep 1000"#;
     for how in [&["setsid", "--wait"][..], &["sh", "-c", of_others]] {
         let mut command = below_reaper(how[0]);
         command
             .args(&how[1..])
-            .arg(build_directory().join("child_family"));
-        let mut fixture = Fixture::launch_below_reaper("child_family", command);
+            .arg(build_directory().join("dirty_pages"));
+        let mut fixture = Fixture::launch_below_reaper("dirty_pages", command);
         let mut all = numbers::processes().into_iter();
         let root = all.find(|(_, stat)| stat.parent == fixture.pid());
         let root = root.expect("its child").0;
@@ -165,29 +180,25 @@ fn group_and_session() {
         let was = place();
         let mut session = Session::new();
         session.checkpoint(root);
-        let kill_all = || {
-            for (pid, stat) in numbers::processes() {
-                let is_shadow = || numbers::status_number(pid, "TracerPid") != Some(0);
-                if pid == root || stat.parent == root && !is_shadow() {
-                    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("killing");
-                }
-            }
+        let kill_root = || {
+            kill(Pid::from_raw(root), Signal::SIGKILL).expect("killing");
             wait::until("the root is reaped", || numbers::stat(root).is_none());
         };
         for round in 0..3 {
-            kill_all();
+            kill_root();
             session.rollback(root);
             assert_eq!(place(), was, "{how:?}");
             fixture.verify(&format!("{how:?}, round {round}"));
         }
         session.release(root).expect(DONE, "release");
-        kill_all();
+        kill_root();
     }
 }
 
 /// A pipeline, and a pool of workers.
 #[test]
 fn scripts() {
+    let _numbers = numbers_go_on();
     for (shell, name) in [("bash", "pipeline.sh"), ("python3", "pool.py")] {
         let mut command = below_reaper(shell);
         command.arg(real(name));
@@ -206,6 +217,7 @@ fn scripts() {
 /// Redis: its digest, its clients' ways to it, and what it does on.
 #[test]
 fn redis() {
+    let _numbers = numbers_go_on();
     if !Path::new("/usr/bin/redis-server").exists() {
         skip!("no redis-server");
     }
@@ -244,6 +256,7 @@ fn redis() {
 /// What the command says of a tree that has ended.
 #[test]
 fn ended_trees_are_kept_until_they_are_released() {
+    let _numbers = numbers_go_on();
     let mut fixture = Fixture::start("dirty_pages");
     let mut session = Session::new();
     let pid = fixture.pid();
@@ -278,6 +291,7 @@ fn ended_trees_are_kept_until_they_are_released() {
 /// Another process has the number now.
 #[test]
 fn a_taken_number_is_named() {
+    let _numbers = numbers_turn_back();
     let mut fixture = start("dirty_pages");
     let mut session = Session::new();
     let pid = fixture.pid();
@@ -319,6 +333,7 @@ fn a_living_root_is_left_to_its_parent() {
 /// The keeper is killed while it makes a tree again: that is gone, or as it was at the checkpoint.
 #[test]
 fn a_killed_keeper_leaves_nothing_half_way() {
+    let _numbers = numbers_go_on();
     let points = fault::POINTS.iter();
     for point in
         points.filter(|point| point.starts_with("rollback.") || point.starts_with("remake."))
