@@ -9,7 +9,7 @@ const ORDER: &[&[&str]] = &[
     &["record"],
     &["kernel"],
     &["freeze"],
-    &["memory", "task", "objects"],
+    &["memory", "task", "objects", "filesystem"],
     &["checkpoint"],
     &["rollback"],
     &["engine"],

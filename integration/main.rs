@@ -13,6 +13,7 @@ mod fixtures_task;
 mod honesty;
 mod leaks;
 mod orphans;
+mod overlay;
 mod postgresql;
 mod real_programs;
 mod refusals;

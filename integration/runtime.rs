@@ -17,7 +17,7 @@ use crate::support::{numbers, wait};
 /// runc's exit status of an `exec` that could not start its program.
 const NOT_STARTED: i32 = 255;
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("a path in UTF-8")
 }
 
@@ -32,12 +32,12 @@ fn cgroups(id: &str) -> Vec<PathBuf> {
 }
 
 /// An ID no other test uses: cgroups are named after it.
-fn unique(name: &str) -> String {
+pub(crate) fn unique(name: &str) -> String {
     format!("{name}-{}", std::process::id())
 }
 
 /// What is left below the root directory.
-fn left(containers: &Containers) -> Vec<String> {
+pub(crate) fn left(containers: &Containers) -> Vec<String> {
     let entries = fs::read_dir(containers.session.root()).expect("the root directory");
     let names = entries.flatten().map(|entry| entry.file_name());
     names
@@ -46,7 +46,7 @@ fn left(containers: &Containers) -> Vec<String> {
 }
 
 /// Changes a bundle's config.json.
-fn configure(bundle: &Path, change: impl FnOnce(&mut Value)) {
+pub(crate) fn configure(bundle: &Path, change: impl FnOnce(&mut Value)) {
     let path = bundle.join("config.json");
     let mut config = serde_json::from_slice(&fs::read(&path).expect("config.json")).expect("JSON");
     change(&mut config);

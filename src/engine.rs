@@ -20,8 +20,9 @@ use std::time::SystemTime;
 use nix::unistd::Pid;
 
 use crate::checkpoint::{self, Checkpoint as Held, Spaces};
+use crate::filesystem::{self, Files};
 use crate::freeze::{self, Tree};
-use crate::outcome::{Outcome, Refusal, Report};
+use crate::outcome::{self, Outcome, Refusal, Report};
 use crate::phases::Phases;
 use crate::record::Stats;
 use crate::rollback::{self, Failure};
@@ -72,6 +73,8 @@ pub struct CheckpointInfo {
     pub resident_pages: u64,
     /// Bytes of shared memory kept as a copy.
     pub shared_bytes: u64,
+    /// Bytes of content of files that are kept for it, some of them perhaps for others too.
+    pub file_bytes: u64,
 }
 
 /// Why an operation did not come about.
@@ -118,16 +121,30 @@ pub struct Engine {
     checkpoints: Vec<Held>,
     /// It was killed in the middle of a rollback.
     is_lost: bool,
+    files: Files,
     bound_to_thread: PhantomData<*const ()>,
 }
 
 impl Engine {
-    /// Attaches to a tree. It goes on running.
+    /// Attaches to a tree. It goes on running. No files go back with it.
     ///
     /// # Errors
     ///
     /// Refused if there is no such process, or it is one that can't be taken (a kernel thread, ourselves).
     pub fn attach(target: Target) -> Result<Self, Error> {
+        let none = filesystem::Options {
+            include: false,
+            ..filesystem::Options::default()
+        };
+        Self::attach_with_files(target, none)
+    }
+
+    /// As [`Engine::attach`]; these files go back with it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::attach`].
+    pub fn attach_with_files(target: Target, files: filesystem::Options) -> Result<Self, Error> {
         let tree = Tree::new(Pid::from_raw(target.pid))?;
         Ok(Self {
             target,
@@ -135,6 +152,7 @@ impl Engine {
             spaces: Spaces::new(),
             checkpoints: Vec::new(),
             is_lost: false,
+            files: Files::new(files),
             bound_to_thread: PhantomData,
         })
     }
@@ -173,6 +191,7 @@ impl Engine {
             &mut self.tree,
             &mut self.spaces,
             &mut self.checkpoints,
+            &mut self.files,
             name,
             &mut phases,
         )?;
@@ -190,6 +209,7 @@ impl Engine {
             killed: 0,
             revived: 0,
             reset_connections: 0,
+            files: files_report(&checkpoint.files),
             refused: None,
         };
         let replaced = self.checkpoints.iter().position(|other| other.name == name);
@@ -222,6 +242,7 @@ impl Engine {
             &mut self.tree,
             &mut self.spaces,
             &mut self.checkpoints,
+            &mut self.files,
             to,
             options.verify,
             &mut phases,
@@ -261,6 +282,11 @@ impl Engine {
             killed: done.killed,
             revived: done.revived,
             reset_connections: done.reset_connections,
+            files: outcome::Files {
+                files: done.files.changes,
+                bytes: done.files.bytes,
+                ..files_report(&self.checkpoints[to].files)
+            },
             refused: None,
         })
     }
@@ -275,6 +301,7 @@ impl Engine {
             stats: checkpoint.context.stats().clone(),
             resident_pages: checkpoint.resident_pages,
             shared_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
+            file_bytes: checkpoint.files.bytes(),
         };
         self.checkpoints.iter().map(info).collect()
     }
@@ -408,7 +435,30 @@ impl Drop for Engine {
 }
 
 #[cfg(test)]
+mod files_tests;
+#[cfg(test)]
 mod tests;
+
+fn files_report(image: &filesystem::Image) -> outcome::Files {
+    let shown = |path: &std::path::Path| path.display().to_string();
+    outcome::Files {
+        included: image
+            .areas
+            .iter()
+            .map(|area| shown(&area.area.mount_point))
+            .collect(),
+        left_out: image
+            .left_out
+            .iter()
+            .map(|mount| outcome::LeftOut {
+                mount_point: shown(&mount.mount_point),
+                why: mount.why.clone(),
+            })
+            .collect(),
+        files: image.files() as u64,
+        bytes: image.bytes(),
+    }
+}
 
 fn header_bytes(checkpoint: &Held) -> u64 {
     checkpoint.context.stats().bytes

@@ -2,7 +2,7 @@
 //! place, as often as asked.
 //!
 //! The rooms, each importing only from those before it ([`outcome`] and [`fault`] lie below all): [`record`], [`kernel`], [`freeze`], then [`memory`],
-//! [`task`] and [`objects`] (which do not import one another), [`checkpoint`] and [`rollback`], [`engine`],
+//! [`task`], [`objects`] and [`filesystem`] (which do not import one another), [`checkpoint`] and [`rollback`], [`engine`],
 //! [`container`] and [`keeper`], and `cli` in the binary's own face.
 
 pub mod fault;
@@ -15,6 +15,7 @@ pub mod kernel;
 
 pub mod freeze;
 
+pub mod filesystem;
 pub mod memory;
 pub mod objects;
 pub mod task;

@@ -42,6 +42,28 @@ pub struct Difference {
     pub found: String,
 }
 
+/// What an operation did with files.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Files {
+    /// Mount points whose files are in the checkpoint.
+    pub included: Vec<String>,
+    /// Those whose files are not.
+    pub left_out: Vec<LeftOut>,
+    /// Files in the checkpoint; of a rollback, names and files that were changed back.
+    pub files: u64,
+    /// Bytes of content in the checkpoint, which it may share with others; of a rollback, bytes that were written.
+    pub bytes: u64,
+}
+
+/// A mount whose files are not in the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Where it is mounted.
+    pub mount_point: String,
+    /// Why.
+    pub why: String,
+}
+
 /// What one operation did and what it took.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
@@ -71,6 +93,9 @@ pub struct Report {
     pub revived: usize,
     /// Connections that could not be kept and were reset.
     pub reset_connections: usize,
+    /// What was done with files.
+    #[serde(default)]
+    pub files: Files,
     /// Set when `outcome` is [`Outcome::Refused`].
     pub refused: Option<Refusal>,
 }

@@ -3,12 +3,15 @@
 //! A checkpoint either is taken whole or refused, and then the tree is as it was. Nothing of it is undone by hand but
 //! what the capture itself added: shadows and windows.
 
+mod uses;
+
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::time::SystemTime;
 
 use nix::unistd::Pid;
 
+use crate::filesystem::{self, Files};
 use crate::freeze::{self, OnTracerDeath, Process, Stopped, Tree};
 use crate::kernel::kcmp;
 use crate::memory::{self, SharedImage, Space, SpaceImage};
@@ -35,6 +38,9 @@ pub enum Error {
     /// Threads and processes.
     #[error(transparent)]
     Task(task::Error),
+    /// Files.
+    #[error(transparent)]
+    Files(filesystem::Error),
     /// The context.
     #[error(transparent)]
     Record(#[from] record::Error),
@@ -79,6 +85,15 @@ impl From<task::Error> for Error {
     }
 }
 
+impl From<filesystem::Error> for Error {
+    fn from(error: filesystem::Error) -> Self {
+        match error {
+            filesystem::Error::Refused(refusal) => Self::Refused(refusal),
+            other => Self::Files(other),
+        }
+    }
+}
+
 /// Result of this room.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -102,6 +117,10 @@ pub struct Checkpoint {
     pub segments: memory::Segments,
     /// Descriptors.
     pub objects: objects::Capture,
+    /// Files.
+    pub files: filesystem::Image,
+    /// Files that were open or mapped.
+    pub uses: Vec<filesystem::Use>,
     /// What is new about processes and threads that were made again since.
     pub renamed: task::Renamed,
     /// Number of processes.
@@ -126,9 +145,12 @@ pub fn take(
     tree: &mut Tree,
     spaces: &mut Spaces,
     others: &mut [Checkpoint],
+    files: &mut Files,
     name: &str,
     phases: &mut Phases,
 ) -> Result<Checkpoint> {
+    let prepared = files.prepare(tree.root())?;
+    phases.end_running("mounts");
     if spaces.is_empty() {
         warm_up(tree, spaces, phases)?;
     }
@@ -143,7 +165,17 @@ pub fn take(
     phases.end("stop");
     fault::point("checkpoint.stopped");
     let mut images = Vec::new();
-    match capture(&mut stopped, spaces, others, name, &mut images, phases) {
+    let captured = capture(&mut stopped, spaces, others, name, &mut images, phases);
+    let captured = captured.and_then(|mut checkpoint| {
+        if !prepared.is_empty() {
+            checkpoint.uses = uses::find(&stopped, &checkpoint.objects, &images)?;
+        }
+        checkpoint.files = files.capture(prepared, &checkpoint.uses)?;
+        phases.end("files");
+        fault::point("checkpoint.files");
+        Ok(checkpoint)
+    });
+    match captured {
         Ok(mut checkpoint) => {
             checkpoint.spaces = images;
             fault::point("checkpoint.resuming");
@@ -223,16 +255,28 @@ fn capture(
     fault::point("checkpoint.window");
 
     let mut context = Context::buffering()?;
-    let objects = objects::capture(stopped, &mut context)?;
-    phases.end("objects");
-    fault::point("checkpoint.objects");
+    let found = objects::find(stopped)?;
     task::capture(stopped, &mut context)?;
     phases.end("tasks");
     fault::point("checkpoint.tasks");
-    let mut resident_pages = 0;
-    let shadows = memory::make_shadows(stopped, &living)?;
+    // While the processes fork, their descriptors are looked at from outside.
+    let forks = memory::start_shadows(stopped, &living);
+    let looked = found.look(&mut context);
+    phases.end("objects");
+    fault::point("checkpoint.objects");
+    let shadows = forks.finish(stopped);
     phases.end("fork");
-    let mut shadows = living.iter().copied().zip(shadows);
+    let mut shadows = living.iter().copied().zip(shadows?);
+    let recorded = looked.and_then(|looked| looked.record(stopped, &mut context));
+    let objects = match recorded {
+        Ok(objects) => objects,
+        Err(error) => {
+            shadows.for_each(|(pid, shadow)| shadow.discard(stopped, pid));
+            return Err(error.into());
+        }
+    };
+    phases.end("objects");
+    let mut resident_pages = 0;
     while let Some((pid, shadow)) = shadows.next() {
         let others = others
             .iter_mut()
@@ -271,6 +315,8 @@ fn capture(
         shared,
         segments,
         objects,
+        files: filesystem::Image::default(),
+        uses: Vec::new(),
         renamed: task::Renamed::default(),
         processes: stopped.processes().count(),
         threads: stopped.thread_count(),

@@ -86,11 +86,11 @@ pub(crate) struct Global {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Create a container; its program waits for start
-    Create(liboci_cli::Create),
+    Create(create::Create),
     /// Let the program of a created container run
     Start(liboci_cli::Start),
     /// Create and start a container
-    Run(liboci_cli::Run),
+    Run(run::Run),
     /// Run another program in a running container
     Exec(liboci_cli::Exec),
     /// Print the state of a container as JSON

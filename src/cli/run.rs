@@ -2,14 +2,29 @@
 
 use std::path::Path;
 
-use super::create::finished;
+use clap::Args;
+
+use super::create::{OVERLAY_HELP, Overlay, finished};
 use super::foreground::{Signals, attend};
 use super::terminal::Console;
 use super::{Global, Status, UsageError};
 use crate::container::create::{self, Child, Options};
 use crate::container::{config, lifecycle};
 
-pub(super) fn run(global: &Global, args: &liboci_cli::Run) -> anyhow::Result<Status> {
+/// runc's options of `run`, and ours.
+#[derive(Debug, Args)]
+#[group(skip)]
+#[command(after_help = OVERLAY_HELP)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    oci: liboci_cli::Run,
+    #[command(flatten)]
+    overlay: Overlay,
+}
+
+pub(super) fn run(global: &Global, args: &Run) -> anyhow::Result<Status> {
+    let overlay = args.overlay.place();
+    let args = &args.oci;
     let signals = Signals::hold()?;
     let options = Options {
         root: &global.root,
@@ -20,6 +35,7 @@ pub(super) fn run(global: &Global, args: &liboci_cli::Run) -> anyhow::Result<Sta
         preserve_fds: args.preserve_fds,
         no_pivot: args.no_pivot,
         no_new_keyring: args.no_new_keyring,
+        overlay,
         mask: signals.before,
     };
     if args.detach {

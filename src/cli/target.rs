@@ -13,7 +13,7 @@ use super::{Global, LostError, Status};
 use crate::container;
 use crate::keeper::protocol::{Failure, Request, Response};
 use crate::keeper::{self, Client, Errand, Identity};
-use crate::outcome::{Outcome, Refusal, Report};
+use crate::outcome::{Files, Outcome, Refusal, Report};
 
 /// The container or process tree.
 #[derive(Debug, Args)]
@@ -155,6 +155,7 @@ struct Printed {
     killed: usize,
     revived: usize,
     reset_connections: usize,
+    files: Files,
     refused: Option<Refusal>,
     error: Option<String>,
 }
@@ -179,6 +180,7 @@ impl Printed {
             killed: report.killed,
             revived: report.revived,
             reset_connections: report.reset_connections,
+            files: report.files,
             refused: report.refused,
             error: None,
         }
@@ -250,6 +252,24 @@ fn sentence(name: &str, report: &Report) -> String {
     if report.reset_connections > 0 {
         text += &format!("\n  connections reset: {}", report.reset_connections);
     }
+    let files = &report.files;
+    if !files.included.is_empty() {
+        text += &format!(
+            "\n  files in {}: {}, {}",
+            files.included.join(", "),
+            match report.outcome {
+                Outcome::RolledBack => count(files.files, "change undone", "changes undone"),
+                _ => count(files.files, "file", "files"),
+            },
+            size(files.bytes),
+        );
+    }
+    for mount in &files.left_out {
+        text += &format!(
+            "\n  files in {} are not included: {}",
+            mount.mount_point, mount.why
+        );
+    }
     text.push('\n');
     text
 }
@@ -313,6 +333,7 @@ mod tests {
             killed: 2,
             revived: 1,
             reset_connections: 0,
+            files: Files::default(),
             refused: None,
         }
     }

@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 
 use super::config::{self, Bundle};
 use super::locate::{self, Init, Located, Status, locate, write_whole};
+use super::overlay::{self, Layer};
 use super::program::Program;
 use super::{Error, cgroups, children, copy_up};
 use crate::kernel::{keyring, loopback, pidfd};
@@ -39,6 +40,8 @@ pub(crate) struct Options<'a> {
     pub(crate) no_pivot: bool,
     /// Leave the program the session keyring of the caller.
     pub(crate) no_new_keyring: bool,
+    /// Put an overlay over the root directory, with its writable layer there.
+    pub(crate) overlay: Option<overlay::Place<'a>>,
     /// The signal mask the program starts with.
     pub(crate) mask: SigSet,
 }
@@ -81,20 +84,37 @@ pub(crate) fn create(options: &Options<'_>) -> Result<Child, Error> {
         return Err(Error::Exists(id.to_owned()));
     }
 
-    build(options, root, &bundle)
-        .and_then(|child| finish(options, &directory, &bundle, &child).map(|()| child))
-        .inspect_err(|_| {
-            children::abandon();
-            // What could not be removed is told by the error that comes first.
-            let _ =
-                cgroups::directories(&bundle.cgroup).and_then(|cgroups| cgroups::remove(&cgroups));
-            let _ = config::remove_directory(&directory);
-        })
+    let rootfs = bundle.rootfs();
+    let prepare = |place| Layer::prepare(place, root, id, &rootfs);
+    let layer = options.overlay.map(prepare).transpose()?;
+    let make = || {
+        let child = build(options, root, &bundle)?;
+        finish(options, &directory, &bundle, layer.as_ref(), &child)?;
+        Ok(child)
+    };
+    let made = match &layer {
+        Some(layer) => layer.mounted(make),
+        None => make(),
+    };
+    made.inspect_err(|_| {
+        children::abandon();
+        if let Some(layer) = &layer {
+            let _ = overlay::remove(root, id, layer.given.as_deref());
+        }
+        // What could not be removed is told by the error that comes first.
+        let _ = cgroups::directories(&bundle.cgroup).and_then(|cgroups| cgroups::remove(&cgroups));
+        let _ = config::remove_directory(&directory);
+    })
+}
+
+/// The directory that takes the bundle's place while the container is made.
+pub(super) fn stand_in(root: &Path, id: &str) -> PathBuf {
+    root.join(format!(".bundle-{id}"))
 }
 
 fn build(options: &Options<'_>, root: &Path, bundle: &Bundle) -> Result<Child, Error> {
     let what = || format!("creating container {:?}", options.id);
-    let stand_in = root.join(format!(".bundle-{}", options.id));
+    let stand_in = stand_in(root, options.id);
     config::remove_directory(&stand_in)?;
     let directory = if bundle.as_written {
         bundle.directory.clone()
@@ -148,6 +168,7 @@ fn finish(
     options: &Options<'_>,
     directory: &Path,
     bundle: &Bundle,
+    layer: Option<&Layer>,
     child: &Child,
 ) -> Result<(), Error> {
     let id = options.id;
@@ -157,6 +178,7 @@ fn finish(
         start_time,
         cgroup: bundle.cgroup.clone(),
         rootfs: bundle.rootfs(),
+        overlay: layer.and_then(|layer| layer.given.clone()),
     }
     .save(directory)?;
     // Kept: `exec` must not depend on what becomes of the bundle.

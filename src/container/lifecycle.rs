@@ -11,9 +11,9 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use libcontainer::container::ContainerStatus;
 
-use super::create::{load, save};
+use super::create::{load, save, stand_in};
 use super::locate::{Located, Status, locate};
-use super::{Error, cgroups, children};
+use super::{Error, cgroups, children, config, overlay};
 use crate::kernel::pidfd;
 
 /// How long processes that were sent `SIGKILL` may take to be gone: a large address space takes its time.
@@ -109,7 +109,7 @@ pub(crate) fn processes(located: &Located) -> Result<BTreeSet<Pid>, Error> {
 /// there is no error.
 pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     let located = match locate(root, id) {
-        Err(Error::Unknown { .. }) if force => return Ok(()),
+        Err(Error::Unknown { .. }) if force => return remove_what_is_beside(root, id, None),
         other => other?,
     };
     match located.status {
@@ -126,7 +126,14 @@ pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     container
         .delete(false)
         .map_err(Error::runtime(format!("deleting container {id:?}")))?;
-    cgroups::remove(&located.cgroups()?)
+    cgroups::remove(&located.cgroups()?)?;
+    remove_what_is_beside(root, id, located.overlay.as_deref())
+}
+
+/// Removes what a container has, or a `create` that was killed has left, beside the directory of its state.
+fn remove_what_is_beside(root: &Path, id: &str, overlay: Option<&Path>) -> Result<(), Error> {
+    config::remove_directory(&stand_in(root, id))?;
+    overlay::remove(root, id, overlay)
 }
 
 /// Kills everything in the container and waits until it is gone.

@@ -58,6 +58,8 @@ pub struct Located {
     pub cgroup: Option<PathBuf>,
     /// Its root directory as the host sees it, if `create` came far enough.
     pub rootfs: Option<PathBuf>,
+    /// The directory that the user named for the writable layer of its overlay.
+    pub(super) overlay: Option<PathBuf>,
     pub(super) state: State,
 }
 
@@ -105,6 +107,9 @@ pub(super) struct Init {
     pub(super) cgroup: PathBuf,
     /// The container's root directory as the host sees it.
     pub(super) rootfs: PathBuf,
+    /// The directory that the user named for the writable layer of an overlay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) overlay: Option<PathBuf>,
 }
 
 impl Init {
@@ -188,6 +193,7 @@ pub fn locate(root: &Path, id: &str) -> Result<Located, Error> {
         init: alive.map(Pid::from_raw),
         bundle: state.bundle.clone(),
         cgroup: init.as_ref().map(|init| init.cgroup.clone()),
+        overlay: init.as_ref().and_then(|init| init.overlay.clone()),
         rootfs: init.map(|init| init.rootfs),
         directory,
         state,

@@ -58,6 +58,7 @@ fn a_reused_pid_is_not_the_init() {
         start_time,
         cgroup: "/snapback/c".into(),
         rootfs: "/r".into(),
+        overlay: None,
     }
     .save(&directory)
     .unwrap();
@@ -72,6 +73,7 @@ fn a_reused_pid_is_not_the_init() {
         start_time: start_time + 1,
         cgroup: "/snapback/c".into(),
         rootfs: "/r".into(),
+        overlay: None,
     }
     .save(&directory)
     .unwrap();

@@ -14,6 +14,7 @@ pub(crate) mod exec;
 pub(crate) mod features;
 pub(crate) mod lifecycle;
 mod locate;
+pub(crate) mod overlay;
 mod program;
 pub(crate) mod view;
 

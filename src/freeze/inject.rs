@@ -287,6 +287,25 @@ impl Stopped<'_> {
     }
 }
 
+/// The number, in its own PID namespace, of the child that the last batch has forked in a window which a keeper that died
+/// has left behind at an address. It died with the keeper before it was anything.
+pub fn forked_last(memory: &std::fs::File, window: u64) -> Option<i32> {
+    let mut control = [0; size_of::<Control>()];
+    memory
+        .read_exact_at(&mut control, window + CODE_SIZE as u64)
+        .ok()?;
+    let count_at = std::mem::offset_of!(Control, count);
+    let count = u64::from_ne_bytes(*control[count_at..].first_chunk()?) as usize;
+    let mut steps = vec![Step::default(); count.min(MOST_STEPS)];
+    let steps_at = window + STEPS_OFFSET as u64;
+    memory.read_exact_at(steps.as_mut_bytes(), steps_at).ok()?;
+    let is_fork =
+        |step: &&Step| step.op == runner::OP_CALL && step.number == libc::SYS_clone as u64;
+    let forks = steps.iter().filter(is_fork);
+    let made = forks.map(|step| step.result as i64).filter(|pid| *pid > 0);
+    made.map(|pid| pid as i32).next_back()
+}
+
 /// The middle of the greatest gap between mappings. The kernel puts a program's next mappings right below the others,
 /// and programs rely on what they find there.
 fn quiet_place(vmas: &[maps::Vma]) -> u64 {

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use crate::kernel::latency::Awake;
 use crate::kernel::procfs;
 use crate::kernel::ptrace::{self, Event, Options, Registers};
-use crate::kernel::scheduling::Elsewhere;
+use crate::kernel::scheduling;
 
 use super::thread::Thread;
 use super::tree::{Member, OnTracerDeath, Tree, UnknownCall};
@@ -77,8 +77,6 @@ pub struct Stopped<'t> {
     since: Instant,
     /// While a tree is stopped, no processor is to sleep. `None` in an attempt at stopping it.
     _awake: Option<Awake>,
-    /// This thread does not run where the tree's would.
-    _elsewhere: Option<Elsewhere>,
     bound_to_thread: PhantomData<*const ()>,
 }
 
@@ -86,7 +84,7 @@ impl<'t> Stopped<'t> {
     pub(super) fn stop(tree: &'t mut Tree, on_death: OnTracerDeath) -> Result<Self> {
         let deadline = Instant::now() + PATIENCE;
         let awake = tree.latency.awake();
-        let elsewhere = Elsewhere::than(tree.processors());
+        scheduling::move_away(tree.processors());
         loop {
             tree.let_stragglers_go();
             let mut attempt = Stopped {
@@ -95,7 +93,6 @@ impl<'t> Stopped<'t> {
                 on_death,
                 since: Instant::now(),
                 _awake: None,
-                _elsewhere: None,
                 bound_to_thread: PhantomData,
             };
             match attempt.stop_all() {
@@ -109,7 +106,6 @@ impl<'t> Stopped<'t> {
                         on_death,
                         since,
                         _awake: Some(awake),
-                        _elsewhere: elsewhere,
                         bound_to_thread: PhantomData,
                     });
                 }

@@ -30,7 +30,7 @@ pub struct Client {
 
 /// What became of a request.
 enum Heard {
-    Answered(Response),
+    Answered(Box<Response>),
     /// The keeper ended before it took the request on.
     Not,
 }
@@ -54,7 +54,7 @@ impl Client {
                 }
             };
             if let Heard::Answered(response) = Client::new(stream, directory).first(request)? {
-                return Ok(response);
+                return Ok(*response);
             }
         }
         Err(no_keeper(directory))
@@ -83,7 +83,7 @@ impl Client {
         for _ in 0..ATTEMPTS {
             let (stream, is_new) = launch::connect_or_start(directory, &start)?;
             match Client::new(stream, directory).first(request)? {
-                Heard::Answered(response) => return Ok(response),
+                Heard::Answered(response) => return Ok(*response),
                 Heard::Not if is_new => {
                     let log = std::fs::read_to_string(directory.log_path()).unwrap_or_default();
                     directory.remove_stale()?;
@@ -140,7 +140,7 @@ impl Client {
             });
         }
         self.set_patience(None)?;
-        self.response().map(Heard::Answered)
+        Ok(Heard::Answered(Box::new(self.response()?)))
     }
 
     fn response(&mut self) -> Result<Response, Error> {

@@ -50,6 +50,7 @@ fn report(outcome: Outcome) -> Report {
         killed: 0,
         revived: 0,
         reset_connections: 0,
+        files: Default::default(),
         refused: None,
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod anonymous;
 pub mod confined;
+pub mod detached;
 pub mod disposition;
 pub mod kcmp;
 pub mod keyring;
@@ -10,6 +11,7 @@ pub mod latency;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;
+pub mod mountinfo;
 pub mod multicast;
 pub mod namespaces;
 pub mod pagemap;
@@ -19,6 +21,7 @@ pub mod proc_events;
 pub mod procfs;
 pub mod program_map;
 pub mod ptrace;
+pub mod reflink;
 pub mod registers;
 pub mod remote_memory;
 pub mod runner;

@@ -73,41 +73,29 @@ pub fn set_processors(tid: Pid, processors: &Processors) -> Result<(), Errno> {
     .map(drop)
 }
 
-/// Keeps this thread on processors other than some until it is dropped.
-#[derive(Debug)]
-pub struct Elsewhere {
-    tid: Pid,
-    before: Processors,
-}
-
-impl Elsewhere {
-    /// Moves this thread if it runs on one of `theirs` and may run on another. It takes some 10 us if it does.
-    pub fn than(theirs: impl IntoIterator<Item = usize>) -> Option<Self> {
-        let here = nix::sched::sched_getcpu().ok()?;
-        let theirs: Vec<usize> = theirs.into_iter().collect();
-        if !theirs.contains(&here) {
-            return None;
-        }
-        let tid = nix::unistd::gettid();
-        let before = processors(tid).ok()?;
-        let mut others = before;
-        for processor in theirs {
-            if let Some(word) = others.get_mut(processor / 64) {
-                *word &= !(1 << (processor % 64));
-            }
-        }
-        // Refused if a cpuset leaves nothing of it, or there is nothing.
-        set_processors(tid, &others).ok()?;
-        Some(Self { tid, before })
+/// Moves this thread to another processor if it runs on one of `theirs` and may run elsewhere; says whether it did, which
+/// takes some 10 us. It may come back, but a thread that runs is seldom moved.
+pub fn move_away(theirs: impl IntoIterator<Item = usize>) -> bool {
+    let theirs: Vec<usize> = theirs.into_iter().collect();
+    if !nix::sched::sched_getcpu().is_ok_and(|here| theirs.contains(&here)) {
+        return false;
     }
-}
-
-impl Drop for Elsewhere {
-    fn drop(&mut self) {
-        if let Err(error) = set_processors(self.tid, &self.before) {
-            tracing::debug!(%error, "sched_setaffinity");
+    let tid = nix::unistd::gettid();
+    let Ok(allowed) = processors(tid) else {
+        return false;
+    };
+    let mut others = allowed;
+    for processor in theirs {
+        if let Some(word) = others.get_mut(processor / 64) {
+            *word &= !(1 << (processor % 64));
         }
     }
+    // Refused if nothing is left, or nothing that the cpuset has.
+    let moved = set_processors(tid, &others).is_ok();
+    if moved && let Err(error) = set_processors(tid, &allowed) {
+        tracing::warn!(%error, "sched_setaffinity");
+    }
+    moved
 }
 
 #[cfg(test)]
@@ -125,25 +113,15 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_is_elsewhere_for_a_while() {
+    fn a_thread_moves_away_and_may_run_where_it_might() {
         let me = nix::unistd::gettid();
         let before = processors(me).unwrap();
+        assert!(!move_away(0..PROCESSOR_WORDS * 64), "there is nowhere else");
+        assert!(!move_away([]), "it is elsewhere");
         let count: u32 = before.iter().map(|word| word.count_ones()).sum();
-        let all = 0..PROCESSOR_WORDS * 64;
-        assert!(Elsewhere::than(all).is_none(), "there is nowhere else");
-        assert!(Elsewhere::than([]).is_none(), "it is elsewhere");
-        assert_eq!(processors(me).unwrap(), before);
-        if count < 2 {
-            return;
-        }
-        // It may be moved between the two calls, but not for ever.
-        let moved = (0..1000).find_map(|_| {
-            let here = nix::sched::sched_getcpu().unwrap();
-            Some((here, Elsewhere::than([here])?))
-        });
-        let (here, elsewhere) = moved.unwrap();
-        assert_ne!(nix::sched::sched_getcpu().unwrap(), here);
-        drop(elsewhere);
+        // It may be moved by others between the two calls, but not for ever.
+        let moves = || move_away([nix::sched::sched_getcpu().unwrap()]);
+        assert_eq!((0..1000).any(|_| moves()), count > 1);
         assert_eq!(processors(me).unwrap(), before);
     }
 }

@@ -26,42 +26,58 @@ impl Fresh {
     }
 }
 
-/// Makes a shadow of each process, all of which fork at the same time. In the order of `pids`; on failure there are none.
-pub fn make_shadows(stopped: &mut Stopped, pids: &[Pid]) -> Result<Vec<Fresh>> {
-    let mut failure = None;
-    let mut forks = Vec::with_capacity(pids.len());
+/// Processes that fork.
+pub struct Forks {
+    forks: Vec<Fork>,
+    failure: Option<super::Error>,
+}
+
+/// Has each process fork a shadow, all at the same time. Until [`Forks::finish`] nothing may be done to their leaders.
+pub fn start_shadows(stopped: &mut Stopped, pids: &[Pid]) -> Forks {
+    let mut all = Forks {
+        forks: Vec::with_capacity(pids.len()),
+        failure: None,
+    };
     for pid in pids {
         match Fork::start(stopped, *pid) {
-            Ok(fork) => forks.push(fork),
+            Ok(fork) => all.forks.push(fork),
             Err(error) => {
-                failure = Some(error);
+                all.failure = Some(error);
                 break;
             }
         }
     }
-    let mut children = Vec::with_capacity(forks.len());
-    for fork in forks {
-        let adopted = fork.finish(stopped);
-        children.extend(adopted.map_err(|error| failure.get_or_insert(error)).ok());
-    }
-    let mut made = Vec::with_capacity(children.len());
-    for child in children {
-        let (parent, pid) = (child.parent, child.pid);
-        match child.finish() {
-            Ok(fresh) => made.push((parent, fresh)),
-            Err(error) => {
-                failure.get_or_insert(error);
-                end(stopped, parent, pid);
+    all
+}
+
+impl Forks {
+    /// The shadows, in the order of the processes; on failure there are none.
+    pub fn finish(self, stopped: &mut Stopped) -> Result<Vec<Fresh>> {
+        let Self { forks, mut failure } = self;
+        let mut children = Vec::with_capacity(forks.len());
+        for fork in forks {
+            let adopted = fork.finish(stopped);
+            children.extend(adopted.map_err(|error| failure.get_or_insert(error)).ok());
+        }
+        let mut made = Vec::with_capacity(children.len());
+        for child in children {
+            let (parent, pid) = (child.parent, child.pid);
+            match child.finish() {
+                Ok(fresh) => made.push((parent, fresh)),
+                Err(error) => {
+                    failure.get_or_insert(error);
+                    end(stopped, parent, pid);
+                }
             }
         }
-    }
-    match failure {
-        None => Ok(made.into_iter().map(|(_, fresh)| fresh).collect()),
-        Some(error) => {
-            for (parent, fresh) in made {
-                end(stopped, parent, fresh.shadow.pid);
+        match failure {
+            None => Ok(made.into_iter().map(|(_, fresh)| fresh).collect()),
+            Some(error) => {
+                for (parent, fresh) in made {
+                    end(stopped, parent, fresh.shadow.pid);
+                }
+                Err(error)
             }
-            Err(error)
         }
     }
 }

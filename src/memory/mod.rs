@@ -23,7 +23,7 @@ mod space;
 mod store;
 mod verify;
 
-pub use fork::{Fresh, make_shadows};
+pub use fork::{Forks, Fresh, start_shadows};
 pub use image::{AddressSpaceHeader, SpaceImage};
 pub use layout::Layout;
 pub use observe::{Map, Observed, look_at_map};

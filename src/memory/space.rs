@@ -108,37 +108,31 @@ impl Space {
         let layout = Layout::parse(&text, Some(window)).unwrap_or_default();
         self.register(&layout)?;
         let mut batch = Batch::new();
-        for vma in layout
-            .vmas
-            .iter()
-            .filter(|vma| vma.shared && &*vma.name == freeze::WINDOW_MAPPING)
-        {
+        let is_window = |vma: &&Vma| vma.shared && &*vma.name == freeze::WINDOW_MAPPING;
+        let memory = &stopped.member(pid)?.memory;
+        let mut forked = Vec::new();
+        for vma in layout.vmas.iter().filter(is_window) {
             batch.call(libc::SYS_munmap, &[vma.start.into(), vma.len().into()]);
+            forked.extend(freeze::forked_last(memory, vma.start).filter(|_| vma.offset == 0));
         }
-        let is_shadow = |child: Pid| {
-            procfs::Stat::read(child).is_ok_and(|stat| {
-                stat.state == 'Z' && stat.exit_signal() == 0 && stat.session() == child
-            })
-        };
-        let leftovers: Vec<Pid> = stopped
-            .processes()
-            .filter(|process| {
-                process.is_zombie() && process.parent == pid && is_shadow(process.pid)
-            })
-            .map(|process| process.pid)
-            .collect();
-        for shadow in &leftovers {
-            let status =
-                std::fs::read_to_string(procfs::path(*shadow, "status")).unwrap_or_default();
-            let inside = procfs::namespace_pids(&status)
-                .last()
-                .copied()
-                .unwrap_or(shadow.as_raw());
-            let options = libc::__WALL | libc::WNOHANG;
-            batch.call(
-                libc::SYS_wait4,
-                &[inside.into(), 0.into(), options.into(), 0.into()],
-            );
+        let mut leftovers = Vec::new();
+        let children = stopped.processes().filter(|child| child.parent == pid);
+        for child in children.filter(|child| child.is_zombie()) {
+            let child = child.pid;
+            let status = std::fs::read_to_string(procfs::path(child, "status")).unwrap_or_default();
+            let inside = procfs::namespace_pids(&status).last().copied();
+            let inside = inside.unwrap_or(child.as_raw());
+            let is_shadow = procfs::Stat::read(child).is_ok_and(|stat| {
+                stat.exit_signal() == 0 && (stat.session() == child || forked.contains(&inside))
+            });
+            if is_shadow {
+                leftovers.push(child);
+                let options = libc::__WALL | libc::WNOHANG;
+                batch.call(
+                    libc::SYS_wait4,
+                    &[inside.into(), 0.into(), options.into(), 0.into()],
+                );
+            }
         }
         if !batch.is_empty() {
             stopped.run(pid, &batch)?;

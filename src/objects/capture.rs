@@ -11,7 +11,10 @@ use super::socket_ends::{inner_tcp, mark_inner};
 use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
-use super::{Error, epoll_watch, file, locks, pipe, records, socket, socket_diag, sysv, terminal};
+use super::{
+    Error, epoll_watch, file, locks, pipe, records, side_by_side, socket, socket_diag, sysv,
+    terminal,
+};
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
 use crate::outcome::Refusal;
@@ -45,12 +48,34 @@ pub(super) fn holders(
         .collect()
 }
 
-/// Records all descriptors of a stopped tree, or refuses by name what can't be recorded. Changes nothing in the tree.
-pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Capture, Error> {
+/// The descriptors of a stopped tree, found by asking its processes, and not looked at yet.
+#[derive(Debug)]
+pub struct Found {
+    holders: BTreeMap<i32, Holder>,
+    survey: Survey,
+}
+
+/// The descriptors of a stopped tree, looked at from outside.
+#[derive(Debug)]
+pub struct Looked<'f> {
+    found: &'f Found,
+    lives: Vec<Live<'f>>,
+    states: Vec<State>,
+    pipes: BTreeMap<Inode, Pipe>,
+    pins: BTreeMap<ObjectId, OwnedFd>,
+    ids: Vec<ObjectId>,
+}
+
+/// Finds all descriptors of a stopped tree.
+///
+/// # Errors
+///
+/// Refused by name if a thread has a table of its own.
+pub fn find(stopped: &mut Stopped<'_>) -> Result<Found, Error> {
     check_threads(stopped)?;
     let holders = holders(stopped, &BTreeMap::new());
     let tables = sharing(&holders)?;
-    let found = survey(
+    let survey = survey(
         stopped,
         &tables,
         |_| Vec::new(),
@@ -58,89 +83,131 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<Captu
         |_, _| Expected::NOTHING,
         |_| None,
     )?;
-    let lives = lives(&holders, &found)?;
-    let mut states = Vec::with_capacity(lives.len());
-    for live in &lives {
-        states.push(State::capture(live)?);
-    }
-    let pipes = capture_pipes(&lives, &states)?;
-    let watched = resolve(&found, &lives, &mut states)?;
+    Ok(Found { holders, survey })
+}
 
-    let mut ids = vec![None; lives.len()];
-    for index in order(&found.descriptions, &states, &watched)? {
-        ids[index] = Some(context.new_object());
-    }
-    let ids: Vec<ObjectId> = ids.into_iter().flatten().collect();
-    debug_assert_eq!(
-        ids.len(),
-        lives.len(),
-        "every description has its place in the order"
-    );
-    for (state, watched) in states.iter_mut().zip(&watched) {
-        if let State::Epoll(state) = state {
-            for (entry, index) in state.entries.iter_mut().zip(watched) {
-                entry.watches = Some(ids[*index]);
+impl Found {
+    /// Looks at each of them and changes nothing. Batches may run in the tree meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Refused by name if it is one that can't be recorded.
+    pub fn look(&self, context: &mut Context) -> Result<Looked<'_>, Error> {
+        let found = &self.survey;
+        let lives = lives(&self.holders, found)?;
+        let mut states = side_by_side::each(&lives, State::capture)?;
+        let pipes = capture_pipes(&lives, &states)?;
+        let watched = resolve(found, &lives, &mut states)?;
+
+        let mut ids = vec![None; lives.len()];
+        for index in order(&found.descriptions, &states, &watched)? {
+            ids[index] = Some(context.new_object());
+        }
+        let ids: Vec<ObjectId> = ids.into_iter().flatten().collect();
+        debug_assert_eq!(
+            ids.len(),
+            lives.len(),
+            "every description has its place in the order"
+        );
+        for (state, watched) in states.iter_mut().zip(&watched) {
+            if let State::Epoll(state) = state {
+                for (entry, index) in state.entries.iter_mut().zip(watched) {
+                    entry.watches = Some(ids[*index]);
+                }
             }
         }
+        complete_sockets(&ids, &lives, &mut states)?;
+        Ok(Looked {
+            pins: pins(&ids, &lives, &states)?,
+            found: self,
+            lives,
+            states,
+            pipes,
+            ids,
+        })
     }
+}
 
-    complete_sockets(&ids, &lives, &mut states)?;
+impl Looked<'_> {
+    /// Records them, with what only the processes themselves know. Changes nothing in the tree.
+    ///
+    /// # Errors
+    ///
+    /// Refused by name if something can't be recorded.
+    pub fn record(
+        self,
+        stopped: &mut Stopped<'_>,
+        context: &mut Context,
+    ) -> Result<Capture, Error> {
+        let Self {
+            found: Found { holders, survey },
+            lives,
+            states,
+            pipes,
+            pins,
+            ids,
+        } = self;
+        let mut capture = Capture {
+            pins,
+            ..Capture::default()
+        };
+        let recorded = &mut capture.recorded;
+        recorded.pipes = pipes;
+        recorded.names = holders
+            .values()
+            .map(|holder| (holder.pid, holder.name.clone()))
+            .collect();
+        let described = survey.descriptions.iter().zip(&ids);
+        for ((state, live), (sighting, id)) in states.into_iter().zip(&lives).zip(described) {
+            let owner = sighting.owner;
+            recorded.descriptions.insert(
+                *id,
+                Description {
+                    common: live.common,
+                    owner,
+                    state,
+                },
+            );
+        }
+        let slot = |slot: &Slot<usize>| Slot {
+            fd: slot.fd,
+            close_on_exec: slot.close_on_exec,
+            description: ids[slot.description],
+        };
+        let table = |table: &Table<usize>| Table {
+            holders: table.holders.clone(),
+            slots: table.slots.iter().map(slot).collect(),
+        };
+        recorded.tables = survey.tables.iter().map(table).collect();
+        let files = every_number(&survey.tables)
+            .map(|(place, index, holders)| (ids[index], lives[index].common, place, holders));
+        recorded.locks = locks::held(files)?;
+        let all: Vec<_> = ids.iter().copied().zip(&lives).collect();
+        recorded.sysv = sysv::capture(stopped, holders)?;
+        recorded.terminals = terminal::capture(stopped, recorded, &all)?;
+        records::write(context, recorded)?;
+        socket_diag::close();
+        Ok(capture)
+    }
+}
 
-    let mut capture = Capture::default();
-    let recorded = &mut capture.recorded;
-    recorded.pipes = pipes;
-    recorded.names = holders
-        .values()
-        .map(|holder| (holder.pid, holder.name.clone()))
-        .collect();
-    for ((state, live), (sighting, id)) in states
-        .into_iter()
-        .zip(&lives)
-        .zip(found.descriptions.iter().zip(&ids))
-    {
-        if file::must_be_pinned(&state) {
-            capture.pins.insert(*id, file::pin(live)?);
-        } else if file::may_be_pinned(&state, &live.common)
+fn pins(
+    ids: &[ObjectId],
+    lives: &[Live<'_>],
+    states: &[State],
+) -> Result<BTreeMap<ObjectId, OwnedFd>, Error> {
+    let mut pins = BTreeMap::new();
+    for ((id, live), state) in ids.iter().zip(lives).zip(states) {
+        if file::must_be_pinned(state) {
+            pins.insert(*id, file::pin(live)?);
+        } else if file::may_be_pinned(state, &live.common)
             && let Ok(pin) = file::pin(live)
         {
             // If there are too many, those left over have to be found by their paths.
-            capture.pins.insert(*id, pin);
+            pins.insert(*id, pin);
         }
-        let owner = sighting.owner;
-        recorded.descriptions.insert(
-            *id,
-            Description {
-                common: live.common,
-                owner,
-                state,
-            },
-        );
     }
-    recorded.tables = found
-        .tables
-        .iter()
-        .map(|table| Table {
-            holders: table.holders.clone(),
-            slots: table
-                .slots
-                .iter()
-                .map(|slot| Slot {
-                    fd: slot.fd,
-                    close_on_exec: slot.close_on_exec,
-                    description: ids[slot.description],
-                })
-                .collect(),
-        })
-        .collect();
-    let files = every_number(&found.tables)
-        .map(|(place, index, holders)| (ids[index], lives[index].common, place, holders));
-    recorded.locks = locks::held(files)?;
-    let all: Vec<_> = ids.iter().copied().zip(&lives).collect();
-    recorded.sysv = sysv::capture(stopped, &holders)?;
-    recorded.terminals = terminal::capture(stopped, recorded, &all)?;
-    records::write(context, recorded)?;
-    socket_diag::close();
-    Ok(capture)
+    Ok(pins)
 }
 
 /// Every open number of every table, through the first process that has it, with its description and all processes that

@@ -1,7 +1,7 @@
 //! A descriptor of a stopped process, as the kinds see it.
 
-use std::cell::OnceCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -19,7 +19,7 @@ pub struct Holder {
     pub pid: i32,
     /// Its name (`comm`).
     pub name: String,
-    pidfd: OnceCell<OwnedFd>,
+    pidfd: OnceLock<OwnedFd>,
 }
 
 impl Holder {
@@ -28,7 +28,7 @@ impl Holder {
         Self {
             pid,
             name: name.to_owned(),
-            pidfd: OnceCell::new(),
+            pidfd: OnceLock::new(),
         }
     }
 
@@ -87,8 +87,8 @@ pub struct Live<'a> {
     pub common: Common,
     /// What was asked of it because a socket or pipe was recorded there.
     pub glance: Glance,
-    link: OnceCell<String>,
-    fdinfo: OnceCell<Fdinfo>,
+    link: OnceLock<String>,
+    fdinfo: OnceLock<Fdinfo>,
 }
 
 impl<'a> Live<'a> {
@@ -99,8 +99,8 @@ impl<'a> Live<'a> {
             fd,
             common,
             glance,
-            link: OnceCell::new(),
-            fdinfo: OnceCell::new(),
+            link: OnceLock::new(),
+            fdinfo: OnceLock::new(),
         }
     }
 

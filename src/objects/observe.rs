@@ -14,6 +14,7 @@ use super::matching::matching;
 use super::model::{Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source};
 use super::pipe::{self, Pipe};
 use super::reborn::Gone;
+use super::side_by_side;
 use super::socket;
 use super::socket_ends::inner_tcp;
 use super::state::{self, State};
@@ -105,11 +106,12 @@ pub fn observe(
         limits: found.limits,
         ..Observed::default()
     };
-    for ((live, is), sighting) in lives.iter().zip(is).zip(&found.descriptions) {
-        let state = match is {
-            Some(id) => recorded.descriptions[&id].state.observe(live)?,
-            None => None,
-        };
+    let looks: Vec<_> = lives.iter().zip(is).collect();
+    let states = side_by_side::each(&looks, |(live, is)| match is {
+        Some(id) => recorded.descriptions[id].state.observe(live),
+        None => Ok(None),
+    })?;
+    for (((live, is), state), sighting) in looks.into_iter().zip(states).zip(&found.descriptions) {
         let owner = sighting.owner;
         let (place, common) = (live.place(), live.common);
         observed.descriptions.push(LiveDescription {

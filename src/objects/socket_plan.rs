@@ -59,6 +59,7 @@ pub fn plan(
         recorded,
         now,
         ends: Ends::new(recorded),
+        waited_for: waited_for(recorded),
         plan: Plan::default(),
     };
     for (&id, &record) in recorded {
@@ -78,7 +79,15 @@ struct Planner<'a> {
     recorded: &'a BTreeMap<ObjectId, &'a State>,
     now: &'a BTreeMap<ObjectId, &'a State>,
     ends: Ends,
+    /// Listeners for which connections wait.
+    waited_for: Vec<(ObjectId, &'a State)>,
     plan: Plan,
+}
+
+fn waited_for<'a>(recorded: &BTreeMap<ObjectId, &'a State>) -> Vec<(ObjectId, &'a State)> {
+    let waits = |state: &State| matches!(&state.role, Role::Listening { waiting, .. } if !waiting.is_empty());
+    let sockets = recorded.iter().map(|(id, state)| (*id, *state));
+    sockets.filter(|(_, state)| waits(state)).collect()
 }
 
 impl<'a> Planner<'a> {
@@ -269,10 +278,10 @@ impl<'a> Planner<'a> {
                 _ => false,
             }
         };
-        self.recorded
-            .iter()
+        let mut listeners = self.waited_for.iter();
+        listeners
             .find(|(_, state)| listens_for(state))
-            .map(|(&id, _)| id)
+            .map(|(id, _)| *id)
     }
 
     fn unix_connection(

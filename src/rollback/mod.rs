@@ -9,6 +9,7 @@ mod remake;
 use nix::unistd::Pid;
 
 use crate::checkpoint::{Checkpoint, Error, Result, Spaces};
+use crate::filesystem::{self, Files, Image, Mounts, Plans};
 use crate::freeze::{OnTracerDeath, Stopped, Tree};
 use crate::memory::{self, Copied, Ranges, Span};
 use crate::outcome::{Difference, Refusal};
@@ -28,6 +29,8 @@ pub struct Done {
     pub revived: usize,
     /// Connections reset.
     pub reset_connections: usize,
+    /// Files put back.
+    pub files: filesystem::Put,
 }
 
 /// Why a rollback did not come about.
@@ -49,6 +52,7 @@ pub fn run(
     tree: &mut Tree,
     spaces: &mut Spaces,
     checkpoints: &mut [Checkpoint],
+    files: &mut Files,
     to: usize,
     verify: bool,
     phases: &mut Phases,
@@ -60,16 +64,36 @@ pub fn run(
             .and_then(|_| image.guards())
             .map_err(|error| untouched(error.into()))?;
     }
+    let mounts = files
+        .open(tree.root(), &checkpoints[to].files)
+        .map_err(|error| untouched(error.into()))?;
+    phases.end_running("mounts");
     let mut stopped = tree
         .stop_remains(OnTracerDeath::Die)
         .map_err(|error| untouched(error.into()))?;
     phases.end("stop");
     fault::point("rollback.stopped");
     let mut plan = observe(&mut stopped, &checkpoints[to], phases).map_err(untouched)?;
+    let plans = files
+        .plan(&mounts, &checkpoints[to].files, &checkpoints[to].uses)
+        .map_err(|error| untouched(error.into()))?;
+    phases.end("files");
     fault::point("rollback.planned");
-
-    let done = execute(&mut stopped, spaces, checkpoints, to, &mut plan, phases)
-        .map_err(Failure::HalfWay)?;
+    let mut writable = Writable {
+        files,
+        mounts: &mounts,
+        plans: &plans,
+    };
+    let done = execute(
+        &mut stopped,
+        spaces,
+        checkpoints,
+        &mut writable,
+        to,
+        &mut plan,
+        phases,
+    )
+    .map_err(Failure::HalfWay)?;
     for other in checkpoints
         .iter_mut()
         .enumerate()
@@ -83,8 +107,10 @@ pub fn run(
         }
     }
     if verify {
-        let differences =
+        let mut differences =
             compare(&mut stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
+        let found = files.verify(&mounts, &checkpoints[to].files);
+        differences.extend(found.map_err(|error| Failure::HalfWay(error.into()))?);
         if !differences.is_empty() {
             return Err(Failure::Different(differences));
         }
@@ -100,10 +126,32 @@ pub fn run(
     Ok(done)
 }
 
+/// The files, open, and what is to be done with them.
+struct Writable<'a> {
+    files: &'a mut Files,
+    mounts: &'a Mounts,
+    plans: &'a Plans,
+}
+
+impl Writable<'_> {
+    /// After all else, which may have made sockets and written to FIFOs.
+    fn settle(&mut self, checkpoints: &mut [Checkpoint], to: usize) -> Result<()> {
+        let uses = std::mem::take(&mut checkpoints[to].uses);
+        let images = checkpoints.iter_mut().map(|other| &mut other.files);
+        let mut images: Vec<&mut Image> = images.collect();
+        let settled = self
+            .files
+            .settle(self.mounts, &mut images, to, self.plans, &uses);
+        checkpoints[to].uses = uses;
+        Ok(settled?)
+    }
+}
+
 fn execute(
     stopped: &mut Stopped,
     spaces: &mut Spaces,
     checkpoints: &mut [Checkpoint],
+    writable: &mut Writable<'_>,
     to: usize,
     plan: &mut Plan,
     phases: &mut Phases,
@@ -113,7 +161,32 @@ fn execute(
     let killed = task::kill_born(stopped, &recorded, &plan.lost)?;
     phases.end("kill");
     fault::point("rollback.killed");
+    let put = writable
+        .files
+        .execute(writable.mounts, &checkpoints[to].files, writable.plans)?;
+    phases.end("files");
+    fault::point("rollback.files");
+    let uses = &checkpoints[to].uses;
+    let moved = writable
+        .files
+        .moved(stopped.root(), writable.mounts, writable.plans, uses)?;
+    for moved in &moved {
+        // Where it was open without a name it is the old one still, which is pinned.
+        let named = |checkpoint: &&mut Checkpoint| {
+            !checkpoint.files.has_nameless((moved.device, moved.was))
+        };
+        for checkpoint in checkpoints.iter_mut().filter(named) {
+            let inodes = (moved.device, moved.was, moved.is);
+            objects::moved(&mut checkpoint.objects, inodes, &moved.path)?;
+            let uses = checkpoint.uses.iter_mut();
+            uses.filter(|using| (using.device, using.ino) == (moved.device, moved.was))
+                .for_each(|using| using.ino = moved.is);
+        }
+    }
     let remade = remake::processes(stopped, spaces, checkpoints, to, plan)?;
+    if !moved.is_empty() && remade.is_empty() {
+        plan.objects = remake::descriptors(stopped, &checkpoints[to])?;
+    }
     fault::point("rollback.remade");
     let revived = remake::threads(stopped, checkpoints, to, plan)?;
     if revived > 0 {
@@ -166,7 +239,10 @@ fn execute(
         }
     }
     phases.end("registers");
+    writable.settle(checkpoints, to)?;
+    phases.end("files");
     Ok(Done {
+        files: put,
         copied,
         killed,
         revived,

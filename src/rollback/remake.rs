@@ -53,15 +53,19 @@ pub(super) fn processes(
         numbers.insert(pid);
         made.push(pid);
     }
-    let checkpoint = &checkpoints[to];
-    plan.objects = objects::prepare(
+    plan.objects = descriptors(stopped, &checkpoints[to])?;
+    Ok(made.into_iter().collect())
+}
+
+/// Plans again for descriptors, when processes or files have been made again.
+pub(super) fn descriptors(stopped: &mut Stopped, checkpoint: &Checkpoint) -> Result<objects::Plan> {
+    Ok(objects::prepare(
         stopped,
         &checkpoint.objects,
         &objects::Asked::new(),
         &BTreeMap::new(),
         &objects::Gone::new(),
-    )?;
-    Ok(made.into_iter().collect())
+    )?)
 }
 
 fn process(

@@ -1,0 +1,91 @@
+//! Which files the processes of a tree have open, mapped, or live in.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use super::Result;
+use crate::filesystem::{self, How, Use};
+use crate::freeze::Stopped;
+use crate::kernel::procfs;
+use crate::memory::SpaceImage;
+use crate::objects;
+
+/// Finds them.
+pub(super) fn find(
+    stopped: &Stopped,
+    objects: &objects::Capture,
+    images: &[SpaceImage],
+) -> Result<Vec<Use>> {
+    let mut found = Vec::new();
+    let recorded = &objects.recorded;
+    for (id, place) in recorded.first_places() {
+        let common = &recorded.descriptions[&id].common;
+        if matches!(
+            common.file_type(),
+            libc::S_IFREG | libc::S_IFDIR | libc::S_IFIFO
+        ) {
+            found.push(Use {
+                device: common.dev,
+                ino: common.ino,
+                link: procfs::path(
+                    nix::unistd::Pid::from_raw(place.pid),
+                    &format!("fd/{}", place.fd),
+                ),
+                what: format!("fd {}", place.fd),
+                holder: recorded.holder(place.pid),
+                how: match common.file_type() {
+                    libc::S_IFIFO => How::Tied,
+                    _ => How::Open,
+                },
+            });
+        }
+    }
+    for image in images {
+        let holder = || {
+            let process = stopped.process(image.pid);
+            process.map_or_else(String::new, |process| process.holder())
+        };
+        let shared = image.layout.vmas.iter();
+        for vma in shared.filter(|vma| vma.shared && !vma.is_special() && !vma.is_anonymous()) {
+            let name = String::from_utf8_lossy(&vma.name);
+            let link = format!("map_files/{:x}-{:x}", vma.start, vma.end);
+            let link = procfs::path(image.pid, &link);
+            found.extend(look(
+                link,
+                format!("mapping of {name}"),
+                holder(),
+                How::Mapped,
+            )?);
+        }
+        for (name, what) in [
+            ("cwd", "the working directory"),
+            ("root", "the root directory"),
+        ] {
+            let link = procfs::path(image.pid, name);
+            found.extend(look(link, what.into(), holder(), How::Tied)?);
+        }
+    }
+    Ok(found)
+}
+
+/// `None`: it is not there.
+fn look(link: PathBuf, what: String, holder: String, how: How) -> Result<Option<Use>> {
+    match std::fs::metadata(&link) {
+        Ok(at) => Ok(Some(Use {
+            device: at.dev(),
+            ino: at.ino(),
+            link,
+            what,
+            holder,
+            how,
+        })),
+        // Segments and other mappings have no file that can be had.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(filesystem::Error::File {
+            what: "look at",
+            path: link,
+            error,
+        }
+        .into()),
+    }
+}
