@@ -508,7 +508,7 @@ fn carry_out<O: Operations>(
         }
         Job::RootDied => {
             let label = shared.directory.lock().label().to_owned();
-            if has_ended(operations) {
+            if !operations.can_come_back() {
                 tracing::info!("{label} has ended");
                 return (None, End::Now);
             }
