@@ -22,5 +22,6 @@ mod postgresql_files;
 mod real_programs;
 mod refusals;
 mod revival;
+mod roots;
 mod runtime;
 mod stress;

@@ -119,6 +119,8 @@ pub struct Engine {
     tree: Tree,
     spaces: Spaces,
     checkpoints: Vec<Held>,
+    /// It was killed in the middle of a rollback.
+    is_lost: bool,
     files: Files,
     bound_to_thread: PhantomData<*const ()>,
 }
@@ -149,6 +151,7 @@ impl Engine {
             tree,
             spaces: Spaces::new(),
             checkpoints: Vec::new(),
+            is_lost: false,
             files: Files::new(files),
             bound_to_thread: PhantomData,
         })
@@ -260,6 +263,7 @@ impl Engine {
             Ok(done) => done,
             Err(Failure::Untouched(error)) => return Err(error.into()),
             Err(failure @ (Failure::HalfWay(_) | Failure::Different(_))) => {
+                self.is_lost = true;
                 self.tree.kill();
                 return Err(Error::Lost {
                     message: failure.to_string(),
@@ -366,6 +370,24 @@ impl Engine {
     /// Whether the root of the tree lives.
     pub fn is_alive(&self) -> bool {
         self.tree.is_alive()
+    }
+
+    /// PID of the root of the tree: after a rollback that has made it again it may be another.
+    pub fn root(&self) -> i32 {
+        self.tree.root().as_raw()
+    }
+
+    /// Whether a rollback may bring back a tree whose root has ended. A container it can't: that ends with its init.
+    pub fn can_come_back(&self) -> bool {
+        let shadows = self
+            .checkpoints
+            .iter()
+            .flat_map(|checkpoint| &checkpoint.spaces)
+            .map(|image| &image.shadow);
+        !self.is_lost
+            && self.target.cgroup.is_none()
+            && self.tree.can_lose_root()
+            && shadows.into_iter().any(|shadow| shadow.is_alive())
     }
 
     /// The tree it is attached to.

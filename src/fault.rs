@@ -13,7 +13,8 @@ use nix::unistd::Pid;
 /// The environment variable that arms a point.
 pub const VARIABLE: &str = "SNAPBACK_FAULT";
 
-/// Every point there is, in the order in which a checkpoint and then a rollback pass them.
+/// Every point there is, in the order in which a checkpoint and then a rollback pass them; those of `remake` only if it makes
+/// a process again.
 pub const POINTS: &[&str] = &[
     "keeper.locked",
     "keeper.listening",
@@ -40,6 +41,9 @@ pub const POINTS: &[&str] = &[
     "rollback.killed",
     "rollback.mounted",
     "rollback.files",
+    "remake.made",
+    "remake.opened",
+    "remake.laid_out",
     "rollback.remade",
     "rollback.revived",
     "rollback.layout",

@@ -13,8 +13,10 @@ use super::{numbers, wait};
 /// reaps it.
 #[derive(Debug)]
 pub(crate) struct Family {
-    /// The root of the tree.
+    /// The root of the tree, or its reaper.
     pub(crate) child: Child,
+    /// The root, if the child is its reaper.
+    root: Option<i32>,
 }
 
 impl Family {
@@ -24,12 +26,26 @@ impl Family {
             .process_group(0)
             .spawn()
             .unwrap_or_else(|error| panic!("starting {command:?}: {error}"));
-        Self { child }
+        Self { child, root: None }
+    }
+
+    /// The same of a command that starts by `reaper` of the fixtures.
+    pub(crate) fn start_below_reaper(command: &mut Command) -> Self {
+        let mut family = Self::start(command);
+        let reaper = family.pid();
+        wait::until("the reaper has a child", || {
+            let mut all = numbers::processes().into_iter();
+            let root = all.find(|(_, stat)| stat.parent == reaper);
+            family.root = root.map(|(root, _)| root);
+            family.root.is_some()
+        });
+        family
     }
 
     /// PID of the root.
     pub(crate) fn pid(&self) -> i32 {
-        i32::try_from(self.child.id()).expect("a PID")
+        self.root
+            .unwrap_or_else(|| i32::try_from(self.child.id()).expect("a PID"))
     }
 
     /// The living of this family: the root, its descendants, and what is left in its process group.

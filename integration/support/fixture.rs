@@ -44,6 +44,14 @@ pub(crate) fn real(name: &str) -> PathBuf {
         .join(name)
 }
 
+/// What starts a program below a process that reaps whatever ends and has lost its parent, as an init should, and ends with
+/// the last of them.
+pub(crate) fn below_reaper(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new(build_directory().join("reaper"));
+    command.arg(program);
+    command
+}
+
 /// A running fixture program.
 #[derive(Debug)]
 pub(crate) struct Fixture {
@@ -85,7 +93,18 @@ impl Fixture {
 
     /// The same for any command that obeys the protocol, however it reads.
     #[track_caller]
-    pub(crate) fn launch(name: &str, mut command: Command) -> Self {
+    pub(crate) fn launch(name: &str, command: Command) -> Self {
+        Self::launch_as(name, command, Family::start)
+    }
+
+    /// The same of a command that starts by [`below_reaper`].
+    #[track_caller]
+    pub(crate) fn launch_below_reaper(name: &str, command: Command) -> Self {
+        Self::launch_as(name, command, Family::start_below_reaper)
+    }
+
+    #[track_caller]
+    fn launch_as(name: &str, mut command: Command, start: fn(&mut Command) -> Family) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("fixture-")
             .tempdir()
@@ -96,7 +115,7 @@ impl Fixture {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::create(&stderr).expect("making a file"));
-        let mut family = Family::start(&mut command);
+        let mut family = start(&mut command);
         let commands = family.child.stdin.take().expect("a pipe");
         let answers = family.child.stdout.take().expect("a pipe");
         let mut fixture = Self {

@@ -372,14 +372,14 @@ pub fn release(
     others: &[Checkpoint],
     checkpoint: Checkpoint,
 ) -> Result<()> {
-    if !tree.is_alive() {
+    if !tree.is_alive() && !tree.can_lose_root() {
         checkpoint
             .spaces
             .iter()
             .for_each(|image| image.shadow.kill());
         return Ok(());
     }
-    let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+    let mut stopped = tree.stop_remains(OnTracerDeath::RunOn)?;
     task::prepare(&mut stopped)?;
     for image in checkpoint.spaces {
         Space::discard(spaces.get_mut(&image.pid), &mut stopped, image);

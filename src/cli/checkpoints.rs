@@ -58,7 +58,7 @@ pub(crate) fn run(global: &Global, args: Checkpoints) -> anyhow::Result<Status> 
 }
 
 fn list(global: &Global, args: &Checkpoints) -> anyhow::Result<Vec<CheckpointInfo>> {
-    let errand = args.target.alive(global)?;
+    let errand = args.target.known(global)?;
     match ask(&errand, &Request::Checkpoints) {
         Ok(Response::Checkpoints { checkpoints }) => Ok(checkpoints),
         Ok(Response::Failure(failure)) => Err(failed(failure)),

@@ -28,7 +28,7 @@ pub(crate) struct Release {
 }
 
 pub(crate) fn run(global: &Global, args: Release) -> anyhow::Result<Status> {
-    let errand = args.target.alive(global)?;
+    let errand = args.target.known(global)?;
     let request = Request::Release {
         name: (!args.all).then_some(args.name),
     };

@@ -37,7 +37,7 @@ pub(crate) struct Rollback {
 
 pub(crate) fn run(global: &Global, args: Rollback) -> anyhow::Result<Status> {
     let began = Instant::now();
-    let ended = args.target.running(global).and_then(|errand| {
+    let ended = args.target.kept(global).and_then(|errand| {
         let request = Request::Rollback {
             name: args.to.clone(),
             verify: args.verify,

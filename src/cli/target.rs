@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use nix::unistd::Pid;
 use serde::Serialize;
 
 use super::output::{self, print};
 use super::{Global, LostError, Status};
-use crate::container::{self, Located};
+use crate::container;
 use crate::keeper::protocol::{Failure, Request, Response};
 use crate::keeper::{self, Client, Errand, Identity};
 use crate::outcome::{Files, Outcome, Refusal, Report};
@@ -31,34 +30,52 @@ pub(crate) struct Target {
 impl Target {
     /// Finds the processes, which must be running, and what their keeper needs to know.
     pub(crate) fn running(&self, global: &Global) -> anyhow::Result<Errand> {
-        self.errand(global, |located| located.running().map(Some))
+        self.errand(global, Must::Run)
+    }
+
+    /// The same of a process tree of which there may be checkpoints, which may have ended.
+    pub(crate) fn kept(&self, global: &Global) -> anyhow::Result<Errand> {
+        self.errand(global, Must::BeKept)
     }
 
     /// The same for what can also be done while the container is paused.
-    pub(crate) fn alive(&self, global: &Global) -> anyhow::Result<Errand> {
-        self.errand(global, |located| Ok(located.init))
+    pub(crate) fn known(&self, global: &Global) -> anyhow::Result<Errand> {
+        self.errand(global, Must::BeKnown)
     }
 
-    fn errand(
-        &self,
-        global: &Global,
-        init: impl FnOnce(&Located) -> Result<Option<Pid>, container::Error>,
-    ) -> anyhow::Result<Errand> {
+    fn errand(&self, global: &Global, must: Must) -> anyhow::Result<Errand> {
         if !nix::unistd::geteuid().is_root() {
             bail!("only root may take checkpoints and roll back: run it with sudo");
         }
         let (pid, cgroup, label) = match (&self.id, self.pid) {
             (Some(id), _) => {
                 let located = container::locate(&global.root, id)?;
-                let init =
-                    init(&located)?.with_context(|| format!("container {id} has stopped"))?;
+                let init = match must {
+                    Must::BeKnown => located.init,
+                    Must::Run | Must::BeKept => Some(located.running()?),
+                };
+                let init = init.with_context(|| format!("container {id} has stopped"))?;
                 (init.as_raw(), located.cgroup, id.clone())
             }
             (None, Some(pid)) => (pid, None, format!("pid {pid}")),
             (None, None) => bail!("neither a container nor a PID"),
         };
-        let target = Identity::look_up(pid)?;
         let root = absolute(&global.root)?;
+        let target = match must {
+            Must::Run => Identity::look_up(pid).with_context(|| {
+                let is_kept = Identity::kept(&root, pid).is_ok();
+                let hint = "of which there are checkpoints; `snapback rollback` brings it back";
+                format!(
+                    "pid {pid}{}",
+                    if is_kept {
+                        format!(", {hint}")
+                    } else {
+                        String::new()
+                    }
+                )
+            })?,
+            Must::BeKept | Must::BeKnown => Identity::kept(&root, pid)?,
+        };
         Ok(Errand {
             root,
             target,
@@ -66,6 +83,17 @@ impl Target {
             label,
         })
     }
+}
+
+/// In which state a container or process tree has to be.
+#[derive(Debug, Clone, Copy)]
+enum Must {
+    /// Running.
+    Run,
+    /// A container running; of a tree that has ended a keeper must have checkpoints.
+    BeKept,
+    /// As before, but a container may be paused.
+    BeKnown,
 }
 
 /// Asks the tree's keeper. If there is none, the reason may be that the process is not one to keep.
@@ -216,7 +244,10 @@ fn sentence(name: &str, report: &Report) -> String {
         text += &format!("\n  killed, born since the checkpoint: {}", report.killed);
     }
     if report.revived > 0 {
-        text += &format!("\n  threads brought back: {}", report.revived);
+        text += &format!(
+            "\n  brought back, processes and threads: {}",
+            report.revived
+        );
     }
     if report.reset_connections > 0 {
         text += &format!("\n  connections reset: {}", report.reset_connections);
@@ -312,7 +343,7 @@ mod tests {
         assert_eq!(
             sentence("default", &rolled_back()),
             "rolled back \"default\": 3 processes, 1 thread, 1,024 pages in 0.81 ms (stop 0.74 ms)\n  \
-             killed, born since the checkpoint: 2\n  threads brought back: 1\n"
+             killed, born since the checkpoint: 2\n  brought back, processes and threads: 1\n"
         );
     }
 

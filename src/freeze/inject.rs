@@ -42,7 +42,7 @@ pub struct TargetWindow {
     /// Our view of it.
     pub window: Window,
     /// Where in this address space, and in copies of it, there is room for a few instructions.
-    bootstrap: Bootstrap,
+    pub(super) bootstrap: Bootstrap,
     /// The thread whose way home the control block holds, while it is held in the runner.
     occupant: Option<Pid>,
     /// What runs right now.
@@ -263,37 +263,6 @@ impl Stopped<'_> {
         Ok(())
     }
 
-    /// Starts up to four calls in a stopped copy of a process's address space that is never to run on, and is traced by
-    /// this thread: a shadow. It has no window.
-    pub fn start_in_copy(&self, original: Pid, copy: Pid, calls: &[PlainCall]) -> Result<InCopy> {
-        let target = self
-            .member(original)?
-            .window
-            .as_ref()
-            .ok_or(Error::Gone(original))?;
-        let place = target.bootstrap.address;
-        let code = runner::calls(calls);
-        let memory = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(procfs::path(copy, "mem"))
-            .context(|| format!("open /proc/{copy}/mem"))?;
-        memory
-            .write_all_at(&code, place)
-            .context(|| format!("write to the vDSO padding of {copy}"))?;
-        let mut registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
-        (registers.rip, registers.orig_rax) = (place, u64::MAX);
-        ptrace::set_registers(copy, &registers).context(|| format!("set registers of {copy}"))?;
-        ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?;
-        Ok(InCopy {
-            copy,
-            memory,
-            place,
-            code: code.len(),
-            calls: calls.len(),
-        })
-    }
-
     /// Removes a process's window from its address space. What was in its page store is gone.
     pub fn close_window(&mut self, pid: Pid) -> Result<()> {
         let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
@@ -453,15 +422,8 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
         match wait(tid)? {
             Event::Signal(libc::SIGTRAP) => return Ok(born),
             Event::Forked(child) => {
-                match ptrace::wait(child).context(|| format!("wait for {child}"))? {
-                    Event::Interrupted => born.push(child),
-                    event => {
-                        return Err(Error::Unexpected {
-                            tid: child,
-                            event: format!("{event:?}"),
-                        });
-                    }
-                }
+                await_birth(child)?;
+                born.push(child);
             }
             // The interrupt that stopped it may be reported once more.
             Event::Interrupted | Event::Other(_) => {}
@@ -476,6 +438,17 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
             Event::Exited(_) => return Err(Error::Gone(tid)),
         }
         ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
+    }
+}
+
+/// Waits until a child that a traced task has made is stopped.
+pub(super) fn await_birth(child: Pid) -> Result<()> {
+    match ptrace::wait(child).context(|| format!("wait for {child}"))? {
+        Event::Interrupted => Ok(()),
+        event => Err(Error::Unexpected {
+            tid: child,
+            event: format!("{event:?}"),
+        }),
     }
 }
 
@@ -514,61 +487,19 @@ pub(super) fn leave_call(tid: Pid) -> Result<()> {
 /// A place in the target for the few instructions that make its first calls: the zero padding behind the vDSO's
 /// ELF image, which every address space has and nothing reads.
 #[derive(Debug, Clone, Copy)]
-struct Bootstrap {
-    address: u64,
+pub(super) struct Bootstrap {
+    pub(super) address: u64,
     /// Where a window is least in the way.
     quiet: u64,
 }
 
-/// A system call with up to three arguments, for [`Stopped::start_in_copy`].
-pub type PlainCall = (libc::c_long, [u64; 3]);
-
-/// Calls that were started in a copy of an address space.
-#[derive(Debug)]
-pub struct InCopy {
-    copy: Pid,
-    memory: std::fs::File,
-    place: u64,
-    code: usize,
-    calls: usize,
-}
-
-impl InCopy {
-    /// Waits for them. Returns the first failure, or the copy's `/proc/PID/mem`, to be read and written.
-    pub fn finish(self) -> Result<std::fs::File> {
-        let copy = self.copy;
-        loop {
-            match wait(copy)? {
-                Event::Signal(libc::SIGTRAP) => break,
-                Event::Exited(_) => return Err(Error::Gone(copy)),
-                // Signals sent to it are not for it.
-                _ => ptrace::resume(copy, 0).context(|| format!("resume {copy}"))?,
-            }
-        }
-        self.memory
-            .write_all_at(&vec![0; self.code], self.place)
-            .context(|| "clean the vDSO padding".into())?;
-        let registers = ptrace::registers(copy).context(|| format!("registers of {copy}"))?;
-        let results = [registers.r12, registers.r13, registers.r14, registers.r15];
-        match results[..self.calls]
-            .iter()
-            .find_map(|result| failure(*result))
-        {
-            None => Ok(self.memory),
-            Some(errno) => Err(Error::Call {
-                pid: copy,
-                what: "preparing the shadow",
-                errno,
-            }),
-        }
-    }
-}
-
 impl Bootstrap {
     /// Room for the code, the name of the window's memfd and a signal mask.
-    const SIZE: usize = 256;
+    pub(super) const SIZE: usize = 256;
+    /// Where in it, behind the code of a single call, what the call points to is.
+    pub(super) const DATA: u64 = 64;
 
-    fn find(pid: Pid, held_maps: &std::fs::File) -> Result<Self> {
+    pub(super) fn find(pid: Pid, held_maps: &std::fs::File) -> Result<Self> {
         let text = procfs::read_held(held_maps).context(|| format!("read /proc/{pid}/maps"))?;
         let vmas = maps::parse(&text).unwrap_or_default();
         let vdso = vmas
@@ -674,7 +605,7 @@ impl Bootstrap {
         }
     }
 
-    fn erase(&self, memory: &std::fs::File) -> Result<()> {
+    pub(super) fn erase(&self, memory: &std::fs::File) -> Result<()> {
         memory
             .write_all_at(&[0; Self::SIZE], self.address)
             .context(|| "clean the vDSO padding".into())

@@ -58,6 +58,12 @@ impl Lineage {
         self.ended.clear();
     }
 
+    /// Adds a process.
+    pub(super) fn add(&mut self, pid: Pid) {
+        self.known.insert(pid);
+        self.ended.remove(&pid);
+    }
+
     /// Whether a PID is that of a descendant.
     pub(super) fn contains(&self, pid: Pid) -> bool {
         self.known.contains(&pid)

@@ -5,6 +5,7 @@
 
 mod batch;
 mod calls;
+mod copy;
 mod discover;
 mod inject;
 mod kill;
@@ -19,7 +20,8 @@ mod tree;
 mod watch;
 
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
-pub use inject::{InCopy, PlainCall, STORE_OFFSET, TargetWindow, WINDOW_MAPPING, forked_last};
+pub use copy::{InCopy, PlainCall};
+pub use inject::{STORE_OFFSET, TargetWindow, WINDOW_MAPPING, forked_last};
 pub use stopped::{Process, Stopped};
 pub use thread::Thread;
 pub use tree::{Member, OnTracerDeath, Settings, Tree, UnknownCall};

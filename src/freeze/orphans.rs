@@ -60,14 +60,21 @@ impl Stopped<'_> {
         }
     }
 
+    /// Takes note of a process of the tree whose parent is not.
+    pub(super) fn know(&mut self, pid: Pid) {
+        if let Some(watch) = &mut self.tree.watch {
+            watch.add(pid);
+        }
+    }
+
     /// Whether a zombie with this parent is nothing to us any more: another than the tree will reap it, and when is not
     /// ours to say.
-    pub(super) fn is_reaped_outside(&self, pid: Pid, parent: Pid) -> bool {
+    pub(super) fn is_reaped_outside(&self, parent: Pid) -> bool {
         let in_tree = |pid: &Pid| {
             self.processes.contains_key(pid)
                 || self.tree.members.get(pid).is_some_and(Member::is_alive)
         };
-        self.tree.scope == Scope::Descendants && pid != self.tree.root && !in_tree(&parent)
+        self.tree.scope == Scope::Descendants && !in_tree(&parent)
     }
 }
 

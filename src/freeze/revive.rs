@@ -1,6 +1,7 @@
 //! Processes and threads that have ended, made again under their numbers.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::kernel::{last_pid, procfs};
 use super::kill::await_end;
 use super::stopped::Stopped;
 use super::thread::Thread;
-use super::{Arg, Batch, Context, Error, Result};
+use super::{Batch, Context, Error, Result};
 
 /// What threads share (clone(2)).
 const THREAD: i32 = libc::CLONE_VM
@@ -45,6 +46,23 @@ struct CloneArguments {
     cgroup: u64,
 }
 
+/// Who makes a process or thread.
+#[derive(Debug, Clone, Copy)]
+enum Maker {
+    /// The leader of a process of the tree.
+    Leader(Pid),
+    /// A shadow, which is to give its child its own parent (`CLONE_PARENT`).
+    Shadow(Pid),
+}
+
+impl Maker {
+    fn pid(self) -> Pid {
+        match self {
+            Self::Leader(pid) | Self::Shadow(pid) => pid,
+        }
+    }
+}
+
 /// A process or thread to be made.
 #[derive(Debug, Clone, Copy)]
 struct Wanted {
@@ -74,7 +92,7 @@ impl Stopped<'_> {
             number: tid,
             inside,
         };
-        let tid = self.clone_numbered(pid, wanted, avoid)?;
+        let tid = self.clone_numbered(Maker::Leader(pid), wanted, avoid)?;
         let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
         process.add_thread(Thread::born(tid));
         Ok(tid)
@@ -96,16 +114,48 @@ impl Stopped<'_> {
             number: pid,
             inside,
         };
-        let born = self.clone_numbered(parent, wanted, avoid)?;
-        self.note_process(born, parent)
-            .add_thread(Thread::born(born));
-        self.open_member(born)?;
+        let born = self.clone_numbered(Maker::Leader(parent), wanted, avoid)?;
+        self.take_in(born, parent)?;
         Ok(born)
     }
 
-    /// Has the leader of `maker` make what is wanted.
-    fn clone_numbered(&mut self, maker: Pid, wanted: Wanted, avoid: &BTreeSet<Pid>) -> Result<Pid> {
-        let text = procfs::text_held(&self.member(maker)?.status)
+    /// As [`Stopped::make_process`], of a process that has no parent in the tree: a copy of its shadow, and a child of
+    /// whoever has adopted that.
+    pub fn make_from_shadow(
+        &mut self,
+        shadow: Pid,
+        pid: Pid,
+        inside: i32,
+        avoid: &BTreeSet<Pid>,
+    ) -> Result<Pid> {
+        let wanted = Wanted {
+            flags: libc::CLONE_PARENT,
+            // That of the shadow, which who has adopted it expects.
+            exit_signal: 0,
+            number: pid,
+            inside,
+        };
+        let born = self.clone_numbered(Maker::Shadow(shadow), wanted, avoid)?;
+        let parent = procfs::Stat::read(born).context(|| format!("read /proc/{born}/stat"))?;
+        self.take_in(born, parent.parent())?;
+        self.know(born);
+        if pid == self.tree.root {
+            self.tree.root = born;
+        }
+        Ok(born)
+    }
+
+    /// Makes a process just made one of the tree.
+    fn take_in(&mut self, born: Pid, parent: Pid) -> Result<()> {
+        self.note_process(born, parent)
+            .add_thread(Thread::born(born));
+        self.open_member(born)
+    }
+
+    /// Has `by` make what is wanted.
+    fn clone_numbered(&mut self, by: Maker, wanted: Wanted, avoid: &BTreeSet<Pid>) -> Result<Pid> {
+        let maker = by.pid();
+        let text = std::fs::read_to_string(procfs::path(maker, "status"))
             .context(|| format!("read /proc/{maker}/status"))?;
         let levels = procfs::namespace_pids(&text).len();
         let (inside, outside) = (wanted.inside, wanted.number.as_raw());
@@ -116,9 +166,9 @@ impl Stopped<'_> {
             _ => &[&both[..1]],
         };
         for ids in choices.iter().cycle() {
-            match self.clone_with_ids(maker, wanted, ids)? {
+            match self.clone_with_ids(by, wanted, ids)? {
                 Ok(made) if ids.len() == levels || !avoid.contains(&made) => return Ok(made),
-                Ok(made) => self.undo(maker, wanted, made)?,
+                Ok(made) => self.undo(by, wanted, made)?,
                 // One that is ending has it for a while longer than it is to be seen; others fork too, and most of what
                 // they make ends soon.
                 Err(Errno::EEXIST) if Instant::now() < deadline => {
@@ -134,32 +184,26 @@ impl Stopped<'_> {
         let namespace = match levels {
             1 => None,
             _ => Some(
-                procfs::open_below(&self.member(maker)?.namespaces, "pid")
+                File::open(procfs::path(maker, "ns/pid"))
                     .context(|| format!("open /proc/{maker}/ns/pid"))?,
             ),
         };
         while Instant::now() < deadline {
-            match &namespace {
-                Some(namespace) => last_pid::set_next_in(namespace.as_fd(), inside),
-                None => last_pid::set_next(inside),
-            }
-            .context(|| format!("ask for number {inside} in the namespace of {maker}"))?;
-            let mut batch = Batch::new();
-            let flags = Arg::from(wanted.flags | wanted.exit_signal);
-            let zero = 0.into();
-            let clone = batch.call(libc::SYS_clone, &[flags, zero, zero, zero, zero]);
-            let outputs = self.run(maker, &batch)?;
-            outputs
-                .result(clone)
-                .map_err(|errno| failed(maker, "clone", errno))?;
-            let [born] = outputs.born[..] else {
-                return Err(Error::Gone(maker));
+            let ask = || {
+                match &namespace {
+                    Some(namespace) => last_pid::set_next_in(namespace.as_fd(), inside),
+                    None => last_pid::set_next(inside),
+                }
+                .context(|| format!("ask for number {inside} in the namespace of {maker}"))
             };
+            let born = self
+                .clone_with_next_id(by, wanted, ask)?
+                .map_err(|errno| failed(maker, "clone", errno))?;
             let is_ours = levels == 1;
             if id_inside(born)? == inside && (is_ours || !avoid.contains(&born)) {
                 return Ok(born);
             }
-            self.undo(maker, wanted, born)?;
+            self.undo(by, wanted, born)?;
         }
         Err(failed(
             maker,
@@ -168,44 +212,74 @@ impl Stopped<'_> {
         ))
     }
 
+    /// The same under the number that comes next, once that was asked for.
+    fn clone_with_next_id(
+        &mut self,
+        by: Maker,
+        wanted: Wanted,
+        ask: impl FnOnce() -> Result<()>,
+    ) -> Result<std::result::Result<Pid, Errno>> {
+        let flags = wanted.flags | wanted.exit_signal;
+        let maker = match by {
+            Maker::Leader(maker) => maker,
+            Maker::Shadow(shadow) => {
+                let call = (libc::SYS_clone, [flags as u64, 0, 0]);
+                let made = Self::call_in_shadow(shadow, |_| (call, Vec::new()), ask)?;
+                return child(shadow, made);
+            }
+        };
+        ask()?;
+        let mut batch = Batch::new();
+        let zero = 0.into();
+        let clone = batch.call(libc::SYS_clone, &[flags.into(), zero, zero, zero, zero]);
+        let outputs = self.run(maker, &batch)?;
+        let made = outputs.born.first().copied();
+        child(maker, (outputs.result(clone), made))
+    }
+
     /// The same with numbers that the maker chooses (`set_tid` of clone3(2), Linux 5.5), or says why not.
     fn clone_with_ids(
         &mut self,
-        maker: Pid,
+        by: Maker,
         wanted: Wanted,
         ids: &[i32],
     ) -> Result<std::result::Result<Pid, Errno>> {
+        let size = size_of::<CloneArguments>();
+        let arguments = CloneArguments {
+            flags: wanted.flags as u64,
+            exit_signal: wanted.exit_signal as u64,
+            set_tid_size: ids.len() as u64,
+            ..CloneArguments::default()
+        };
+        let maker = match by {
+            Maker::Leader(maker) => maker,
+            Maker::Shadow(shadow) => {
+                let call = |at| {
+                    let arguments = CloneArguments {
+                        set_tid: at + size as u64,
+                        ..arguments
+                    };
+                    let data = [arguments.as_bytes(), ids.as_bytes()].concat();
+                    ((libc::SYS_clone3, [at, size as u64, 0]), data)
+                };
+                let made = Self::call_in_shadow(shadow, call, || Ok(()))?;
+                return child(shadow, made);
+            }
+        };
         let mut batch = Batch::new();
         let set_tid = batch.filled(ids.as_bytes());
-        let arguments = batch.filled(
-            CloneArguments {
-                flags: wanted.flags as u64,
-                exit_signal: wanted.exit_signal as u64,
-                set_tid_size: ids.len() as u64,
-                ..CloneArguments::default()
-            }
-            .as_bytes(),
-        );
+        let arguments = batch.filled(arguments.as_bytes());
         let offset = std::mem::offset_of!(CloneArguments, set_tid);
         batch.point(&arguments, offset, &set_tid);
-        let clone = batch.call(
-            libc::SYS_clone3,
-            &[arguments.arg(), size_of::<CloneArguments>().into()],
-        );
+        let clone = batch.call(libc::SYS_clone3, &[arguments.arg(), size.into()]);
         let outputs = self.run(maker, &batch)?;
-        match outputs.result(clone) {
-            Ok(_) => {
-                let [born] = outputs.born[..] else {
-                    return Err(Error::Gone(maker));
-                };
-                Ok(Ok(born))
-            }
-            Err(errno) => Ok(Err(errno)),
-        }
+        let made = outputs.born.first().copied();
+        child(maker, (outputs.result(clone), made))
     }
 
     /// Ends what has got the wrong number.
-    fn undo(&mut self, maker: Pid, wanted: Wanted, born: Pid) -> Result<()> {
+    fn undo(&mut self, by: Maker, wanted: Wanted, born: Pid) -> Result<()> {
+        let maker = by.pid();
         if wanted.flags & libc::CLONE_THREAD != 0 {
             let process = self.processes.get_mut(&maker).ok_or(Error::Gone(maker))?;
             process.add_thread(Thread::born(born));
@@ -215,12 +289,28 @@ impl Stopped<'_> {
         nix::sys::signal::kill(born, nix::sys::signal::SIGKILL)
             .context(|| format!("kill {born}"))?;
         await_end(born)?;
+        if let Maker::Shadow(_) = by {
+            // Who has adopted the shadow reaps it.
+            return Ok(());
+        }
         let mut batch = Batch::new();
         let zero = 0.into();
         let options = libc::__WALL.into();
         batch.call(libc::SYS_wait4, &[inside.into(), zero, options, zero]);
         // One whose parent ignores SIGCHLD is gone already.
         self.run(maker, &batch).map(drop)
+    }
+}
+
+/// What a call that makes a child has returned, and the child.
+fn child(
+    maker: Pid,
+    (result, born): (std::result::Result<u64, Errno>, Option<Pid>),
+) -> Result<std::result::Result<Pid, Errno>> {
+    match (result, born) {
+        (Ok(_), Some(born)) => Ok(Ok(born)),
+        (Ok(_), None) => Err(Error::Gone(maker)),
+        (Err(errno), _) => Ok(Err(errno)),
     }
 }
 

@@ -134,16 +134,11 @@ impl<'t> Stopped<'t> {
     }
 
     fn stop_all(&mut self) -> std::result::Result<(), Retry> {
-        let mut found: BTreeSet<Pid> = std::iter::once(self.tree.root).collect();
-        found.extend(
-            self.tree
-                .members
-                .values()
-                .filter(|member| member.is_alive())
-                .map(|member| member.pid),
-        );
+        let members = self.tree.members.values();
+        let living = members.filter(|member| member.is_alive());
+        let mut found: BTreeSet<Pid> = living.map(|member| member.pid).collect();
         let mut orphans = BTreeSet::new();
-        let mut looked_at = 0;
+        let mut looked_at = None;
         loop {
             let mut fresh = Vec::new();
             for pid in &found {
@@ -153,7 +148,7 @@ impl<'t> Stopped<'t> {
             for (pid, tid) in &fresh {
                 self.await_stop(*pid, *tid, deadline)?;
             }
-            if fresh.is_empty() && looked_at == found.len() {
+            if fresh.is_empty() && looked_at == Some(found.len()) {
                 // All that runs was stopped before the children were listed and the births were told: both are complete.
                 // One that ended before it could be stopped may have left children, hence the look at the number.
                 self.know_all();
@@ -161,7 +156,7 @@ impl<'t> Stopped<'t> {
             }
             self.catch_up(&mut found, &mut orphans);
             self.open_members()?;
-            looked_at = found.len();
+            looked_at = Some(found.len());
             self.add_children(&mut found)?;
             self.add_orphans(&mut found, &mut orphans);
         }
@@ -192,7 +187,7 @@ impl<'t> Stopped<'t> {
                 Seized::Taken => {}
                 Seized::Gone => continue,
                 Seized::Zombie { parent } => {
-                    if !self.is_reaped_outside(pid, parent) {
+                    if !self.is_reaped_outside(parent) {
                         self.note_process(pid, parent);
                     }
                     continue;

@@ -313,14 +313,33 @@ impl Tree {
     ///
     /// On failure all that was stopped runs again.
     pub fn stop(&mut self, on_death: OnTracerDeath) -> Result<Stopped<'_>> {
+        let root = self.root;
+        let ended = || {
+            let remedy = "its root process has ended; roll it back, or release the checkpoints and start it again";
+            refuse(root, "the tree", remedy)
+        };
         if !self.is_alive() {
-            return Err(refuse(
-                self.root,
-                "the tree",
-                "its root process has ended; release the checkpoints and start it again",
-            ));
+            return Err(ended());
         }
-        Stopped::stop(self, on_death)
+        let stopped = Stopped::stop(self, on_death)?;
+        match stopped.processes.contains_key(&root) {
+            true => Ok(stopped),
+            false => Err(ended()),
+        }
+    }
+
+    /// As [`Tree::stop`], but its root may have ended, and all others too, if that does not mean the end of their PID
+    /// namespace.
+    pub fn stop_remains(&mut self, on_death: OnTracerDeath) -> Result<Stopped<'_>> {
+        match self.can_lose_root() {
+            true => Stopped::stop(self, on_death),
+            false => self.stop(on_death),
+        }
+    }
+
+    /// Whether the tree can go on without its root.
+    pub fn can_lose_root(&self) -> bool {
+        self.scope == discover::Scope::Descendants
     }
 
     /// Kills every process of the tree, the root first, and the shadows.

@@ -13,6 +13,7 @@ use nix::sys::signal::{SigSet, kill};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 
+use crate::kernel::pidfd;
 use crate::kernel::proc_events::{Event, Lost, ProcEvents};
 
 use super::discover;
@@ -69,6 +70,15 @@ impl Watch {
         self.listening
             .as_ref()
             .is_some_and(|listening| listening.followed.lock().lineage.contains(pid))
+    }
+
+    /// A process of the tree has been born to another than the tree.
+    pub(super) fn add(&mut self, pid: Pid) {
+        // What its birth tells comes first.
+        self.catch_up();
+        if let Some(listening) = &self.listening {
+            listening.followed.lock().lineage.add(pid);
+        }
     }
 
     /// Descendants that are not among these.
@@ -138,10 +148,19 @@ impl Followed {
             self.lineage.note(event);
         }
         self.lost = received.err();
-        self.lineage
-            .forget_ended(|pid| kill(pid, None) != Err(Errno::ESRCH));
+        self.lineage.forget_ended(is_process);
         received
     }
+}
+
+/// Whether there is a process of this number. The number of one that has ended may be a thread's now, of which no birth tells.
+fn is_process(pid: Pid) -> bool {
+    let gone = Err(Errno::ESRCH);
+    kill(pid, None) != gone
+        && !matches!(
+            pidfd::open(pid),
+            Err(Errno::ESRCH | Errno::EINVAL | Errno::ENOENT)
+        )
 }
 
 /// An open listener, and the thread that empties it while nobody asks.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::FlockArg;
 use nix::unistd::geteuid;
 
-use crate::keeper::Error;
+use crate::keeper::{Error, Identity};
 
 const KEEPERS: &str = ".keepers";
 const SOCKET: &str = "socket";
@@ -57,6 +57,24 @@ impl StateDirectory {
     /// The directory itself.
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The PID of a tree's root and its start time, of keepers below the root directory for a root with this PID.
+    pub(super) fn of_pid(root: &Path, pid: i32) -> Vec<Identity> {
+        let listed = fs::read_dir(root.join(KEEPERS));
+        let names = listed.into_iter().flatten().flatten();
+        names
+            .filter_map(|entry| Identity::from_key(entry.file_name().to_str()?))
+            .filter(|identity| identity.pid == pid)
+            .collect()
+    }
+
+    /// Gives it another name: its tree has another root.
+    pub(super) fn move_to(&mut self, key: &str) -> Result<(), Error> {
+        let path = self.path.with_file_name(key);
+        fs::rename(&self.path, &path).map_err(Error::io("cannot rename", &self.path))?;
+        self.path = path;
+        Ok(())
     }
 
     /// The container's name for messages.

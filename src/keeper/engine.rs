@@ -82,6 +82,14 @@ impl Operations for Engine {
         Engine::is_alive(self)
     }
 
+    fn can_come_back(&self) -> bool {
+        Engine::can_come_back(self)
+    }
+
+    fn root(&self) -> i32 {
+        Engine::root(self)
+    }
+
     fn collect_deaths(&mut self) {
         Engine::collect_deaths(self);
     }

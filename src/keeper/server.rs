@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -58,8 +60,12 @@ pub trait Operations {
     fn release(&mut self, name: Option<&str>) -> Result<(), Failure>;
     /// How many checkpoints are held: with none left the keeper ends.
     fn held(&self) -> usize;
-    /// Whether the tree still lives.
+    /// Whether the tree's root still lives.
     fn is_alive(&self) -> bool;
+    /// Whether a rollback may bring back a tree whose root has ended.
+    fn can_come_back(&self) -> bool;
+    /// PID of the tree's root: a rollback may have made it again.
+    fn root(&self) -> i32;
     /// A child or tracee has died: collects its death, without which its PID namespace does not end.
     fn collect_deaths(&mut self);
 }
@@ -98,10 +104,65 @@ struct Shared {
     gate: Mutex<Gate>,
     answered: Condvar,
     jobs: Mutex<Sender<Job>>,
+    directory: Mutex<StateDirectory>,
+    root: Watched,
+}
+
+/// The root of the tree, whose end is to be told.
+struct Watched {
+    /// Readable once it has exited.
+    exit: Epoll,
+    root: Mutex<Option<(Identity, OwnedFd)>>,
+}
+
+impl Watched {
+    fn new() -> nix::Result<Self> {
+        Ok(Self {
+            exit: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            root: Mutex::new(None),
+        })
+    }
+
+    /// Watches another process.
+    fn watch(&self, root: Identity) -> Result<(), Failure> {
+        let failed = |errno: Errno| {
+            failure(&format!(
+                "cannot hold process {}: {}",
+                root.pid,
+                errno.desc()
+            ))
+        };
+        let pidfd = pidfd::open(Pid::from_raw(root.pid)).map_err(failed)?;
+        // Only now is the PID certain not to be given to another.
+        match root.is_alive() {
+            Ok(true) => {}
+            Ok(false) => return Err(failure(&format!("process {} has exited", root.pid))),
+            Err(error) => return Err(failure(&error.to_string())),
+        }
+        // Told once: it stays readable.
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+        let added = self.exit.add(&pidfd, EpollEvent::new(flags, 0));
+        added.map_err(failed)?;
+        *self.root.lock() = Some((root, pidfd));
+        Ok(())
+    }
+
+    /// Whether it is this one that is watched.
+    fn is(&self, root: Identity) -> bool {
+        let watched = self.root.lock();
+        watched
+            .as_ref()
+            .is_some_and(|(watched, _)| *watched == root)
+    }
+
+    fn has_exited(&self) -> nix::Result<bool> {
+        let mut events = [EpollEvent::empty()];
+        Ok(self.exit.wait(&mut events, EpollTimeout::ZERO)? > 0)
+    }
 }
 
 /// Attaches, listens in `directory` and serves clients, beginning with `first`, until the last checkpoint is released
-/// or the process `root` has exited.
+/// or the process `root` has exited and no rollback can bring it back.
 ///
 /// # Errors
 ///
@@ -123,17 +184,19 @@ pub(super) fn serve<O: Operations>(
         }),
         answered: Condvar::new(),
         jobs: Mutex::new(jobs),
+        directory: Mutex::new(directory.clone()),
+        root: Watched::new().map_err(|errno| Error::Start(errno.to_string()))?,
     });
     let (attached, is_attached) = channel();
     let (ended, end) = UnixStream::pair().map_err(|error| Error::Start(error.to_string()))?;
     let tracer = {
-        let (shared, directory) = (Arc::clone(&shared), directory.clone());
+        let shared = Arc::clone(&shared);
         let work = move || {
             let _ended = ended;
             match attach() {
                 Ok(operations) => {
                     let _ = attached.send(Ok(()));
-                    work(&shared, &directory, &queue, operations);
+                    work(&shared, &queue, operations);
                 }
                 Err(failure) => {
                     let _ = attached.send(Err(failure));
@@ -148,16 +211,14 @@ pub(super) fn serve<O: Operations>(
     let ready = is_attached
         .recv()
         .unwrap_or_else(|_| Err(failure("the tracer thread died: see the log")))
-        .and_then(|()| watch(root))
-        .and_then(|root| {
+        .and_then(|()| shared.root.watch(root))
+        .and_then(|()| {
             fault::point("keeper.attached");
-            let listener = lock
-                .listen(directory)
-                .map_err(|error| failure(&error.to_string()))?;
-            Ok((root, listener))
+            lock.listen(directory)
+                .map_err(|error| failure(&error.to_string()))
         });
-    let (root, listener) = match ready {
-        Ok(ready) => ready,
+    let listener = match ready {
+        Ok(listener) => listener,
         Err(failure) => {
             // Nobody else can have connected yet, and whoever waits for the lock will start a keeper anew.
             let removed = directory.remove(&lock);
@@ -170,12 +231,12 @@ pub(super) fn serve<O: Operations>(
     drop(lock);
     fault::point("keeper.listening");
     converse(&shared, first, true);
-    listen(&shared, &listener, &root, &signals, &end)
+    listen(&shared, &listener, &signals, &end)
         .map_err(Error::io("cannot serve", directory.log_path()))?;
     // The tracer has ended: in good order, or by a panic that left the directory behind.
     let ended = tracer.join();
     if ended.is_err() {
-        directory.retire()?;
+        shared.directory.lock().retire()?;
     }
     let mut gate = shared.gate.lock();
     gate.ending = true;
@@ -200,23 +261,6 @@ fn failure(message: &str) -> Failure {
     }
 }
 
-/// A descriptor of the root process that becomes readable when it exits.
-fn watch(root: Identity) -> Result<OwnedFd, Failure> {
-    let opened = pidfd::open(Pid::from_raw(root.pid)).map_err(|errno| {
-        failure(&format!(
-            "cannot hold process {}: {}",
-            root.pid,
-            errno.desc()
-        ))
-    })?;
-    // Only now is the PID certain not to be given to another.
-    match root.is_alive() {
-        Ok(true) => Ok(opened),
-        Ok(false) => Err(failure(&format!("process {} has exited", root.pid))),
-        Err(error) => Err(failure(&error.to_string())),
-    }
-}
-
 fn hold_signals() -> io::Result<SignalFd> {
     disposition::tell_deaths_only()?;
     let mut set = SigSet::empty();
@@ -233,11 +277,11 @@ fn hold_signals() -> io::Result<SignalFd> {
 fn listen(
     shared: &Arc<Shared>,
     listener: &UnixListener,
-    root: &OwnedFd,
     signals: &SignalFd,
     end: &UnixStream,
 ) -> io::Result<()> {
-    let mut watched = vec![end.as_fd(), listener.as_fd(), signals.as_fd(), root.as_fd()];
+    let exit = shared.root.exit.0.as_fd();
+    let watched = [end.as_fd(), listener.as_fd(), signals.as_fd(), exit];
     loop {
         let mut polled: Vec<PollFd> = watched
             .iter()
@@ -266,9 +310,7 @@ fn listen(
                 });
             }
         }
-        // Told once: it stays readable.
-        if fired.get(3) == Some(&true) {
-            watched.truncate(3);
+        if fired[3] && shared.root.has_exited()? {
             shared.tell(Job::RootDied);
         }
     }
@@ -400,14 +442,9 @@ fn talk(shared: &Shared, stream: &UnixStream, is_first: bool) -> io::Result<()> 
 }
 
 /// Carries out jobs until there is nothing left to keep.
-fn work<O: Operations>(
-    shared: &Shared,
-    directory: &StateDirectory,
-    queue: &Receiver<Job>,
-    mut operations: O,
-) {
+fn work<O: Operations>(shared: &Shared, queue: &Receiver<Job>, mut operations: O) {
     while let Ok(job) = queue.recv() {
-        let (answer, end) = carry_out(&mut operations, job, shared, directory);
+        let (answer, end) = carry_out(&mut operations, job, shared);
         let is_last = match end {
             End::Never => false,
             End::WithoutCheckpoints => operations.held() == 0 && shared.end_if_idle(),
@@ -418,7 +455,7 @@ fn work<O: Operations>(
         };
         if is_last {
             // Clients must find no keeper once they have our last answer.
-            if let Err(error) = directory.retire() {
+            if let Err(error) = shared.directory.lock().retire() {
                 tracing::error!("{error}");
             }
         }
@@ -433,10 +470,8 @@ fn work<O: Operations>(
     drop(operations);
     while let Ok(job) = queue.try_recv() {
         if let Job::Request { reply, .. } = job {
-            let gone = format!(
-                "{} has ended, and its checkpoints with it",
-                directory.label()
-            );
+            let label = shared.directory.lock().label().to_owned();
+            let gone = format!("{label} has ended, and its checkpoints with it");
             let _ = reply.send(Response::Failure(failure(&gone)));
         }
     }
@@ -454,15 +489,17 @@ fn carry_out<O: Operations>(
     operations: &mut O,
     job: Job,
     shared: &Shared,
-    directory: &StateDirectory,
 ) -> (Option<(Sender<Response>, Response)>, End) {
     match job {
         Job::Request { request, reply } => {
             fault::point("keeper.request");
             let response = answer(operations, &request);
+            if let Err(failure) = shared.follow(operations.root()) {
+                tracing::error!("{failure}");
+            }
             shared.gate.lock().waiting -= 1;
             let end = match request {
-                _ if !operations.is_alive() => End::Now,
+                _ if has_ended(operations) => End::Now,
                 Request::Checkpoint { .. } | Request::Release { .. } => End::WithoutCheckpoints,
                 Request::Rollback { .. } | Request::Diff { .. } | Request::Checkpoints => {
                     End::Never
@@ -473,11 +510,19 @@ fn carry_out<O: Operations>(
         Job::Idle => (None, End::WithoutCheckpoints),
         Job::ChildDied => {
             operations.collect_deaths();
-            (None, End::Never)
+            match has_ended(operations) {
+                true => (None, End::Now),
+                false => (None, End::Never),
+            }
         }
         Job::RootDied => {
-            tracing::info!("{} has ended", directory.label());
-            (None, End::Now)
+            let label = shared.directory.lock().label().to_owned();
+            if !operations.can_come_back() {
+                tracing::info!("{label} has ended");
+                return (None, End::Now);
+            }
+            tracing::info!("{label} has ended; its checkpoints are kept until they are released");
+            (None, End::WithoutCheckpoints)
         }
         Job::Terminate => {
             if let Err(failure) = operations.release(None) {
@@ -485,6 +530,25 @@ fn carry_out<O: Operations>(
             }
             (None, End::Now)
         }
+    }
+}
+
+fn has_ended<O: Operations>(operations: &O) -> bool {
+    !operations.is_alive() && !operations.can_come_back()
+}
+
+impl Shared {
+    /// Goes by the name of the tree's root and watches it, if that is another process now.
+    fn follow(&self, root: i32) -> Result<(), Failure> {
+        let Ok(now) = Identity::look_up(root) else {
+            return Ok(());
+        };
+        if self.root.is(now) {
+            return Ok(());
+        }
+        self.root.watch(now)?;
+        let moved = self.directory.lock().move_to(&now.key());
+        moved.map_err(|error| failure(&error.to_string()))
     }
 }
 

@@ -3,6 +3,9 @@
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::StateDirectory;
 
 /// Set in a kernel thread's flags, field 9 of `/proc/PID/stat` (`include/linux/sched.h`).
 const PF_KTHREAD: u64 = 0x0020_0000;
@@ -129,6 +132,33 @@ impl Identity {
             Err(TargetError::Missing(_)) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// The root of a tree by its PID: the process that has that, or, if that is not kept, one of which a keeper below the
+    /// root directory `root` still has checkpoints though it has ended.
+    ///
+    /// # Errors
+    ///
+    /// There is no such process, or it has exited, and no keeper has checkpoints of it.
+    pub fn kept(root: &Path, pid: i32) -> Result<Identity, TargetError> {
+        let kept = StateDirectory::of_pid(root, pid);
+        let living = Identity::look_up(pid);
+        match living {
+            Ok(living) if kept.is_empty() || kept.contains(&living) => Ok(living),
+            _ => kept
+                .into_iter()
+                .max_by_key(|identity| identity.start_time)
+                .map_or(living, Ok),
+        }
+    }
+
+    /// What [`Identity::key`] was made of.
+    pub(super) fn from_key(key: &str) -> Option<Identity> {
+        let (pid, start_time) = key.strip_prefix("pid-")?.split_once('-')?;
+        Some(Identity {
+            pid: pid.parse().ok()?,
+            start_time: start_time.parse().ok()?,
+        })
     }
 
     /// The name of the keeper's directory for this process.

@@ -130,6 +130,14 @@ impl Operations for Fake {
         self.alive
     }
 
+    fn can_come_back(&self) -> bool {
+        false
+    }
+
+    fn root(&self) -> i32 {
+        0
+    }
+
     fn collect_deaths(&mut self) {}
 }
 

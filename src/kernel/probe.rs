@@ -379,6 +379,11 @@ fn tid_address() -> Outcome {
     told(Errno::result(got), "")
 }
 
+/// Whether POSIX timers that were deleted can be made again under their numbers.
+pub fn timers_keep_numbers() -> bool {
+    timer_ids().is_ok()
+}
+
 /// prctl(2), Linux 6.15.
 fn timer_ids() -> Outcome {
     const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;

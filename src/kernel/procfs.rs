@@ -139,6 +139,11 @@ impl Stat {
         Pid::from_raw(self.field(6) as i32)
     }
 
+    /// The process group it is in.
+    pub fn group(&self) -> Pid {
+        Pid::from_raw(self.field(5) as i32)
+    }
+
     /// Whether its process group or its session has a number.
     pub fn belongs_to(&self, number: Pid) -> bool {
         [self.field(5), self.field(6)].contains(&(number.as_raw() as u64))

@@ -18,6 +18,11 @@ fn heads(layout: &Layout) -> impl Iterator<Item = u64> {
     rings.map(|vma| vma.start + HEAD)
 }
 
+/// Whether there are any.
+pub(super) fn any(layout: &Layout) -> bool {
+    heads(layout).next().is_some()
+}
+
 /// Head and tail.
 fn read(pid: Pid, start: u64) -> Result<[u8; 8]> {
     let mut places = [0; 8];

@@ -37,6 +37,11 @@ pub fn obstacle(
     if !image.kept.is_empty() && old_window(stopped, image).is_none() {
         return Ok(Some("what fork does not copy of its memory is lost"));
     }
+    if super::aio::any(&image.layout) {
+        return Ok(Some(
+            "it had an AIO context (io_setup), which only itself could make",
+        ));
+    }
     if offset(&specials(&image.layout), &specials(&maker.layout)).is_none() {
         return Ok(Some(
             "the kernel's own mappings in it are not like its parent's",

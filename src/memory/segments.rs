@@ -127,6 +127,18 @@ impl Segments {
         Some(Asked(batch.call(libc::SYS_shmctl, &arguments), out))
     }
 
+    /// Refuses if the process that is to be asked will not be there.
+    pub fn check_asked(&self, is_lost: impl Fn(Pid) -> bool) -> Result<()> {
+        match self.0.iter().find(|namespace| is_lost(namespace.pid)) {
+            None => Ok(()),
+            Some(namespace) => Err(refuse(
+                namespace.pid,
+                "System V shared memory",
+                "the process has ended since the checkpoint or is to be made again, and nobody else can be asked for it; take a new checkpoint",
+            )),
+        }
+    }
+
     /// Refuses if any has been removed or changed hands since. Returns those to be removed. `answers` are what the processes
     /// that [`Segments::ask`] gave a question have answered.
     pub fn check(

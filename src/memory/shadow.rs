@@ -21,6 +21,9 @@ pub struct Shadow {
     memory: File,
     /// `/proc/PID/pagemap` of it.
     pub pagemap: File,
+    /// Whether a process made by it would live in the time namespace that the one it was made of lives in: a fork moves to
+    /// that which was meant for children (time_namespaces(7)).
+    pub keeps_time: bool,
     /// Its death was seen and collected: from then on the PID may be another process's.
     is_dead: AtomicBool,
 }
@@ -30,6 +33,7 @@ pub struct Shadow {
 #[derive(Debug)]
 pub(super) struct Adoption {
     pid: Pid,
+    keeps_time: bool,
     calls: InCopy,
 }
 
@@ -41,7 +45,14 @@ impl Adoption {
             what: format!("ptrace options of shadow {pid}"),
             error: errno.into(),
         })?;
-        // It must not hold the parent's pipes and sockets open, nor be hit by signals to the parent's process group.
+        // It must not hold the parent's pipes and sockets open, nor be hit by signals to the parent's process group, nor keep a
+        // session's number from its leader, should that be made again. Only a session from outside of the tree it must not
+        // leave: nothing else could bring back somebody to it.
+        let is_guest = is_guest(stopped, parent);
+        let leave = match is_guest {
+            true => (libc::SYS_setpgid, [0; 3]),
+            false => (libc::SYS_setsid, [0; 3]),
+        };
         let calls = stopped.start_in_copy(
             parent,
             pid,
@@ -50,15 +61,23 @@ impl Adoption {
                     libc::SYS_close_range,
                     [0, u64::from(u32::MAX), CLOSE_RANGE_UNSHARE],
                 ),
-                (libc::SYS_setsid, [0; 3]),
+                leave,
             ],
         )?;
-        Ok(Self { pid, calls })
+        let time = |pid| std::fs::read_link(procfs::path(pid, "ns/time")).ok();
+        let keeps_time = !is_guest || time(parent) == time(pid);
+        Ok(Self {
+            pid,
+            keeps_time,
+            calls,
+        })
     }
 
     /// Waits until it is a shadow.
     pub(super) fn finish(self) -> Result<Shadow> {
-        let pid = self.pid;
+        let Self {
+            pid, keeps_time, ..
+        } = self;
         let memory = self.calls.finish()?;
         let pagemap = File::open(procfs::path(pid, "pagemap")).map_err(|error| Error::System {
             what: format!("open /proc/{pid}/pagemap"),
@@ -68,9 +87,23 @@ impl Adoption {
             pid,
             memory,
             pagemap,
+            keeps_time,
             is_dead: AtomicBool::new(false),
         })
     }
+}
+
+/// Whether a process's parent and the leader of its session are not of the tree.
+fn is_guest(stopped: &Stopped, pid: Pid) -> bool {
+    let has_parent = stopped
+        .process(pid)
+        .is_none_or(|process| stopped.process(process.parent).is_some());
+    !has_parent
+        && stopped
+            .member(pid)
+            .ok()
+            .and_then(|member| procfs::Stat::read_held(&member.stat).ok())
+            .is_some_and(|stat| stopped.process(stat.session()).is_none())
 }
 
 impl Shadow {

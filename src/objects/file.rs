@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::live::Live;
 use super::model::{Common, Complaint};
+use super::reborn::Gone;
 use super::state::State as AnyState;
 
 /// What sort of file it is.
@@ -152,6 +153,13 @@ fn seals(live: &Live<'_>) -> Result<i32, Error> {
 /// Whether nothing else leads to it.
 pub fn must_be_pinned(state: &AnyState) -> bool {
     matches!(state, AnyState::File(file) if file.pinned)
+}
+
+/// Whether it is one of those that `/proc` has of a process that is gone.
+pub fn is_of_any(state: &State, gone: &Gone) -> bool {
+    let rest = state.path.strip_prefix("/proc/").unwrap_or_default();
+    let pid = rest.split('/').next().and_then(|pid| pid.parse().ok());
+    pid.is_some_and(|pid| gone.contains_key(&pid))
 }
 
 /// Whether it can be opened again through a pin: a regular file, a directory, a FIFO.

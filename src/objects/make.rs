@@ -68,7 +68,7 @@ pub(super) fn make_pipe_end(
         return Err(own("open")(Errno::EINVAL));
     };
     match source {
-        Source::Inode(place) => pipe::open(&in_proc(place), access),
+        Source::Inode(place) => pipe::open_through(*place, common.inode(), access),
         Source::Path(pid) => {
             let path = state.fifo.as_deref().unwrap_or_default();
             let at = file::locate(*pid, path, common).ok_or_else(|| own("open")(Errno::ENOENT))?;

@@ -349,7 +349,13 @@ fn source(
             .map(|live| Source::Inode(live.place))
     };
     Ok(match &description.state {
-        State::File(_) if capture.pins.contains_key(&id) => Source::Pin,
+        State::File(state) if capture.pins.contains_key(&id) => match file::is_of_any(state, lost) {
+            false => Source::Pin,
+            true => Source::Nowhere((
+                state.path.clone(),
+                "it is of a process that has ended since the checkpoint or is to be made again; take the checkpoint when it is closed".into(),
+            )),
+        },
         State::File(state) => match state.form {
             Form::Process(pid) => match lost.contains_key(&pid) || is_process(pid, common) {
                 true => Source::New,

@@ -215,6 +215,27 @@ pub fn open(path: &str, access: i32) -> Result<OwnedFd, Error> {
     open(access)
 }
 
+/// Opens a pipe through a descriptor that a process has of it; through another if that process has ended meanwhile or has
+/// closed it.
+pub fn open_through(place: Place, inode: (u64, u64), access: i32) -> Result<OwnedFd, Error> {
+    const ATTEMPTS: usize = 16;
+    let mut place = Some(place);
+    for _ in 0..ATTEMPTS {
+        let Some(Place { pid, fd }) = place else {
+            break;
+        };
+        if let Ok(end) = open(&format!("/proc/{pid}/fd/{fd}"), access) {
+            let end = File::from(end);
+            let at = end.metadata().map_err(io("fstat"))?;
+            if (at.dev(), at.ino()) == inode {
+                return Ok(end.into());
+            }
+        }
+        place = outside_holder(inode, |_| false)?;
+    }
+    Err(own("open")(Errno::ENOENT))
+}
+
 /// A place outside the tree where a pipe is open, if there is one; looks at every process.
 pub fn outside_holder(
     inode: (u64, u64),

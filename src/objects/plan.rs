@@ -114,7 +114,7 @@ pub fn prepare(
     }
     let counts = asked.sysv.as_ref();
     let counts = counts.and_then(|(counts, pid)| Some((counts, outputs.get(pid)?)));
-    plan.sysv = sysv::plan(stopped, recorded, counts)?;
+    plan.sysv = sysv::plan(stopped, recorded, counts, lost)?;
     // Processes born since go, and their sockets with them, as do those that are lost.
     let is_born = |pid: i32| {
         if lost.contains_key(&pid) {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::live::Holder;
 use super::model::Recorded;
+use super::reborn::Gone;
 use crate::freeze::{Arg, Batch, Output, Outputs, StepId, Stopped};
 use crate::kernel::sysv_ipc;
 use crate::outcome::Refusal;
@@ -315,6 +316,7 @@ pub(super) fn plan(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded,
     counts: Option<(&Counts, &Outputs)>,
+    lost: &Gone,
 ) -> Result<Plan, Error> {
     let then = &recorded.sysv;
     let same_number = counts.is_none_or(|(counts, outputs)| counts.are(outputs, then));
@@ -322,6 +324,14 @@ pub(super) fn plan(
     let Some(pid) = recorded.tables.first().map(|table| table.pid()) else {
         return Ok(Plan::default());
     };
+    if lost.contains_key(&pid) && (then.own_namespace || !nothing) {
+        return Err(Refusal {
+            object: "System V semaphores and message queues".into(),
+            holder: recorded.holder(pid),
+            remedy: "the process has ended since the checkpoint or is to be made again, and nobody else can be asked for them; take a new checkpoint".into(),
+        }
+        .into());
+    }
     if nothing && same_number {
         return Ok(Plan::default());
     }

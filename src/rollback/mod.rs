@@ -69,7 +69,7 @@ pub fn run(
         .map_err(|error| untouched(error.into()))?;
     phases.end_running("mounts");
     let mut stopped = tree
-        .stop(OnTracerDeath::Die)
+        .stop_remains(OnTracerDeath::Die)
         .map_err(|error| untouched(error.into()))?;
     phases.end("stop");
     fault::point("rollback.stopped");

@@ -53,9 +53,12 @@ pub(super) fn observe(
     check_complete(stopped, checkpoint)?;
     let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
     let mut lost = Lost::missing(stopped, &recorded)?;
+    if !lost.is_empty() {
+        lost.await_reapers(stopped);
+    }
     loop {
         if !lost.is_empty() {
-            lost.complete(stopped, &recorded);
+            lost.complete(&recorded);
             check_lost(stopped, checkpoint, &recorded, &lost)?;
         }
         match look(stopped, checkpoint, &recorded, lost, phases)? {
@@ -174,6 +177,7 @@ fn check_lost(
     lost: &Lost,
 ) -> Result<()> {
     lost.check(stopped, recorded)?;
+    checkpoint.segments.check_asked(|pid| lost.contains(pid))?;
     for image in checkpoint
         .spaces
         .iter()
@@ -181,10 +185,19 @@ fn check_lost(
     {
         let maker = recorded
             .process(image.pid)
-            .and_then(|process| recorded.process(process.parent()))
+            .and_then(|process| recorded.begins_as(process))
             .and_then(|maker| Some((maker, checkpoint.space_of(maker.pid())?)));
         let obstacle = match maker {
             None => Some("nothing is known of its parent's memory"),
+            Some((maker, _)) if maker.pid() == image.pid => {
+                match memory::obstacle(stopped, image, image)? {
+                    None if !image.shadow.keeps_time => {
+                        Some("its children live in another time namespace")
+                    }
+                    None => task::shadow_obstacle(maker, image.shadow.pid),
+                    obstacle => obstacle,
+                }
+            }
             Some((maker, of_maker)) => match memory::obstacle(stopped, image, of_maker)? {
                 None if !memory::same_program(image, of_maker)
                     && !task::may_set_program(maker)

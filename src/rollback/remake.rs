@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use crate::checkpoint::{Checkpoint, Result, Spaces};
 use crate::freeze::{self, Stopped};
 use crate::memory::Space;
-use crate::{memory, objects, task};
+use crate::{fault, memory, objects, task};
 
 use super::observe::Plan;
 use super::recorded;
@@ -46,7 +46,7 @@ pub(super) fn processes(
     }
     task::join_groups(stopped, &recorded(&checkpoints[to])?, &made)?;
     for was in zombies {
-        let is = task::make(stopped, &recorded(&checkpoints[to])?, was, &numbers)?;
+        let is = task::make(stopped, &recorded(&checkpoints[to])?, was, None, &numbers)?;
         let pid = Pid::from_raw(is.pid);
         learn(checkpoints, to, was, &is)?;
         task::end(stopped, &recorded(&checkpoints[to])?, pid)?;
@@ -80,10 +80,13 @@ fn process(
     let gone = freeze::Error::Gone(was);
     let mut images = checkpoints[to].spaces.iter();
     let index = images.position(|image| image.pid == was).ok_or(gone)?;
-    let window = checkpoints[to].spaces[index].take_window(stopped);
-    let is = task::make(stopped, &recorded(&checkpoints[to])?, was, avoid)?;
+    let image = &checkpoints[to].spaces[index];
+    let window = image.take_window(stopped);
+    let shadow = Some(image.shadow.pid);
+    let is = task::make(stopped, &recorded(&checkpoints[to])?, was, shadow, avoid)?;
     let pid = Pid::from_raw(is.pid);
     learn(checkpoints, to, was, &is)?;
+    fault::point("remake.made");
     execute_program(stopped, &checkpoints[to], pid, index)?;
 
     let checkpoint = &checkpoints[to];
@@ -95,12 +98,15 @@ fn process(
         image.move_to(stopped, &mut space, window.as_ref())?;
     }
 
+    fault::point("remake.opened");
+
     let checkpoint = &checkpoints[to];
     let recorded = recorded(checkpoint)?;
     let (context, image) = (&checkpoint.context, &checkpoint.spaces[index]);
     task::clear(stopped, &recorded, pid)?;
     let mut todo = space.plan_remake(stopped, image, context)?;
     space.restore_layout(stopped, image, &todo)?;
+    fault::point("remake.laid_out");
     space.keep_inherited(stopped, image, &mut todo)?;
     space.restore_program(stopped, image, context)?;
     task::settle_in(stopped, &recorded, pid, image.shadow.pid, &mut plan.tasks)?;
@@ -126,7 +132,7 @@ fn execute_program(
     let recorded = recorded(checkpoint)?;
     let maker = recorded
         .process(pid)
-        .and_then(|process| recorded.process(process.parent()))
+        .and_then(|process| recorded.begins_as(process))
         .ok_or(freeze::Error::Gone(pid))?;
     let of_maker = checkpoint.space_of(maker.pid());
     let of_maker = of_maker.ok_or(freeze::Error::Gone(pid))?;

@@ -2,12 +2,14 @@
 //! are to be made again, and so are those that go with them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::killpg;
 use nix::unistd::Pid;
 
 use crate::freeze::Stopped;
-use crate::kernel::procfs;
+use crate::kernel::{probe, procfs};
 use crate::outcome::Refusal;
 
 use super::check::{TAKE_ANOTHER, check_is_there, check_scheduling, refuse};
@@ -78,12 +80,12 @@ impl Lost {
 
     /// Adds those that can't stay where others are lost: their children, since nobody can be given a parent, and members of
     /// process groups and sessions that have their numbers.
-    pub fn complete(&mut self, stopped: &Stopped<'_>, recorded: &Recorded<'_>) {
+    pub fn complete(&mut self, recorded: &Recorded<'_>) {
         loop {
             let before = self.len();
             for process in recorded.processes() {
                 let pid = process.pid();
-                if self.contains(pid) || pid == stopped.root() {
+                if self.contains(pid) {
                     continue;
                 }
                 let stat = procfs::Stat::read(pid);
@@ -122,6 +124,25 @@ impl Lost {
         }
     }
 
+    /// Waits a moment until what has ended of the tree has been reaped by others, who may be about to: numbers of processes,
+    /// and of their groups and sessions, are free only then.
+    pub fn await_reapers(&self, stopped: &Stopped<'_>) {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        let deadline = Instant::now() + PATIENCE;
+        let is_waited_for =
+            |pid: Pid, stat: &procfs::Stat| stat.state == 'Z' && stopped.process(pid).is_none();
+        let is_taken = |lost: &Pid| {
+            let ended = procfs::Stat::read(*lost).is_ok_and(|stat| is_waited_for(*lost, &stat));
+            let holds = |(pid, stat): (Pid, procfs::Stat)| {
+                stat.belongs_to(*lost) && is_waited_for(pid, &stat)
+            };
+            ended || killpg(*lost, None).is_ok() && all_processes().any(holds)
+        };
+        while self.why.keys().any(is_taken) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Refuses if one of them can't be made again.
     pub fn check(&self, stopped: &mut Stopped<'_>, recorded: &Recorded<'_>) -> Result<()> {
         for pid in self.why.keys() {
@@ -142,8 +163,10 @@ impl Lost {
         process: &RecordedProcess<'_>,
     ) -> Result<Option<String>> {
         let pid = process.pid();
-        if pid == stopped.root() {
-            return Ok(Some("it is the root of the tree".into()));
+        if pid == stopped.root() && stopped.process(pid).is_some() {
+            return Ok(Some(
+                "it is the root of the tree, and its parent would be told of its end".into(),
+            ));
         }
         if process.is_zombie() && Ending::of(process).is_none() {
             return Ok(Some("a signal had ended it".into()));
@@ -157,11 +180,10 @@ impl Lost {
                 procfs::comm(adopter)
             )));
         }
-        let maker = recorded.process(process.parent());
-        let Some(maker) = maker.filter(|maker| !maker.is_zombie()) else {
-            return Ok(Some("its parent is not of the tree".into()));
+        let Some(maker) = recorded.begins_as(process) else {
+            return Ok(Some("its parent had ended".into()));
         };
-        if let Some(obstacle) = self.family_obstacle(recorded, process, maker) {
+        if let Some(obstacle) = self.family_obstacle(stopped, recorded, process, maker) {
             return Ok(Some(obstacle.into()));
         }
         let living = !process.is_zombie();
@@ -171,7 +193,7 @@ impl Lost {
         if living && let Some(obstacle) = state_obstacle(process, maker)? {
             return Ok(Some(obstacle.into()));
         }
-        if let Some(obstacle) = timer_obstacle(stopped, self, process)? {
+        if let Some(obstacle) = timer_obstacle(process) {
             return Ok(Some(obstacle.into()));
         }
         if let Ok(stat) = procfs::Stat::read(pid)
@@ -180,7 +202,7 @@ impl Lost {
         {
             let reaper = stat.parent();
             return Ok(Some(format!(
-                "pid {reaper} ({}), which has adopted it, has not reaped it",
+                "its parent, pid {reaper} ({}), has not reaped it (wait(2)), and its number is not free before",
                 procfs::comm(reaper)
             )));
         }
@@ -205,11 +227,15 @@ impl Lost {
     /// Parent, session, process group, job control.
     fn family_obstacle(
         &self,
+        stopped: &Stopped<'_>,
         recorded: &Recorded<'_>,
         process: &RecordedProcess<'_>,
         maker: &RecordedProcess<'_>,
     ) -> Option<&'static str> {
         let (was, makers) = (&process.identity, &maker.identity);
+        if was.pid == makers.pid && was.exit_signal != libc::SIGCHLD {
+            return Some("its end was told to its parent by another signal than SIGCHLD");
+        }
         if was.job_control_stop != 0 {
             return Some("job control had stopped it");
         }
@@ -226,8 +252,41 @@ impl Lost {
             stays && other.group == was.group && other.session == was.session
         };
         let leads = was.group == was.pid;
-        (!leads && !recorded.processes().any(remains)).then_some("its process group is gone")
+        let is_there = || {
+            recorded.processes().any(remains)
+                || members(Pid::from_raw(was.group)).any(|(pid, stat)| {
+                    stat.session().as_raw() == was.session && stopped.process(pid).is_none()
+                })
+        };
+        (!leads && !is_there()).then_some("its process group is gone")
     }
+}
+
+/// The living members of a process group, whoever they belong to.
+pub(super) fn members(group: Pid) -> impl Iterator<Item = (Pid, procfs::Stat)> {
+    all_processes()
+        .filter(move |(_, stat)| stat.group() == group && !matches!(stat.state, 'Z' | 'X'))
+}
+
+fn all_processes() -> impl Iterator<Item = (Pid, procfs::Stat)> {
+    let all = procfs::numbers(Path::new("/proc")).unwrap_or_default();
+    all.into_iter()
+        .filter_map(|pid| Some((pid, procfs::Stat::read(pid).ok()?)))
+}
+
+/// Why a process can't be made again from its shadow, if it can't.
+pub fn shadow_obstacle(process: &RecordedProcess<'_>, shadow: Pid) -> Option<&'static str> {
+    let was = &process.identity;
+    if was.session == was.pid {
+        return None;
+    }
+    let Ok(stat) = procfs::Stat::read(shadow) else {
+        return Some("its shadow is gone");
+    };
+    if stat.session().as_raw() != was.session {
+        return Some("it was in the session of a process that is of the tree, and not its parent");
+    }
+    (stat.field(7) as i32 != was.terminal).then_some("its controlling terminal is gone")
 }
 
 /// Whether a process is told of the end of its children, or waits for it.
@@ -284,27 +343,17 @@ fn state_obstacle(
     Ok(None)
 }
 
-fn timer_obstacle(
-    stopped: &mut Stopped<'_>,
-    lost: &Lost,
-    process: &RecordedProcess<'_>,
-) -> Result<Option<&'static str>> {
+fn timer_obstacle(process: &RecordedProcess<'_>) -> Option<&'static str> {
     if process.posix_timers.is_empty() {
-        return Ok(None);
+        return None;
     }
-    let able = match lost.contains(stopped.root()) {
-        true => false,
-        false => posix_timers::can_be_made_again(stopped, stopped.root())?,
-    };
-    if !able {
-        return Ok(Some(
-            "this kernel can't make a POSIX timer with a given number",
-        ));
+    if !probe::timers_keep_numbers() {
+        return Some("this kernel can't make a POSIX timer with a given number");
     }
     let of_a_thread = |timer: &posix_timers::PosixTimer| timer.is_of_a_thread();
     let many = process.threads.len() > 1;
-    Ok((many && process.posix_timers.iter().any(of_a_thread))
-        .then_some("one of its POSIX timers was of one thread's processor time"))
+    (many && process.posix_timers.iter().any(of_a_thread))
+        .then_some("one of its POSIX timers was of one thread's processor time")
 }
 
 /// The numbers that recorded processes and threads have now: none that is made may get another's.

@@ -55,7 +55,7 @@ pub use check::{Changed, Observed, check, check_from_outside};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
 };
-pub use lost::{Lost, numbers};
+pub use lost::{Lost, numbers, shadow_obstacle};
 pub use posix_timers::PosixTimer;
 pub use prepare::prepare;
 pub use probe::{Leader, Questions};

@@ -176,6 +176,14 @@ impl<'c> Recorded<'c> {
         self.processes.values()
     }
 
+    /// Whose copy a process begins as that is made again: its parent's; or, if that is not of the tree, its own shadow's.
+    pub fn begins_as(&self, process: &RecordedProcess<'c>) -> Option<&RecordedProcess<'c>> {
+        match self.process(process.parent()) {
+            Some(parent) => Some(parent).filter(|parent| !parent.is_zombie()),
+            None => self.process(process.pid()),
+        }
+    }
+
     /// One process.
     pub fn process(&self, pid: Pid) -> Option<&RecordedProcess<'c>> {
         self.processes.get(&pid)

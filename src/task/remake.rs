@@ -16,14 +16,15 @@ use super::layout::{Identity, LIMITS};
 use super::recorded::{Recorded, RecordedProcess};
 use super::settings::Settings;
 use super::steps::{RSEQ_UNREGISTER, Steps};
-use super::{About, Result, capture, probe, rights};
+use super::{About, Result, capture, lost, probe, rights};
 
-/// Has the parent of a recorded process that is not there make it again. Returns what names it now; it has no window yet,
-/// and none of the numbers in `avoid` if it could not have its own.
+/// Has a recorded process that is not there made again: by its parent, or by its shadow if that is not of the tree. Returns
+/// what names it now; it has no window yet, and none of the numbers in `avoid` if it could not have its own.
 pub fn make(
     stopped: &mut Stopped<'_>,
     recorded: &Recorded<'_>,
     pid: Pid,
+    shadow: Option<Pid>,
     avoid: &BTreeSet<Pid>,
 ) -> Result<Identity> {
     let process = recorded.process(pid).ok_or(Error::Gone(pid))?;
@@ -32,7 +33,13 @@ pub fn make(
         exit_signal,
         ..
     } = process.identity;
-    let is = stopped.make_process(process.parent(), pid, namespace_pid, exit_signal, avoid)?;
+    let parent = process.parent();
+    let is = match recorded.process(parent) {
+        Some(_) => stopped.make_process(parent, pid, namespace_pid, exit_signal, avoid)?,
+        None => {
+            stopped.make_from_shadow(shadow.ok_or(Error::Gone(pid))?, pid, namespace_pid, avoid)?
+        }
+    };
     capture::identify(stopped, is)
 }
 
@@ -40,8 +47,7 @@ pub fn make(
 /// which would be written to wherever it is, limits that do not stand in the way; and it leads its session if it did.
 pub fn clear(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, pid: Pid) -> Result<()> {
     let process = recorded.process(pid).ok_or(Error::Gone(pid))?;
-    let maker = recorded.process(process.parent());
-    let maker = maker.ok_or(Error::Gone(process.parent()))?;
+    let maker = recorded.begins_as(process).ok_or(Error::Gone(pid))?;
     let mut steps = Steps::new(pid);
     let all = [0.into(), u32::MAX.into(), 0.into()];
     steps.call("close_range", libc::SYS_close_range, &all);
@@ -52,8 +58,11 @@ pub fn clear(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, pid: Pid) -> Re
     let limits = process.record.state.limits.iter();
     for (limit, ([was, _], [is, hard])) in limits.zip(&maker.record.state.limits).enumerate() {
         debug_assert!(limit < LIMITS);
-        if is < was {
-            let value = steps.batch.input([*was, *hard].as_bytes());
+        // Descriptors may have had numbers that the limit does not allow any more.
+        let is_of_files = limit == libc::RLIMIT_NOFILE as usize && is < hard;
+        if is < was || is_of_files {
+            let soft = if is_of_files { *hard } else { *was };
+            let value = steps.batch.input([soft, *hard].as_bytes());
             let arguments = [0.into(), limit.into(), value, 0.into()];
             steps.call("prlimit64", libc::SYS_prlimit64, &arguments);
         }
@@ -74,8 +83,7 @@ pub fn settle_in(
     observed: &mut Observed,
 ) -> Result<()> {
     let process = recorded.process(pid).ok_or(Error::Gone(pid))?;
-    let maker = recorded.process(process.parent());
-    let maker = maker.ok_or(Error::Gone(process.parent()))?;
+    let maker = recorded.begins_as(process).ok_or(Error::Gone(pid))?;
     if process.record.state.directory != maker.record.state.directory {
         let directory = File::options()
             .read(true)
@@ -127,7 +135,7 @@ pub fn end(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, pid: Pid) -> Resu
     if process.identity.session == process.identity.pid {
         calls.push((libc::SYS_setsid, [0; 3]));
     } else if getpgid(Some(pid)).about(pid, "process group")? != group {
-        let inside = group_inside(recorded, group)?;
+        let inside = group_inside(recorded, pid, group)?;
         calls.push((libc::SYS_setpgid, [0, inside as u64, 0]));
     }
     let ending = Ending::of(process).ok_or(Error::Gone(pid))?;
@@ -162,7 +170,7 @@ pub fn join_groups(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, made: &[P
         if getpgid(Some(pid)).about(pid, "process group")? == group {
             continue;
         }
-        let inside = group_inside(recorded, group)?;
+        let inside = group_inside(recorded, pid, group)?;
         let mut steps = Steps::new(pid);
         steps.call("setpgid", libc::SYS_setpgid, &[0.into(), inside.into()]);
         steps.run(stopped, pid)?;
@@ -170,17 +178,16 @@ pub fn join_groups(stopped: &mut Stopped<'_>, recorded: &Recorded<'_>, made: &[P
     Ok(())
 }
 
-/// The number that a process group has in its own PID namespace.
-fn group_inside(recorded: &Recorded<'_>, group: Pid) -> Result<i32> {
+/// The number that a process group has in the PID namespace of a process that is to join it.
+fn group_inside(recorded: &Recorded<'_>, pid: Pid, group: Pid) -> Result<i32> {
     if let Some(leader) = recorded.process(group) {
         return Ok(leader.identity.namespace_pid);
     }
-    let is_member = |pid: &Pid| getpgid(Some(*pid)) == Ok(group);
-    let member = recorded
-        .processes()
-        .map(RecordedProcess::pid)
-        .find(is_member);
-    let member = member.ok_or(Error::Gone(group))?;
+    let namespace = |pid| std::fs::read_link(procfs::path(pid, "ns/pid")).ok();
+    let lives_in = namespace(pid);
+    let mut members = lost::members(group);
+    let member = members.find(|(member, _)| namespace(*member) == lives_in);
+    let (member, _) = member.ok_or(Error::Gone(group))?;
     let status = std::fs::read_to_string(procfs::path(member, "status")).about(member, "status")?;
     let numbers = procfs::status_line(&status, "NSpgid").unwrap_or_default();
     let inside = numbers.split_ascii_whitespace().last();
