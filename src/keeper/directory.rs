@@ -54,9 +54,9 @@ impl StateDirectory {
         }
     }
 
-    /// The directory itself.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    /// The directory that it is in, which keeps its name when the tree gets another root.
+    pub(super) fn above(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
     }
 
     /// The PID of a tree's root and its start time, of keepers below the root directory for a root with this PID.

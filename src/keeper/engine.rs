@@ -21,7 +21,7 @@ pub fn attach(errand: &Errand) -> impl FnOnce() -> Result<Engine, Failure> + Sen
     // Which files are to go back is told with each checkpoint.
     let files = filesystem::Options {
         include: false,
-        store: errand.directory().path().to_owned(),
+        store: errand.directory().above().to_owned(),
         ..filesystem::Options::default()
     };
     move || {
