@@ -465,8 +465,37 @@ pub(super) fn wait(tid: Pid) -> Result<Event> {
             }
         }
         if began.elapsed() > LOOK {
-            return ptrace::wait(tid).context(|| format!("wait for {tid}"));
+            return match is_init(tid) {
+                true => wait_for_init(tid),
+                false => ptrace::wait(tid).context(|| format!("wait for {tid}")),
+            };
         }
+    }
+}
+
+/// Whether a task is the init of a PID namespace below ours.
+fn is_init(tid: Pid) -> bool {
+    let status = std::fs::read_to_string(procfs::path(tid, "status")).unwrap_or_default();
+    let numbers = procfs::namespace_pids(&status);
+    numbers.len() > 1 && numbers.last() == Some(&1)
+}
+
+/// As [`wait`], for the init of a PID namespace. That is not reported to have ended before all else in the namespace has been
+/// reaped, and shadows are reaped by us (pid_namespaces(7); `zap_pid_ns_processes` in `kernel/pid_namespace.c`).
+fn wait_for_init(tid: Pid) -> Result<Event> {
+    /// `PF_EXITING` among the flags of proc_pid_stat(5).
+    const EXITING: u64 = 4;
+    let began = Instant::now();
+    loop {
+        if let Some(event) = ptrace::poll(tid).context(|| format!("wait for {tid}"))? {
+            return Ok(event);
+        }
+        let exiting = procfs::Stat::read(tid).map_or(true, |stat| stat.field(9) & EXITING != 0);
+        if exiting {
+            return Err(Error::Gone(tid));
+        }
+        let pause = began.elapsed() / 16;
+        std::thread::sleep(pause.clamp(Duration::from_micros(20), Duration::from_millis(5)));
     }
 }
 

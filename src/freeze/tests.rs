@@ -147,3 +147,29 @@ fn roots_that_cannot_be_taken_are_refused_by_name() {
     assert!(refusal(Pid::this().as_raw()).contains("outside"));
     assert!(refusal(1).contains("outside"));
 }
+
+#[test]
+fn the_death_of_an_init_whose_namespace_holds_a_child_of_ours_is_noticed() {
+    let mut outer = Victim::start("unshare", &["--pid", "--fork", "cat"]);
+    assert_eq!(outer.echo("up"), "up");
+    let children = crate::kernel::procfs::children(outer.pid(), outer.pid()).unwrap();
+    let init = children[0];
+    let mut tree = Tree::new(init).unwrap();
+    let mut stopped = tree.stop(OnTracerDeath::RunOn).unwrap();
+    stopped.open_window(init, 1 << 20).unwrap();
+    let mut batch = Batch::new();
+    batch.call(libc::SYS_clone, &[0.into(); 5]);
+    let born = stopped.run(init, &batch).unwrap().born;
+
+    let mut batch = Batch::new();
+    let time = batch.input(&[3600u64, 0].map(u64::to_ne_bytes).concat());
+    batch.call(libc::SYS_nanosleep, &[time, 0.into()]);
+    stopped.start(init, &batch).unwrap();
+    nix::sys::signal::kill(init, nix::sys::signal::SIGKILL).unwrap();
+    assert!(matches!(stopped.finish(init), Err(Error::Gone(_))));
+    drop(stopped);
+    for child in born {
+        let ended = crate::kernel::ptrace::wait(child);
+        assert!(matches!(ended, Ok(crate::kernel::ptrace::Event::Exited(_))));
+    }
+}
