@@ -322,12 +322,11 @@ fn a_living_root_is_left_to_its_parent() {
     session.checkpoint(fixture.pid());
     fixture.mutate();
     let answer = session.try_rollback(fixture.pid());
-    if answer.status == REFUSED {
-        assert!(
-            answer.text("error").contains("its parent would be told"),
-            "{answer:#?}"
-        );
-    }
+    let answer = answer.expect(REFUSED, "rollback");
+    assert!(
+        answer.text("error").contains("its parent would be told"),
+        "{answer:#?}"
+    );
 }
 
 /// The keeper is killed while it makes a tree again: that is gone, or as it was at the checkpoint.
