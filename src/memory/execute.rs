@@ -363,6 +363,9 @@ fn copy_past_store(memory: &File, pid: Pid, shadow: &Shadow, pages: &Ranges) -> 
         }
         Ok(())
     };
+    if pieces.len() <= MANY {
+        return copy(&pieces);
+    }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let each = pieces.len().div_ceil(threads).max(MANY);
     if pieces.len() <= each {
