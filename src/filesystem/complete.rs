@@ -83,13 +83,8 @@ impl Layers<'_> {
         if there.is_some() || merged.whiteouts.contains(name) {
             return Ok(there);
         }
-        let Some(mut node) = self.find(self.lower, path)? else {
-            return Ok(None);
-        };
-        if node.meta.stat.is_file() {
-            node.content = Content::Lower(path.to_owned());
-        }
-        Ok(Some(insert(self.wanted, directory, name, node)))
+        let node = self.find(self.lower, path)?;
+        Ok(node.map(|node| insert(self.wanted, directory, name, node)))
     }
 
     /// The live node at a name, which may not be in the upper layer.
@@ -104,16 +99,11 @@ impl Layers<'_> {
         if there.is_some() || merged.whiteouts.contains(name) {
             return Ok(there);
         }
-        let Some(mut node) = self.find(self.mounted.root.as_fd(), path)? else {
-            return Ok(None);
-        };
-        if node.meta.stat.is_file() {
-            node.content = Content::Lower(path.to_owned());
-        }
-        Ok(Some(insert(self.live, directory, name, node)))
+        let node = self.find(self.mounted.root.as_fd(), path)?;
+        Ok(node.map(|node| insert(self.live, directory, name, node)))
     }
 
-    /// A node of what is at a path, not knowing anything of it.
+    /// A node of what is at a path, whose content is that of the lower layers.
     fn find(&self, root: BorrowedFd<'_>, path: &Path) -> Result<Option<Node>> {
         let found = (|| {
             let (parent, name) = super::mounted::split(path);
@@ -124,6 +114,9 @@ impl Layers<'_> {
         match found {
             Ok(mut node) => {
                 node.of_lower = true;
+                if node.meta.stat.is_file() {
+                    node.content = Content::Lower(path.to_owned());
+                }
                 node.merged = node.meta.stat.is_directory().then(Merged::default);
                 Ok(Some(node))
             }

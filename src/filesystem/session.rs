@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-use super::area::{Area, Found, Kind, Options};
+use super::area::{Area, Found, Kind, LeftOut, Options};
 use super::areas::discover;
 use super::capture::{self, capture, keep_early, recognize};
 use super::complete::complete;
@@ -49,8 +49,8 @@ pub struct Files {
 /// The areas of a tree, open for a checkpoint.
 #[derive(Debug)]
 pub struct Prepared {
-    found: Found,
-    mounts: Vec<Mounted>,
+    areas: Vec<(Area, Mounted)>,
+    left_out: Vec<LeftOut>,
 }
 
 /// The areas of a checkpoint, open for a rollback.
@@ -134,13 +134,11 @@ impl Files {
                 Err(error) => tracing::warn!(%error, "changes of files are not watched"),
             }
         }
-        let areas = prepared.found.areas.iter();
-        let areas = areas.filter(|area| !area.read_only);
         for _ in 0..EARLY_PASSES {
             let started = Instant::now();
             let since = clock(ClockId::CLOCK_REALTIME_COARSE)?;
             let mapped = mapped(root);
-            for (area, mounted) in areas.clone().zip(&prepared.mounts) {
+            for (area, mounted) in &prepared.areas {
                 let index = self.index(area);
                 let known = &mut self.known[index].1;
                 let Some(journal) = &mut self.journal else {
@@ -160,11 +158,13 @@ impl Files {
     }
 
     fn open_found(root: Pid, found: Found) -> Result<Prepared> {
-        let areas = found.areas.iter().filter(|area| !area.read_only);
-        let mounts: Result<Vec<_>> = areas.map(|area| Mounted::open(root, area)).collect();
+        let areas = found.areas.into_iter().filter(|area| !area.read_only);
+        let opened: Result<_> = areas
+            .map(|area| Ok((area.clone(), Mounted::open(root, &area)?)))
+            .collect();
         Ok(Prepared {
-            mounts: mounts?,
-            found,
+            areas: opened?,
+            left_out: found.left_out,
         })
     }
 
@@ -176,16 +176,14 @@ impl Files {
     pub fn capture(&mut self, prepared: Prepared, uses: &[Use]) -> Result<Image> {
         let mut image = Image {
             areas: Vec::new(),
-            left_out: prepared.found.left_out,
+            left_out: prepared.left_out,
         };
-        let areas = prepared.found.areas.into_iter();
-        let areas = areas.filter(|area| !area.read_only).zip(&prepared.mounts);
-        for (area, mounted) in areas {
+        for (area, mounted) in prepared.areas {
             let index = self.index(&area);
             let known = &mut self.known[index].1;
             let seen = seen(&mut self.journal);
             let watched = watched(&mut self.journal, &seen);
-            let captured = capture(mounted, area, known, &mut self.store, watched, uses)?;
+            let captured = capture(&mounted, area, known, &mut self.store, watched, uses)?;
             image.areas.push(captured);
         }
         self.rest();
@@ -463,7 +461,7 @@ fn clock(clock: ClockId) -> Result<Time> {
 impl Prepared {
     /// Whether no files are to be recorded.
     pub fn is_empty(&self) -> bool {
-        self.mounts.is_empty()
+        self.areas.is_empty()
     }
 }
 
