@@ -26,8 +26,7 @@ impl Scope {
     pub(super) fn of(root: Pid) -> Result<Self> {
         let path = procfs::path(root, "status");
         let status = fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
-        let pids = procfs::namespace_pids(&status);
-        if pids.len() > 1 && pids.last() == Some(&1) {
+        if procfs::is_init_below(&status) {
             let path = procfs::path(root, "ns/pid");
             let link = fs::read_link(&path).context(|| format!("read {}", path.display()))?;
             return Ok(Self::Namespace { link });

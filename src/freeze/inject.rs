@@ -465,19 +465,13 @@ pub(super) fn wait(tid: Pid) -> Result<Event> {
             }
         }
         if began.elapsed() > LOOK {
-            return match is_init(tid) {
+            let status = std::fs::read_to_string(procfs::path(tid, "status"));
+            return match procfs::is_init_below(&status.unwrap_or_default()) {
                 true => wait_for_init(tid),
                 false => ptrace::wait(tid).context(|| format!("wait for {tid}")),
             };
         }
     }
-}
-
-/// Whether a task is the init of a PID namespace below ours.
-fn is_init(tid: Pid) -> bool {
-    let status = std::fs::read_to_string(procfs::path(tid, "status")).unwrap_or_default();
-    let numbers = procfs::namespace_pids(&status);
-    numbers.len() > 1 && numbers.last() == Some(&1)
 }
 
 /// As [`wait`], for the init of a PID namespace. That is not reported to have ended before all else in the namespace has been

@@ -318,8 +318,7 @@ fn child(
 fn id_inside(tid: Pid) -> Result<i32> {
     let path = procfs::path(tid, "status");
     let status = std::fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
-    let ids = procfs::namespace_pids(&status);
-    ids.last().copied().ok_or(Error::Gone(tid))
+    procfs::pid_inside(&status).ok_or(Error::Gone(tid))
 }
 
 fn failed(pid: Pid, what: &'static str, errno: Errno) -> Error {

@@ -103,10 +103,7 @@ impl Member {
         let text = procfs::text_held(&status).context(|| format!("read /proc/{pid}/status"))?;
         Ok(Self {
             pid,
-            namespace_pid: procfs::namespace_pids(&text)
-                .last()
-                .copied()
-                .unwrap_or(pid.as_raw()),
+            namespace_pid: procfs::pid_inside(&text).unwrap_or(pid.as_raw()),
             pidfd: pidfd::open(pid).context(|| format!("pidfd_open {pid}"))?,
             memory: open("mem", true)?,
             maps: open("maps", false)?,

@@ -225,6 +225,17 @@ pub fn status_line<'a>(status: &'a str, key: &str) -> Option<&'a str> {
         .map(str::trim)
 }
 
+/// The PID of a process in its own PID namespace.
+pub fn pid_inside(status: &str) -> Option<i32> {
+    namespace_pids(status).last().copied()
+}
+
+/// Whether a process is the init of a PID namespace below ours.
+pub fn is_init_below(status: &str) -> bool {
+    let pids = namespace_pids(status);
+    pids.len() > 1 && pids.last() == Some(&1)
+}
+
 /// The PIDs of a process in every PID namespace it is in, ours first.
 pub fn namespace_pids(status: &str) -> Vec<i32> {
     status_line(status, "NSpid")

@@ -120,8 +120,7 @@ impl Space {
         for child in children.filter(|child| child.is_zombie()) {
             let child = child.pid;
             let status = std::fs::read_to_string(procfs::path(child, "status")).unwrap_or_default();
-            let inside = procfs::namespace_pids(&status).last().copied();
-            let inside = inside.unwrap_or(child.as_raw());
+            let inside = procfs::pid_inside(&status).unwrap_or(child.as_raw());
             let is_shadow = procfs::Stat::read(child).is_ok_and(|stat| {
                 stat.exit_signal() == 0 && (stat.session() == child || forked.contains(&inside))
             });

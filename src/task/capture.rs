@@ -61,8 +61,7 @@ pub(super) fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
     let stat = procfs::Stat::read(pid).about(pid, "stat")?;
     let (pidfd_inode, namespace_pid) = if process.is_zombie() {
         let status = std::fs::read_to_string(procfs::path(pid, "status")).about(pid, "status")?;
-        let inside = procfs::namespace_pids(&status).last().copied();
-        (0, inside.unwrap_or(pid.as_raw()))
+        (0, procfs::pid_inside(&status).unwrap_or(pid.as_raw()))
     } else {
         (
             pidfd_inode(stopped, pid)?,
