@@ -362,8 +362,8 @@ impl Engine {
             .checkpoints
             .iter()
             .flat_map(|checkpoint| &checkpoint.spaces);
-        for image in images {
-            image.shadow.is_alive();
+        for shadow in images.filter_map(|image| image.source.shadow()) {
+            shadow.is_alive();
         }
     }
 
@@ -383,7 +383,7 @@ impl Engine {
             .checkpoints
             .iter()
             .flat_map(|checkpoint| &checkpoint.spaces)
-            .map(|image| &image.shadow);
+            .filter_map(|image| image.source.shadow());
         !self.is_lost
             && self.target.cgroup.is_none()
             && self.tree.can_lose_root()

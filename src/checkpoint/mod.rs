@@ -376,7 +376,8 @@ pub fn release(
         checkpoint
             .spaces
             .iter()
-            .for_each(|image| image.shadow.kill());
+            .filter_map(|image| image.source.shadow())
+            .for_each(|shadow| shadow.kill());
         return Ok(());
     }
     let mut stopped = tree.stop_remains(OnTracerDeath::RunOn)?;

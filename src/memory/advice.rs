@@ -13,6 +13,7 @@ use super::Result;
 use super::layout::Layout;
 use super::locks::{self, LOCKED, Locked, ON_FAULT};
 use super::ranges::Span;
+use super::source::Source;
 use super::space::system;
 
 /// Whether two lists say the same of what can be put back.
@@ -108,8 +109,8 @@ pub struct Advised {
 }
 
 /// Reads what was set on the VMAs of a layout. What is not in the shadow was not to be forked.
-pub(super) fn read(shadow: Pid, layout: &Layout, locked: &[Locked]) -> Result<Vec<Advised>> {
-    let of_shadow = read_flags(shadow)?;
+pub(super) fn read(source: &Source, layout: &Layout, locked: &[Locked]) -> Result<Vec<Advised>> {
+    let of_shadow = smaps::parse(&source.smaps()?);
     let find = |vma: &Vma| {
         of_shadow
             .iter()

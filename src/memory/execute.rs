@@ -8,9 +8,9 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use crate::freeze::{self, Batch, Stopped};
-use crate::kernel::maps::{self, Vma};
+use crate::kernel::maps::Vma;
 use crate::kernel::pagemap::Scan;
-use crate::kernel::{procfs, remote_memory, smaps};
+use crate::kernel::{procfs, remote_memory};
 use crate::record::Context;
 
 use super::advice::Advised;
@@ -19,7 +19,7 @@ use super::layout::LayoutChange;
 use super::locks;
 use super::plan::Plan;
 use super::ranges::{Ranges, Span};
-use super::shadow::Shadow;
+use super::source::{Mapped, Source};
 use super::space::{Copied, Space, system};
 use super::store::runs;
 use super::{PAGE, Result};
@@ -62,14 +62,14 @@ impl Space {
             brk.is_none_or(|step| outputs.result(step).ok() == plan.brk)
         })?;
 
-        let mut shadow_vmas = None;
+        let mut mapped = None;
         for change in &plan.layout {
             if let LayoutChange::Map(vma) = change {
-                let (shadow_vmas, flags) = match &mut shadow_vmas {
+                let mapped = match &mut mapped {
                     Some(read) => read,
-                    unread => unread.insert(read_shadow(image.shadow.pid)?),
+                    unread => unread.insert(image.source.mapped()?),
                 };
-                map(stopped, pid, image, vma, shadow_vmas, flags)?;
+                map(stopped, pid, image, vma, mapped)?;
             }
         }
         for change in &plan.layout {
@@ -200,7 +200,7 @@ impl Space {
             }
         }
         stopped.start(pid, &batch)?;
-        copy_past_store(&stopped.member(pid)?.memory, pid, &image.shadow, &overflow)?;
+        copy_past_store(&stopped.member(pid)?.memory, pid, &image.source, &overflow)?;
         Ok(Copied {
             pages: pages.pages(),
             bytes: pages.bytes(),
@@ -282,7 +282,7 @@ impl Space {
             let buffer =
                 window.store_mut(Self::slot_offset(runs[at].slot), (slots * PAGE) as usize);
             image
-                .shadow
+                .source
                 .read(&spans, buffer)
                 .map_err(|error| system(self.pid, "read its shadow", error))?;
             at = end;
@@ -347,8 +347,8 @@ impl Space {
     }
 }
 
-/// Copies pages from a shadow straight into a process, by several threads if they are many.
-fn copy_past_store(memory: &File, pid: Pid, shadow: &Shadow, pages: &Ranges) -> Result<()> {
+/// Copies pages from where they are kept straight into a process, by several threads if they are many.
+fn copy_past_store(memory: &File, pid: Pid, source: &Source, pages: &Ranges) -> Result<()> {
     /// Pieces for which another thread pays.
     const MANY: usize = 4;
     let pieces: Vec<Span> = pages.pieces(PIECE).collect();
@@ -356,9 +356,9 @@ fn copy_past_store(memory: &File, pid: Pid, shadow: &Shadow, pages: &Ranges) -> 
         let mut bytes = vec![0; PIECE as usize];
         for span in pieces {
             let bytes = &mut bytes[..span.len() as usize];
-            shadow
+            source
                 .read(&[*span], bytes)
-                .map_err(|error| system(pid, "read its shadow", error))?;
+                .map_err(|error| system(pid, "read its recorded pages", error))?;
             write(memory, pid, *span, bytes)?;
         }
         Ok(())
@@ -404,32 +404,20 @@ fn force(memory: &File, pid: Pid, span: Span, bytes: &[u8]) -> Result<()> {
         .map_err(|error| system(pid, "write to its memory", error))
 }
 
-/// The VMAs of a shadow, and the `VmFlags` of each.
-fn read_shadow(shadow: Pid) -> Result<(Vec<Vma>, Vec<smaps::Flags>)> {
-    let read = |name: &str| {
-        std::fs::read(procfs::path(shadow, name))
-            .map_err(|error| system(shadow, "read the map of a shadow", error))
-    };
-    let vmas = maps::parse(&read("maps")?).unwrap_or_default();
-    Ok((
-        vmas,
-        smaps::parse(&String::from_utf8_lossy(&read("smaps")?)),
-    ))
-}
-
 /// Maps what was there.
 fn map(
     stopped: &mut Stopped,
     pid: Pid,
     image: &SpaceImage,
     vma: &Vma,
-    shadow_vmas: &[Vma],
-    flags: &[smaps::Flags],
+    mapped: &Mapped,
 ) -> Result<()> {
-    let of_shadow = shadow_vmas
+    let of_shadow = mapped
+        .vmas
         .iter()
         .find(|candidate| candidate.start <= vma.start && candidate.end > vma.start);
-    let flags = flags
+    let flags = mapped
+        .flags
         .iter()
         .find(|flags| flags.start <= vma.start && flags.end > vma.start);
     let has = |flag: &str| flags.is_some_and(|flags| flags.has(flag));
@@ -524,7 +512,19 @@ const SEGMENT_SIZE_AT: usize = std::mem::offset_of!(libc::shmid_ds, shm_segsz);
 
 /// Opens the file behind a VMA through the shadow, which has it mapped, whatever became of its name.
 fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result<File> {
-    let shadow = image.shadow.pid;
+    let failed = |error| {
+        let what = format!("open the file mapped at {vma:?}");
+        system(image.pid, &what, error)
+    };
+    let shadow = match &image.source {
+        Source::Shadow(shadow) => shadow.pid,
+        Source::Stored(stored) => {
+            let opened = stored.open_mapped(vma);
+            return opened
+                .unwrap_or_else(|| Err(Errno::ENOENT.into()))
+                .map_err(failed);
+        }
+    };
     let open = |path: &std::path::Path| {
         OpenOptions::new()
             .read(true)
@@ -549,11 +549,5 @@ fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result
             open(&procfs::path(image.pid, "root").join(inside))
         }
     };
-    result.map_err(|error| {
-        system(
-            image.pid,
-            &format!("open the file mapped at {vma:?}"),
-            error,
-        )
-    })
+    result.map_err(failed)
 }

@@ -7,7 +7,6 @@ use std::fs::File;
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::kernel::pagemap::Scan;
 use crate::record::{Context, Kind, ObjectId};
 
 use super::advice::{self, Advised};
@@ -15,7 +14,7 @@ use super::layout::Layout;
 use super::locks::Locked;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
-use super::space::system;
+use super::source::Source;
 use super::store::Slots;
 use super::{Error, Result};
 
@@ -46,7 +45,7 @@ pub struct SpaceImage {
     /// The process it is reached by.
     pub pid: Pid,
     /// Keeps the pages.
-    pub shadow: Shadow,
+    pub source: Source,
     /// The VMA list, as the `VmaList` record has it.
     pub layout: Layout,
     /// Pages that may differ from the image though they were not written since the tracking was last armed.
@@ -71,14 +70,14 @@ impl SpaceImage {
         id: ObjectId,
         pid: Pid,
         generation: u64,
-        shadow: Shadow,
+        source: Source,
         layout: Layout,
         locks_future: u64,
     ) -> Self {
         Self {
             id,
             pid,
-            shadow,
+            source,
             layout,
             stale: Ranges::new(),
             kept: Ranges::new(),
@@ -90,6 +89,11 @@ impl SpaceImage {
             new_text: None,
             generation,
         }
+    }
+
+    /// The shadow that has its pages; refused if they are only on disk.
+    pub fn shadow(&self) -> Result<&Shadow> {
+        self.source.resident(self.pid)
     }
 
     /// Names the address space that it is of in the tree.
@@ -106,7 +110,7 @@ impl SpaceImage {
     /// ask before the tree is stopped.
     pub fn advice(&self, context: &Context) -> Result<&[Advised]> {
         if self.advice.get().is_none() {
-            let read = advice::read(self.shadow.pid, &self.layout, self.locked(context)?)?;
+            let read = advice::read(&self.source, &self.layout, self.locked(context)?)?;
             return Ok(self.advice.get_or_init(|| read));
         }
         Ok(self.advice.get().map_or(&[], Vec::as_slice))
@@ -122,11 +126,7 @@ impl SpaceImage {
     /// the tree is stopped.
     pub fn guards(&self) -> Result<&Ranges> {
         if self.guards.get().is_none() {
-            let mut found = Vec::new();
-            self.layout
-                .scan(&self.shadow.pagemap, Scan::Guards, Span::ALL, &mut found)
-                .map_err(|errno| system(self.shadow.pid, "scan a shadow for guards", errno))?;
-            let found = found.iter().map(Span::from).collect();
+            let found = self.source.guards(&self.layout)?;
             return Ok(self.guards.get_or_init(|| found));
         }
         Ok(self.guards.get_or_init(Ranges::new))

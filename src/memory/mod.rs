@@ -19,6 +19,7 @@ mod remake;
 mod segments;
 mod shadow;
 mod shared;
+mod source;
 mod space;
 mod store;
 mod verify;
@@ -33,6 +34,7 @@ pub use remake::{execute_program, obstacle, same_program};
 pub use segments::{Asked, Created, Segments};
 pub use shadow::Shadow;
 pub use shared::{SharedImage, SharedObject};
+pub use source::{Pages, Source, Stored};
 pub use space::{Copied, Space};
 pub use verify::verify;
 

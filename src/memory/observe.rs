@@ -115,14 +115,17 @@ pub fn look_at_map(stopped: &Stopped, image: &SpaceImage, context: &Context) -> 
     parse_map(pid, &text, window).map(Map::Other)
 }
 
-/// Refuses if the shadow of an image is not there any more.
+/// Refuses if the shadow of an image is not there any more; one that is on disk needs none.
 pub(super) fn check_shadow(image: &SpaceImage) -> Result<()> {
-    if image.shadow.is_alive() {
+    let Some(shadow) = image.source.shadow() else {
+        return Ok(());
+    };
+    if shadow.is_alive() {
         return Ok(());
     }
     Err(refuse(
         image.pid,
-        format!("its shadow, pid {}", image.shadow.pid),
+        format!("its shadow, pid {}", shadow.pid),
         "something has killed it (a kill of all processes, or a memory limit); take a new checkpoint",
     ))
 }

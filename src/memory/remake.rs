@@ -4,7 +4,6 @@
 //! the window is opened where the recorded one was, the kernel's own mappings are moved, and the kernel is told where the
 //! program's parts are.
 
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
@@ -23,6 +22,7 @@ use super::layout::Layout;
 use super::observe::{Observed, check_shadow};
 use super::plan::{Plan, Recorded, plan};
 use super::ranges::{Ranges, Span};
+use super::source::Source;
 use super::space::{Space, parse_map, read_maps, system, window_span};
 use super::{PAGE, Result};
 
@@ -52,15 +52,15 @@ pub fn obstacle(
 
 /// Whether the programs that two images have run are the same file.
 pub fn same_program(one: &SpaceImage, other: &SpaceImage) -> bool {
-    run_the_same(one.shadow.pid, other.shadow.pid)
+    let program = one.source.program_inode();
+    program.is_some() && program == other.source.program_inode()
 }
 
-fn run_the_same(one: Pid, other: Pid) -> bool {
-    let program = |pid| {
-        let metadata = std::fs::metadata(procfs::path(pid, "exe")).ok()?;
-        Some((metadata.dev(), metadata.ino()))
-    };
-    program(one).is_some_and(|file| program(other) == Some(file))
+/// Whether a process runs the program of a source.
+fn runs(pid: Pid, source: &Source) -> bool {
+    let metadata = std::fs::metadata(procfs::path(pid, "exe")).ok();
+    let runs = metadata.map(|metadata| (metadata.dev(), metadata.ino()));
+    runs.is_some() && runs == source.program_inode()
 }
 
 /// Has a process that was made again execute the program of the image, where it may not pass for it otherwise. It has
@@ -77,15 +77,13 @@ pub fn execute_program(stopped: &mut Stopped, pid: Pid, image: &SpaceImage) -> R
     closed
         .result(close)
         .map_err(|errno| system(pid, "close its descriptors", errno))?;
-    let number = pass_program(stopped, pid, image.shadow.pid)?;
+    let number = pass_program(stopped, pid, &image.source)?;
     Ok(stopped.execute_program(pid, number)?)
 }
 
-/// Gives a process a descriptor, close-on-exec, of the program of a shadow, and returns its number.
-fn pass_program(stopped: &mut Stopped, pid: Pid, shadow: Pid) -> Result<i32> {
-    let file = File::open(procfs::path(shadow, "exe"))
-        .map_err(|error| system(shadow, "open the program of a shadow", error))?;
-    Ok(stopped.pass_descriptor(pid, file.as_fd())?)
+/// Gives a process a descriptor, close-on-exec, of the program of a source, and returns its number.
+fn pass_program(stopped: &mut Stopped, pid: Pid, source: &Source) -> Result<i32> {
+    Ok(stopped.pass_descriptor(pid, source.program()?.as_fd())?)
 }
 
 /// The window into the address space of an image, if that is the one the process had last.
@@ -179,7 +177,7 @@ impl Space {
     ) -> Result<()> {
         /// Of the pages looked at in one go.
         const PIECE: u64 = 4 << 20;
-        let (live, shadow) = (&stopped.member(self.pid)?.pagemap, &image.shadow.pagemap);
+        let (live, shadow) = (&stopped.member(self.pid)?.pagemap, &image.shadow()?.pagemap);
         let mut same = Ranges::new();
         for span in plan.copy.pieces(PIECE) {
             // A page that the kernel moves leaves its frame to another, which might be the shadow's: so it is looked at twice.
@@ -247,16 +245,13 @@ impl Space {
         image: &SpaceImage,
         context: &Context,
     ) -> Result<()> {
-        let (pid, shadow) = (self.pid, image.shadow.pid);
-        let stat = procfs::Stat::read(shadow)
-            .map_err(|error| system(shadow, "read the stat of a shadow", error))?;
-        let auxv = std::fs::read(procfs::path(shadow, "auxv"))
-            .map_err(|error| system(shadow, "read the auxv of a shadow", error))?;
-        let program = match run_the_same(pid, shadow) {
+        let pid = self.pid;
+        let auxv = image.source.auxv()?;
+        let program = match runs(pid, &image.source) {
             true => None,
-            false => Some(pass_program(stopped, pid, shadow)?),
+            false => Some(pass_program(stopped, pid, &image.source)?),
         };
-        let mut parts = ProgramMap::of(&stat.bounds(), image.header(context)?.brk);
+        let mut parts = ProgramMap::of(&image.source.bounds()?, image.header(context)?.brk);
         parts.auxv_size = auxv.len() as u32;
         parts.program = program.unwrap_or(-1);
         let mut batch = Batch::new();

@@ -24,6 +24,7 @@ use super::layout::Layout;
 use super::locks;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
+use super::source::Source;
 use super::store::Store;
 use super::{PAGE, Result};
 
@@ -226,8 +227,14 @@ impl Space {
             let generation = stopped.member(pid)?.generation;
             let (header_id, layout, armed, populated) =
                 self.finish(stopped, others, context, &shadow, (brk, locks_future))?;
-            let mut image =
-                SpaceImage::new(header_id, pid, generation, shadow, layout, locks_future);
+            let mut image = SpaceImage::new(
+                header_id,
+                pid,
+                generation,
+                Source::Shadow(shadow),
+                layout,
+                locks_future,
+            );
             super::aio::check(pid, &image.layout)?;
             let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated);
             let image = match saved {
@@ -344,11 +351,13 @@ impl Space {
     /// Gives up an image: its shadow and its slots. The process must be stopped for its shadow to be reaped; one
     /// that is gone leaves that to its init.
     pub fn discard(space: Option<&mut Self>, stopped: &mut Stopped, image: SpaceImage) {
-        // That of a process which has ended since is another's child.
-        let parent = procfs::Stat::read(image.shadow.pid).map_or(image.pid, |stat| stat.parent());
-        image.shadow.kill();
-        fork::reap(stopped, parent, image.shadow.pid);
-        stopped.tree_mut().remove_shadow(image.shadow.pid);
+        if let Some(shadow) = image.source.shadow() {
+            // That of a process which has ended since is another's child.
+            let parent = procfs::Stat::read(shadow.pid).map_or(image.pid, |stat| stat.parent());
+            shadow.kill();
+            fork::reap(stopped, parent, shadow.pid);
+            stopped.tree_mut().remove_shadow(shadow.pid);
+        }
         if let Some(space) = space {
             space.forget(&image);
         }
@@ -368,7 +377,7 @@ impl Space {
 /// `MADV_DONTFORK` leaves out the VMA, `MADV_WIPEONFORK` all pages of it, as does a VMA that was only read, which has but
 /// the zero page: so the first page of each tells of the rest.
 fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
-    let shadow = &image.shadow;
+    let shadow = image.shadow()?;
     let in_shadow = vmas_of_shadow(image)?;
     let mut lacking = Ranges::new();
     for vma in image.layout.private() {
@@ -414,7 +423,7 @@ fn pins(image: &SpaceImage) -> Result<BTreeMap<(u64, u64), File>> {
 }
 
 fn vmas_of_shadow(image: &SpaceImage) -> Result<Layout> {
-    let shadow = image.shadow.pid;
+    let shadow = image.shadow()?.pid;
     let text = std::fs::read(procfs::path(shadow, "maps"))
         .map_err(|error| system(shadow, "read the memory map of a shadow", error))?;
     Ok(Layout::parse(&text, None).unwrap_or_default())

@@ -77,7 +77,7 @@ pub fn verify(
     // Where neither has an anonymous page both show zeroes or the same file.
     let mut pages = image.kept.clone();
     let mut guards = Vec::new();
-    for of in [pid, image.shadow.pid] {
+    for of in [pid, image.shadow()?.pid] {
         let mut regions = Vec::new();
         pagemap::scan(
             open(of, "pagemap")?,
@@ -112,7 +112,7 @@ pub fn verify(
         .fold(pages, |pages, guards| pages.difference(guards));
     let ours: Ranges = live.private().map(Span::from).collect();
     let pages = pages.intersection(&ours);
-    let (memory, shadow) = (open(pid, "mem")?, open(image.shadow.pid, "mem")?);
+    let (memory, shadow) = (open(pid, "mem")?, open(image.shadow()?.pid, "mem")?);
     let (mut found, mut expected) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
     for (span, is_kept) in [
         (pages.difference(&image.kept), false),

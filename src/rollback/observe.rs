@@ -165,7 +165,7 @@ fn gone(checkpoint: &Checkpoint, lost: &Lost) -> objects::Gone {
     let images = checkpoint.spaces.iter();
     images
         .filter(|image| lost.contains(image.pid))
-        .map(|image| (image.pid.as_raw(), image.shadow.pid.as_raw()))
+        .filter_map(|image| Some((image.pid.as_raw(), image.source.shadow()?.pid.as_raw())))
         .collect()
 }
 
@@ -191,10 +191,10 @@ fn check_lost(
             None => Some("nothing is known of its parent's memory"),
             Some((maker, _)) if maker.pid() == image.pid => {
                 match memory::obstacle(stopped, image, image)? {
-                    None if !image.shadow.keeps_time => {
+                    None if !image.shadow()?.keeps_time => {
                         Some("its children live in another time namespace")
                     }
-                    None => task::shadow_obstacle(maker, image.shadow.pid),
+                    None => task::shadow_obstacle(maker, image.shadow()?.pid),
                     obstacle => obstacle,
                 }
             }

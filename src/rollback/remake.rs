@@ -82,7 +82,7 @@ fn process(
     let index = images.position(|image| image.pid == was).ok_or(gone)?;
     let image = &checkpoints[to].spaces[index];
     let window = image.take_window(stopped);
-    let shadow = Some(image.shadow.pid);
+    let shadow = Some(image.shadow()?.pid);
     let is = task::make(stopped, &recorded(&checkpoints[to])?, was, shadow, avoid)?;
     let pid = Pid::from_raw(is.pid);
     learn(checkpoints, to, was, &is)?;
@@ -109,7 +109,13 @@ fn process(
     fault::point("remake.laid_out");
     space.keep_inherited(stopped, image, &mut todo)?;
     space.restore_program(stopped, image, context)?;
-    task::settle_in(stopped, &recorded, pid, image.shadow.pid, &mut plan.tasks)?;
+    task::settle_in(
+        stopped,
+        &recorded,
+        pid,
+        image.shadow()?.pid,
+        &mut plan.tasks,
+    )?;
     let todo = memory::Plan {
         layout: Vec::new(),
         register: Vec::new(),
