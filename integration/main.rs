@@ -21,6 +21,7 @@ mod postgresql;
 mod postgresql_files;
 mod real_programs;
 mod refusals;
+mod restore;
 mod revival;
 mod roots;
 mod runtime;

@@ -22,9 +22,11 @@ use nix::unistd::Pid;
 use crate::checkpoint::{self, Checkpoint as Held, Spaces};
 use crate::filesystem::{self, Files};
 use crate::freeze::{self, Tree};
+use crate::memory;
 use crate::outcome::{self, Outcome, Refusal, Report};
 use crate::phases::Phases;
 use crate::record::Stats;
+use crate::restore::{self, Origin};
 use crate::rollback::{self, Failure};
 
 /// The tree to attach to.
@@ -155,6 +157,69 @@ impl Engine {
             files: Files::new(files),
             bound_to_thread: PhantomData,
         })
+    }
+
+    /// Attaches to the init of a container that was created and not started, and makes of it what `origin` says; it has that
+    /// checkpoint then, called `name`, and runs.
+    ///
+    /// # Errors
+    ///
+    /// Refused if no container can be made of it; or failed. The container is to be killed in any case.
+    pub fn restore(
+        target: Target,
+        files: filesystem::Options,
+        origin: &Origin<'_>,
+        name: &str,
+        options: RollbackOptions,
+    ) -> Result<(Self, Report), Error> {
+        let mut engine = Self::attach_with_files(target, files)?;
+        let mut phases = Phases::start();
+        let restored = restore::run(
+            &mut engine.tree,
+            &mut engine.spaces,
+            origin,
+            &mut engine.files,
+            (name, options.verify),
+            &mut phases,
+        );
+        let (checkpoint, done) = match restored {
+            Ok(restored) => restored,
+            Err(Failure::Untouched(error)) => return Err(error.into()),
+            Err(failure) => {
+                engine.is_lost = true;
+                engine.tree.kill();
+                return Err(Error::Failed(failure.to_string()));
+            }
+        };
+        let micros = phases.total().as_micros() as u64;
+        let report = Report {
+            outcome: Outcome::Restored,
+            stop_us: micros,
+            total_us: micros,
+            phases: phases.microseconds(),
+            processes: checkpoint.processes,
+            threads: checkpoint.threads,
+            dirty_pages: checkpoint.resident_pages,
+            copied_bytes: checkpoint.resident_pages * memory::PAGE,
+            header_bytes: header_bytes(&checkpoint),
+            killed: done.killed,
+            revived: done.revived,
+            reset_connections: done.reset_connections,
+            files: files_report(&checkpoint.files),
+            refused: None,
+        };
+        engine.checkpoints.push(checkpoint);
+        Ok((engine, report))
+    }
+
+    /// What another container can be made of: a checkpoint, which stays where it is.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name; or its shadows are gone.
+    pub fn origin(&self, name: &str) -> Result<Origin<'_>, Error> {
+        let checkpoint = &self.checkpoints[self.find(name)?];
+        Ok(Origin::of(checkpoint)?)
     }
 
     /// Which files go back with the next checkpoint.

@@ -3,10 +3,12 @@
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::path::PathBuf;
 
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::kernel::procfs;
 use crate::record::{Context, Kind, ObjectId};
 
 use super::advice::{self, Advised};
@@ -14,7 +16,8 @@ use super::layout::Layout;
 use super::locks::Locked;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
-use super::source::Source;
+use super::source::{Source, Stored};
+use super::space::system;
 use super::store::Slots;
 use super::{Error, Result};
 
@@ -94,6 +97,43 @@ impl SpaceImage {
     /// The shadow that has its pages; refused if they are only on disk.
     pub fn shadow(&self) -> Result<&Shadow> {
         self.source.resident(self.pid)
+    }
+
+    /// The image of an address space that a context has the records of, and that is stored elsewhere: of a process that
+    /// is `pid` now or, if that is yet to be made, will be called so.
+    ///
+    /// # Errors
+    ///
+    /// A record is missing or does not read as it should.
+    pub fn stored(context: &Context, id: ObjectId, pid: Pid, stored: Stored) -> Result<Self> {
+        let damaged = |kind, problem: &str| {
+            Error::Record(crate::record::Error::Payload {
+                kind,
+                id,
+                problem: problem.into(),
+            })
+        };
+        let find = |kind| {
+            context
+                .find(kind, id)
+                .ok_or_else(|| damaged(kind, "it is missing"))
+        };
+        let header = *find(Kind::AddressSpace)?.fixed::<AddressSpaceHeader>()?.0;
+        let window = Span {
+            start: header.window_start,
+            end: header.window_end,
+        };
+        let layout = Layout::parse(find(Kind::VmaList)?.payload(), Some(window));
+        let layout = layout.ok_or_else(|| damaged(Kind::VmaList, "it is no list of VMAs"))?;
+        let source = Source::Stored(stored);
+        Ok(Self::new(id, pid, 0, source, layout, header.locks_future))
+    }
+
+    /// The path of its program, as the container sees it.
+    pub fn program_path(&self) -> Result<PathBuf> {
+        let shadow = self.shadow()?.pid;
+        std::fs::read_link(procfs::path(shadow, "exe"))
+            .map_err(|error| system(shadow, "read which program a shadow runs", error))
     }
 
     /// Names the address space that it is of in the tree.

@@ -65,6 +65,14 @@ impl RecordedProcess<'_> {
         Pid::from_raw(self.identity.parent)
     }
 
+    /// Its command name; empty for a zombie.
+    pub fn comm(&self) -> String {
+        let leader = self.threads.get(&self.pid());
+        leader.map_or_else(String::new, |leader| {
+            super::check::comm(&leader.record.state.comm)
+        })
+    }
+
     /// Whether it had ended and waited to be reaped.
     pub fn is_zombie(&self) -> bool {
         self.identity.zombie != 0
