@@ -13,6 +13,8 @@
 //! # }
 //! ```
 
+mod persist;
+
 use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -460,6 +462,8 @@ impl Drop for Engine {
 
 #[cfg(test)]
 mod files_tests;
+#[cfg(test)]
+mod persist_tests;
 #[cfg(test)]
 mod tests;
 

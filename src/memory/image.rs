@@ -3,6 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::sync::Arc;
 
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -45,7 +46,7 @@ pub struct SpaceImage {
     /// The process it is reached by.
     pub pid: Pid,
     /// Keeps the pages.
-    pub source: Source,
+    pub source: Arc<Source>,
     /// The VMA list, as the `VmaList` record has it.
     pub layout: Layout,
     /// Pages that may differ from the image though they were not written since the tracking was last armed.
@@ -77,7 +78,7 @@ impl SpaceImage {
         Self {
             id,
             pid,
-            source,
+            source: Arc::new(source),
             layout,
             stale: Ranges::new(),
             kept: Ranges::new(),
