@@ -12,6 +12,7 @@ const ORDER: &[&[&str]] = &[
     &["memory", "task", "objects", "filesystem"],
     &["checkpoint"],
     &["rollback"],
+    &["image"],
     &["engine"],
     &["container"],
     &["keeper"],

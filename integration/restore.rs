@@ -7,10 +7,10 @@ use std::process::Stdio;
 use snapback::engine::{Engine, RollbackOptions, Target};
 use snapback::filesystem;
 
+use crate::containers::{bundle, init_of, ours};
 use crate::support::container::{Containers, unique};
 use crate::support::fixture::{Fixture, build_directory};
 use crate::support::session::DONE;
-use crate::containers::{bundle, init_of, ours};
 
 #[test]
 fn engine_makes_a_second_container() {
@@ -28,7 +28,11 @@ fn engine_makes_a_second_container() {
 
     let second = unique(&format!("two-{program}"));
     let mut command = session.command();
-    command.arg("create").arg("--bundle").arg(&bundle).arg(&second);
+    command
+        .arg("create")
+        .arg("--bundle")
+        .arg(&bundle)
+        .arg(&second);
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().expect("create");
     let (mut commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
@@ -37,7 +41,10 @@ fn engine_makes_a_second_container() {
     let origin = engine.origin("x").expect("origin");
     let (mut restored, report) = Engine::restore(
         Target::of_pid(pid),
-        filesystem::Options { include: false, ..Default::default() },
+        filesystem::Options {
+            include: false,
+            ..Default::default()
+        },
         &origin,
         "x",
         RollbackOptions { verify: true },
@@ -54,11 +61,15 @@ fn engine_makes_a_second_container() {
     for round in 0..2 {
         assert_eq!(ask(b'v'), "PASS", "{round}");
         assert_eq!(ask(b'm'), "MUTATED", "{round}");
-        restored.rollback("x", RollbackOptions { verify: true }).expect("rollback");
+        restored
+            .rollback("x", RollbackOptions { verify: true })
+            .expect("rollback");
         assert_eq!(ask(b'v'), "PASS", "{round}");
         assert_eq!(ask(b'r'), "OK", "{round}");
     }
-    engine.rollback("x", RollbackOptions { verify: true }).expect("rollback of the first");
+    engine
+        .rollback("x", RollbackOptions { verify: true })
+        .expect("rollback of the first");
     fixture.verify("the first");
     let _ = DONE;
 }

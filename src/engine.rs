@@ -13,6 +13,8 @@
 //! # }
 //! ```
 
+mod persist;
+
 use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -159,38 +161,35 @@ impl Engine {
         })
     }
 
-    /// Attaches to the init of a container that was created and not started, and makes of it what `origin` says; it has that
+    /// Makes of the tree, which is the init of a container that was created and not started, what `origin` says; it has that
     /// checkpoint then, called `name`, and runs.
     ///
     /// # Errors
     ///
-    /// Refused if no container can be made of it; or failed. The container is to be killed in any case.
+    /// Refused if no container can be made of it, or failed. Whatever the error, the container is killed.
     pub fn restore(
-        target: Target,
-        files: filesystem::Options,
-        origin: &Origin<'_>,
+        &mut self,
+        origin: &Origin,
         name: &str,
         options: RollbackOptions,
-    ) -> Result<(Self, Report), Error> {
-        let mut engine = Self::attach_with_files(target, files)?;
+    ) -> Result<Report, Error> {
         let mut phases = Phases::start();
         let restored = restore::run(
-            &mut engine.tree,
-            &mut engine.spaces,
+            &mut self.tree,
+            &mut self.spaces,
             origin,
-            &mut engine.files,
+            &mut self.files,
             (name, options.verify),
             &mut phases,
         );
-        let (checkpoint, done) = match restored {
-            Ok(restored) => restored,
-            Err(Failure::Untouched(error)) => return Err(error.into()),
-            Err(failure) => {
-                engine.is_lost = true;
-                engine.tree.kill();
-                return Err(Error::Failed(failure.to_string()));
+        let (checkpoint, done) = restored.map_err(|error| {
+            self.is_lost = true;
+            self.tree.kill();
+            match error {
+                restore::Error::Refused(refusal) => Error::Refused(refusal),
+                other => Error::Failed(other.to_string()),
             }
-        };
+        })?;
         let micros = phases.total().as_micros() as u64;
         let report = Report {
             outcome: Outcome::Restored,
@@ -208,18 +207,8 @@ impl Engine {
             files: files_report(&checkpoint.files),
             refused: None,
         };
-        engine.checkpoints.push(checkpoint);
-        Ok((engine, report))
-    }
-
-    /// What another container can be made of: a checkpoint, which stays where it is.
-    ///
-    /// # Errors
-    ///
-    /// There is none of that name; or its shadows are gone.
-    pub fn origin(&self, name: &str) -> Result<Origin<'_>, Error> {
-        let checkpoint = &self.checkpoints[self.find(name)?];
-        Ok(Origin::of(checkpoint)?)
+        self.checkpoints.push(checkpoint);
+        Ok(report)
     }
 
     /// Which files go back with the next checkpoint.
@@ -525,6 +514,8 @@ impl Drop for Engine {
 
 #[cfg(test)]
 mod files_tests;
+#[cfg(test)]
+mod persist_tests;
 #[cfg(test)]
 mod tests;
 

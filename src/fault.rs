@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 /// The environment variable that arms a point.
 pub const VARIABLE: &str = "SNAPBACK_FAULT";
 
-/// Every point there is, in the order in which a checkpoint and then a rollback pass them; those of `remake` only if it makes
+/// Every point there is, in the order in which a checkpoint, its persisting and then a rollback pass them; those of `remake` only if it makes
 /// a process again.
 pub const POINTS: &[&str] = &[
     "keeper.locked",
@@ -34,6 +34,14 @@ pub const POINTS: &[&str] = &[
     "checkpoint.files",
     "checkpoint.resuming",
     "checkpoint.resumed",
+    "persist.begun",
+    "persist.context",
+    "persist.spaces",
+    "persist.pages",
+    "persist.memory",
+    "persist.synced",
+    "persist.renamed",
+    "persist.published",
     "rollback.stopped",
     "rollback.observed",
     "rollback.planned",

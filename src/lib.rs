@@ -2,7 +2,7 @@
 //! place, as often as asked.
 //!
 //! The rooms, each importing only from those before it ([`outcome`] and [`fault`] lie below all): [`record`], [`kernel`], [`freeze`], then [`memory`],
-//! [`task`], [`objects`] and [`filesystem`] (which do not import one another), [`checkpoint`] and [`rollback`], [`engine`],
+//! [`task`], [`objects`] and [`filesystem`] (which do not import one another), [`checkpoint`], [`rollback`], [`image`], [`engine`],
 //! [`container`] and [`keeper`], and `cli` in the binary's own face.
 
 pub mod fault;
@@ -23,6 +23,8 @@ pub mod task;
 pub mod checkpoint;
 pub mod restore;
 pub mod rollback;
+
+pub mod image;
 
 pub mod engine;
 

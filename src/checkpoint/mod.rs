@@ -10,6 +10,7 @@ pub use diff::diff;
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use nix::unistd::Pid;
@@ -111,7 +112,7 @@ pub struct Checkpoint {
     /// When the tree was stopped for it.
     pub taken_at: SystemTime,
     /// All headers.
-    pub context: Context,
+    pub context: Arc<Context>,
     /// The address spaces.
     pub spaces: Vec<SpaceImage>,
     /// Shared memory.
@@ -313,7 +314,7 @@ fn capture(
     Ok(Checkpoint {
         name: name.to_owned(),
         taken_at,
-        context,
+        context: Arc::new(context),
         spaces: Vec::new(),
         shared,
         segments,

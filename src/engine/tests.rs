@@ -20,14 +20,14 @@ for line in sys.stdin:
     print(state["count"], len(kept), sum(big[::4096]), flush=True)
 "#;
 
-struct Program {
+pub(super) struct Program {
     child: Child,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Program {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let mut child = Command::new("python3")
             .args(["-c", PROGRAM])
             .stdin(Stdio::piped())
@@ -44,7 +44,11 @@ impl Program {
         }
     }
 
-    fn ask(&mut self, line: &str) -> String {
+    pub(super) fn id(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    pub(super) fn ask(&mut self, line: &str) -> String {
         writeln!(self.stdin, "{line}").unwrap();
         let mut answer = String::new();
         self.stdout.read_line(&mut answer).unwrap();

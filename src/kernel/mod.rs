@@ -34,6 +34,7 @@ pub mod smaps;
 pub(crate) mod sock_diag;
 pub mod socket;
 pub mod socket_filter;
+pub mod sparse;
 pub mod sysv_ipc;
 pub mod terminal;
 pub mod tty;

@@ -323,7 +323,16 @@ impl Space {
         span: Span,
         buffer: &mut [u8],
     ) -> Result<()> {
-        let member = stopped.member(self.pid)?;
+        self.read_slots(stopped.member(self.pid)?, image, span, buffer)
+    }
+
+    fn read_slots(
+        &self,
+        member: &freeze::Member,
+        image: &SpaceImage,
+        span: Span,
+        buffer: &mut [u8],
+    ) -> Result<()> {
         let window = member
             .window
             .as_ref()
@@ -339,6 +348,20 @@ impl Space {
             window.window.read(Self::slot_offset(*slot), bytes);
         }
         Ok(())
+    }
+
+    /// A copy of the pages that an image keeps in the store, one after the other. The process may run meanwhile.
+    pub fn kept(&self, tree: &freeze::Tree, image: &SpaceImage) -> Result<Vec<u8>> {
+        let gone = freeze::Error::Gone(self.pid);
+        let member = tree.member(self.pid).ok_or(gone)?;
+        let mut pages = vec![0; image.kept.bytes() as usize];
+        let mut rest = &mut pages[..];
+        for span in image.kept.spans() {
+            let (here, after) = rest.split_at_mut(span.len() as usize);
+            self.read_slots(member, image, *span, here)?;
+            rest = after;
+        }
+        Ok(pages)
     }
 
     /// Bytes of pre-images in the page store.
@@ -516,7 +539,7 @@ fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result
         let what = format!("open the file mapped at {vma:?}");
         system(image.pid, &what, error)
     };
-    let shadow = match &image.source {
+    let shadow = match &*image.source {
         Source::Shadow(shadow) => shadow.pid,
         Source::Stored(stored) => {
             let opened = stored.open_mapped(vma);

@@ -3,12 +3,11 @@
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::PathBuf;
+use std::sync::Arc;
 
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::kernel::procfs;
 use crate::record::{Context, Kind, ObjectId};
 
 use super::advice::{self, Advised};
@@ -17,7 +16,6 @@ use super::locks::Locked;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
 use super::source::{Source, Stored};
-use super::space::system;
 use super::store::Slots;
 use super::{Error, Result};
 
@@ -48,7 +46,7 @@ pub struct SpaceImage {
     /// The process it is reached by.
     pub pid: Pid,
     /// Keeps the pages.
-    pub source: Source,
+    pub source: Arc<Source>,
     /// The VMA list, as the `VmaList` record has it.
     pub layout: Layout,
     /// Pages that may differ from the image though they were not written since the tracking was last armed.
@@ -80,7 +78,7 @@ impl SpaceImage {
         Self {
             id,
             pid,
-            source,
+            source: Arc::new(source),
             layout,
             stale: Ranges::new(),
             kept: Ranges::new(),
@@ -127,13 +125,6 @@ impl SpaceImage {
         let layout = layout.ok_or_else(|| damaged(Kind::VmaList, "it is no list of VMAs"))?;
         let source = Source::Stored(stored);
         Ok(Self::new(id, pid, 0, source, layout, header.locks_future))
-    }
-
-    /// The path of its program, as the container sees it.
-    pub fn program_path(&self) -> Result<PathBuf> {
-        let shadow = self.shadow()?.pid;
-        std::fs::read_link(procfs::path(shadow, "exe"))
-            .map_err(|error| system(shadow, "read which program a shadow runs", error))
     }
 
     /// Names the address space that it is of in the tree.

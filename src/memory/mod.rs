@@ -6,6 +6,7 @@
 
 mod advice;
 mod aio;
+mod content;
 mod execute;
 mod fork;
 mod hot;
@@ -24,6 +25,7 @@ mod space;
 mod store;
 mod verify;
 
+pub use content::SpaceContent;
 pub use fork::{Forks, Fresh, start_shadows};
 pub use image::{AddressSpaceHeader, SpaceImage};
 pub use layout::Layout;
@@ -33,7 +35,7 @@ pub use ranges::{Ranges, Span};
 pub use remake::{execute_program, obstacle, same_program};
 pub use segments::{Asked, Created, Segments};
 pub use shadow::Shadow;
-pub use shared::{SharedImage, SharedObject};
+pub use shared::{SharedContent, SharedImage, SharedObject};
 pub use source::{Pages, Source, Stored};
 pub use space::{Copied, Space};
 pub use verify::verify;

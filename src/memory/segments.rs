@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::freeze::{self, Batch, Output, Outputs, StepId, Stopped};
@@ -19,13 +20,14 @@ use super::image::SpaceImage;
 use super::space::{refuse, system};
 
 /// The segments of a tree at a checkpoint.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Segments(Vec<Namespace>);
 
 /// Those of one IPC namespace.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Namespace {
     /// The process that is asked.
+    #[serde(with = "number")]
     pid: Pid,
     /// Whether all segments there are the tree's.
     is_own: bool,
@@ -33,7 +35,7 @@ struct Namespace {
 }
 
 /// One segment, as shmctl(2) tells it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Segment {
     id: i32,
     key: i32,
@@ -41,6 +43,20 @@ struct Segment {
     group: u32,
     mode: u32,
     size: u64,
+}
+
+/// A PID as its number.
+mod number {
+    use nix::unistd::Pid;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(pid: &Pid, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_i32(pid.as_raw())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Pid, D::Error> {
+        i32::deserialize(from).map(Pid::from_raw)
+    }
 }
 
 /// `struct shm_info` (`linux/shm.h`).

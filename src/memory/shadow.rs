@@ -12,7 +12,6 @@ use crate::kernel::{procfs, remote_memory};
 
 use super::Result;
 use super::ranges::Span;
-use super::source::Pages;
 
 /// A shadow. It is traced by the thread that made it and dies with that thread.
 #[derive(Debug)]
@@ -141,15 +140,6 @@ impl Shadow {
         Ok(())
     }
 
-    /// Its pages, for readers on other threads too. They can be read as long as it lives.
-    pub fn pages(&self) -> Result<ShadowPages> {
-        let memory = self.memory.try_clone().map_err(|error| Error::System {
-            what: format!("duplicate the memory of shadow {}", self.pid),
-            error,
-        })?;
-        Ok(ShadowPages(memory))
-    }
-
     /// Kills it and collects its exit. Its parent still has to reap it.
     pub fn kill(&self) {
         if !self.is_alive() {
@@ -164,22 +154,6 @@ impl Shadow {
 pub(super) fn kill(pid: Pid) {
     let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL);
     while !matches!(ptrace::wait(pid), Ok(Event::Exited(_)) | Err(_)) {}
-}
-
-/// The pages of a shadow.
-#[derive(Debug)]
-pub struct ShadowPages(File);
-
-impl Pages for ShadowPages {
-    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
-        let mut rest = buffer;
-        for span in spans {
-            let (bytes, after) = rest.split_at_mut(span.len() as usize);
-            self.0.read_exact_at(bytes, span.start)?;
-            rest = after;
-        }
-        Ok(())
-    }
 }
 
 const CLOSE_RANGE_UNSHARE: u64 = 1 << 1;

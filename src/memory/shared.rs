@@ -9,17 +9,18 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::MmapMut;
-use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
-use nix::unistd::{Pid, Whence, lseek64};
+use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::kernel::memory_file::map_memory_file;
 use crate::kernel::procfs;
 use crate::kernel::shared_map::SharedMap;
+use crate::kernel::sparse;
 use crate::outcome::Difference;
 use crate::record::{Context, Interned, Kind, ObjectId, ObjectKey};
 
@@ -55,9 +56,28 @@ pub struct SharedImage {
     /// As long as the object was, and what of it is not zero.
     size: u64,
     data: Ranges,
-    copy: Option<MmapMut>,
+    copy: Option<Arc<MmapMut>>,
     /// The object's content in place. Not for a file with a name: whoever opens it can cut it off while it is looked at.
     in_place: OnceCell<Option<SharedMap>>,
+}
+
+/// The content of an object of shared memory.
+#[derive(Debug)]
+pub struct SharedContent {
+    /// The object id of its record.
+    pub id: ObjectId,
+    /// Its length in bytes.
+    pub size: u64,
+    /// What of it is not a hole.
+    pub data: Ranges,
+    copy: Option<Arc<MmapMut>>,
+}
+
+impl SharedContent {
+    /// Its bytes; those of holes are zero, and looking at them costs memory.
+    pub fn bytes(&self) -> &[u8] {
+        self.copy.as_ref().map_or(&[], |copy| copy)
+    }
 }
 
 /// Bytes read and compared at once.
@@ -166,7 +186,7 @@ impl SharedImage {
             pin,
             size,
             data,
-            copy,
+            copy: copy.map(Arc::new),
             in_place: OnceCell::new(),
         }))
     }
@@ -236,6 +256,16 @@ impl SharedImage {
             }
         }
         Ok(None)
+    }
+
+    /// Its content, to be read on another thread and after this is dropped.
+    pub fn content(&self) -> SharedContent {
+        SharedContent {
+            id: self.id,
+            size: self.size,
+            data: self.data.clone(),
+            copy: self.copy.clone(),
+        }
     }
 
     /// Bytes kept for it.
@@ -346,20 +376,6 @@ fn reopen(pin: &File) -> PathBuf {
 
 /// The spans of a file of `size` bytes that are not holes, in whole pages but for the end.
 fn data_of(file: &File, size: u64) -> std::io::Result<Ranges> {
-    let mut found = Ranges::new();
-    let mut at = 0;
-    while at < size {
-        let start = match lseek64(file.as_raw_fd(), at as i64, Whence::SeekData) {
-            Ok(start) => start as u64,
-            Err(Errno::ENXIO) => break,
-            Err(errno) => return Err(errno.into()),
-        };
-        let end = lseek64(file.as_raw_fd(), start as i64, Whence::SeekHole)? as u64;
-        found.push(Span {
-            start,
-            end: end.min(size),
-        });
-        at = end;
-    }
-    Ok(found)
+    let parts = sparse::data_of(file, size)?.into_iter();
+    Ok(parts.map(|(start, end)| Span { start, end }).collect())
 }

@@ -2,12 +2,13 @@
 //! what led outside of the container by its init's standard streams leads to those of the new one.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::fs::{File, Permissions};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
-use nix::fcntl::OFlag;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 
 use super::Error;
 use super::capture::Capture;
@@ -70,12 +71,49 @@ fn check(description: &Description) -> Result<(), Complaint> {
     match &description.state {
         State::File(file) => match file.form {
             Form::Plain if file.path.starts_with("/proc/") => not_yet(&file.path),
-            Form::Plain if file.pinned || file.path.ends_with(" (deleted)") => not_yet(&file.path),
-            Form::Plain | Form::Device | Form::Process(_) => Ok(()),
-            Form::Memfd | Form::Terminal | Form::Master | Form::Kept => not_yet(&file.path),
+            Form::Plain if is_nameless(file) && description.common.file_type() != libc::S_IFREG => {
+                not_yet(&file.path)
+            }
+            Form::Plain | Form::Memfd | Form::Device | Form::Process(_) => Ok(()),
+            Form::Terminal | Form::Master | Form::Kept => not_yet(&file.path),
         },
         State::Inotify(inotify) if !inotify.watches.is_empty() => not_yet("an inotify instance"),
         _ => Ok(()),
+    }
+}
+
+/// Whether it has no name that could lead to it.
+fn is_nameless(file: &file::State) -> bool {
+    file.form == Form::Memfd || file.pinned || file.path.ends_with(" (deleted)")
+}
+
+/// Files that were made for descriptions which had none with a name: by inode as recorded, and which description is of which
+/// inode, where its record says another.
+#[derive(Debug, Clone, Copy)]
+pub struct Nameless<'a> {
+    /// The files.
+    pub files: &'a BTreeMap<Inode, File>,
+    /// The descriptions.
+    pub descriptions: &'a BTreeMap<ObjectId, Inode>,
+}
+
+impl Nameless<'_> {
+    /// The file of a description, as it is to be.
+    fn file(&self, id: ObjectId, was: &Description, state: &file::State) -> std::io::Result<File> {
+        let inode = was.common.inode();
+        let inode = self.descriptions.get(&id).unwrap_or(&inode);
+        let file = self.files.get(inode).ok_or(Errno::ENOENT)?;
+        if state.form == Form::Memfd {
+            // Before it is sealed, which may be for its mode too.
+            file.set_permissions(Permissions::from_mode(was.common.mode & 0o7777))?;
+            let seals = SealFlag::from_bits_retain(state.seals);
+            fcntl(file.as_raw_fd(), FcntlArg::F_ADD_SEALS(seals))?;
+        }
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(path)
     }
 }
 
@@ -89,6 +127,7 @@ pub fn transplant(
     context: &Context,
     live: Capture,
     made: &[Made],
+    nameless: Nameless<'_>,
     (root, directory): (i32, BorrowedFd<'_>),
 ) -> Result<Capture, Error> {
     let mut capture = Capture {
@@ -117,7 +156,7 @@ pub fn transplant(
     let ids: Vec<ObjectId> = capture.recorded.descriptions.keys().copied().collect();
     for id in ids {
         let description = &capture.recorded.descriptions[&id];
-        let place = place(&capture.recorded, description, directory);
+        let place = place(&capture.recorded, id, description, nameless, directory);
         match place {
             Ok(None) => {}
             Ok(Some((is, pin))) => {
@@ -161,8 +200,25 @@ pub fn transplant(
 /// Where a description leads in the new container: `None`, it will be made; or the inode, and a pin of it.
 type Found = Result<Option<(Inode, Option<OwnedFd>)>, Complaint>;
 
-fn place(recorded: &Recorded, description: &Description, root: BorrowedFd<'_>) -> Found {
+fn place(
+    recorded: &Recorded,
+    id: ObjectId,
+    description: &Description,
+    nameless: Nameless<'_>,
+    root: BorrowedFd<'_>,
+) -> Found {
     let path = match &description.state {
+        State::File(file) if is_nameless(file) => {
+            let made = nameless.file(id, description, file);
+            let found = made.and_then(|made| Ok((made.metadata()?, made)));
+            return match found {
+                Ok((at, made)) => Ok(Some(((at.dev(), at.ino()), Some(made.into())))),
+                Err(error) => Err((
+                    file.path.clone(),
+                    format!("it can't be made of the image: {error}"),
+                )),
+            };
+        }
         State::File(file) => match file.form {
             Form::Process(_) => return Ok(None),
             _ => file.path.clone(),

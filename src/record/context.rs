@@ -59,7 +59,7 @@ enum State {
 /// [`Context::write_out`] sends them all later. A *streaming* context writes each record to its sink as it is
 /// committed and reuses the space; its `write_out` does nothing. The bytes are the same, in the order of the commits.
 ///
-/// Each object has at most one record of a kind. An object's records are committed before those of its users:
+/// Each object has at most one record of a kind ([`Kind::is_repeated`] names the exception). An object's records are committed before those of its users:
 /// [`Context::refer`] checks that.
 ///
 /// Dropping the context frees everything.
@@ -112,6 +112,17 @@ impl Context {
         sink.write_all(Prologue::CURRENT.as_bytes())
             .map_err(Error::Sink)?;
         Context::start(Mode::Streaming(Mutex::new(sink)), header)
+    }
+
+    /// As [`Context::streaming_as`], for what goes beside another image: objects are that image's, under its ids.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Chunk`] if there is no memory, [`Error::Sink`] if the image header can't be written.
+    pub fn streaming_beside(sink: Box<dyn Write + Send>, header: ImageHeader) -> Result<Context> {
+        let mut context = Context::streaming_as(sink, header)?;
+        context.objects = ObjectTable::of_another();
+        Ok(context)
     }
 
     fn start(mode: Mode, header: ImageHeader) -> Result<Context> {
@@ -176,7 +187,7 @@ impl Context {
         payload_len: usize,
     ) -> Result<Reservation> {
         self.check_open()?;
-        if self.index.holds(kind, id) {
+        if self.has_its_only(kind, id) {
             return Err(Error::Duplicate { kind, id });
         }
         if payload_len as u64 > MAX_PAYLOAD {
@@ -227,7 +238,7 @@ impl Context {
             payload_len,
             ..
         } = reservation;
-        if self.index.holds(kind, id) {
+        if self.has_its_only(kind, id) {
             self.take_back(place);
             return Err(Error::Duplicate { kind, id });
         }
@@ -289,6 +300,11 @@ impl Context {
         if self.state == State::Open {
             self.take_back(reservation.place);
         }
+    }
+
+    /// Whether an object has a record of a kind of which it may have one.
+    fn has_its_only(&self, kind: Kind, id: ObjectId) -> bool {
+        !kind.is_repeated() && self.index.holds(kind, id)
     }
 
     fn take_back(&mut self, place: Place) {
@@ -453,7 +469,7 @@ impl Context {
     /// # Errors
     ///
     /// [`Error::Unfinished`] before [`Context::finish`] or [`Context::fail`], [`Error::Sink`], [`Error::Broken`].
-    pub fn write_out(&mut self, sink: &mut dyn Write) -> Result<()> {
+    pub fn write_out(&self, sink: &mut dyn Write) -> Result<()> {
         match self.state {
             State::Open => return Err(Error::Unfinished),
             State::Broken => return Err(Error::Broken),

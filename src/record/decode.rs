@@ -1,14 +1,14 @@
 //! From the bytes of an image to records in chunks, believing nothing.
 
-use std::collections::HashSet;
 use std::io::{self, Read};
 
 use zerocopy::FromBytes;
 
 use super::chain::{CHUNK_LEN, Chain, FILE_NAME, PAGE, Place};
-use super::frame::{Digest, FrameHeader, MAX_PAYLOAD, Prologue, Trailer, padded};
+use super::check::Checks;
+use super::frame::{FrameHeader, Prologue};
 use super::index::Entry;
-use super::{Context, Error, FORMAT_VERSION, ImageHeader, Kind, MAGIC, ObjectId, Position, Result};
+use super::{Context, Error, ImageHeader, Kind, Result};
 use crate::kernel::memory_file::{Appended, Appender, appendable_memory_file};
 
 /// One read asks for no more than this.
@@ -27,11 +27,7 @@ pub(super) struct Decoded {
 pub(super) struct Decoder<R> {
     reader: R,
     stage: Stage,
-    offset: u64,
-    sequence: u64,
-    digest: Digest,
-    seen: HashSet<(Kind, ObjectId)>,
-    failed: bool,
+    checks: Checks,
     chunks: u32,
     current: Option<(u32, Appender)>,
 }
@@ -48,11 +44,7 @@ impl<R: Read> Decoder<R> {
         Decoder {
             reader,
             stage: Stage::Prologue,
-            offset: 0,
-            sequence: 0,
-            digest: Digest::default(),
-            seen: HashSet::new(),
-            failed: false,
+            checks: Checks::default(),
             chunks: 0,
             current: None,
         }
@@ -61,7 +53,9 @@ impl<R: Read> Decoder<R> {
     /// The next record, `None` after the trailer and a clean end of the input. Not to be called after an error.
     pub(super) fn next(&mut self) -> Result<Option<Decoded>> {
         if self.stage == Stage::Prologue {
-            self.prologue()?;
+            let mut bytes = [0; Prologue::LEN];
+            let got = self.fill(&mut bytes, None)?;
+            self.checks.prologue(bytes, got)?;
             self.stage = Stage::Records;
         }
         if self.stage == Stage::End {
@@ -75,68 +69,26 @@ impl<R: Read> Decoder<R> {
         Ok(Some(decoded))
     }
 
-    fn prologue(&mut self) -> Result<()> {
-        let mut bytes = [0; Prologue::LEN];
-        let got = self.fill(&mut bytes, None)?;
-        if got < MAGIC.len() || bytes[..MAGIC.len()] != MAGIC {
-            let mut found = [0; 8];
-            found.copy_from_slice(&bytes[..8]);
-            return Err(Error::NotAnImage { found });
-        }
-        self.check_whole(got, bytes.len(), None)?;
-        let Prologue {
-            format_version,
-            reserved,
-            ..
-        } = zerocopy::transmute!(bytes);
-        if format_version != FORMAT_VERSION {
-            return Err(Error::FutureFormat {
-                version: format_version,
-                known: FORMAT_VERSION,
-            });
-        }
-        self.offset = Prologue::LEN as u64;
-        if reserved != 0 {
-            return Err(self.malformed(None, "the reserved field of the prologue is not zero"));
-        }
-        Ok(())
-    }
-
     fn record(&mut self) -> Result<Decoded> {
         let mut head = [0; FrameHeader::LEN];
         let got = self.fill(&mut head, None)?;
-        self.check_whole(got, head.len(), None)?;
+        self.checks.whole(got, head.len(), None)?;
         let header: FrameHeader = zerocopy::transmute!(head);
+        let frame_len = self.checks.frame_len(&header)?;
         let kind = Kind::from_number(header.kind);
-        if header.length > MAX_PAYLOAD {
-            return Err(Error::AbsurdLength {
-                at: self.at(kind),
-                length: header.length,
-            });
-        }
         let payload_len = header.length as usize;
-        let frame_len = FrameHeader::LEN + padded(payload_len);
 
         let (mut target, new_chunk) = self.target(frame_len)?;
         let frame = &mut target.1.room()[..frame_len];
         frame[..head.len()].copy_from_slice(&head);
         let body = &mut frame[head.len()..];
         let got = self.fill(body, kind)?;
-        self.check_whole(got, body.len(), kind)?;
-        let expected = header.expected_checksum(body);
-        if header.checksum != expected {
-            return Err(Error::Checksum {
-                at: self.at(kind),
-                expected,
-                found: header.checksum,
-            });
-        }
-        let (kind, id) = self.check_header(&header)?;
+        self.checks.whole(got, body.len(), kind)?;
+        self.checks.checksum(&header, body)?;
+        let (kind, id) = self.checks.header(&header)?;
         let (payload, padding) = body.split_at(payload_len);
-        if padding.iter().any(|&byte| byte != 0) {
-            return Err(self.malformed(Some(kind), "the padding is not zero"));
-        }
-        self.check_place(kind, id, payload)?;
+        self.checks.padding(kind, padding)?;
+        self.checks.place(kind, id, payload)?;
 
         let (chunk, mut appender) = target;
         let start = appender.published() as u32;
@@ -144,9 +96,7 @@ impl<R: Read> Decoder<R> {
         if frame_len <= CHUNK_LEN {
             self.current = Some((chunk, appender));
         }
-        self.digest.add(header.checksum);
-        self.sequence += 1;
-        self.offset += frame_len as u64;
+        self.checks.passed(&header, frame_len);
         let place = Place {
             chunk,
             start,
@@ -184,102 +134,13 @@ impl<R: Read> Decoder<R> {
         Ok(((number, appender), Some(appended)))
     }
 
-    /// What a header has to say, its checksum being right.
-    fn check_header(&self, header: &FrameHeader) -> Result<(Kind, ObjectId)> {
-        let kind = Kind::from_number(header.kind);
-        let at = self.at(kind);
-        if header.sequence != self.sequence {
-            return Err(Error::Order {
-                at,
-                found: header.sequence,
-            });
-        }
-        let Some(kind) = kind else {
-            return Err(Error::UnknownKind {
-                at,
-                number: header.kind,
-            });
-        };
-        if header.version > kind.version() {
-            return Err(Error::FutureVersion {
-                at,
-                version: header.version,
-                known: kind.version(),
-            });
-        }
-        if header.version == 0 {
-            return Err(Error::Malformed {
-                at,
-                problem: "version 0 does not exist",
-            });
-        }
-        match ObjectId::from_raw(header.object) {
-            Some(id) => Ok((kind, id)),
-            None => Err(Error::Malformed {
-                at,
-                problem: "object id 0 does not exist",
-            }),
-        }
-    }
-
-    /// Whether a record may be here: what comes first, what comes last, what comes once.
-    fn check_place(&mut self, kind: Kind, id: ObjectId, payload: &[u8]) -> Result<()> {
-        let malformed = |problem| Err(self.malformed(Some(kind), problem));
-        if (kind == Kind::ImageHeader) != (self.sequence == 0) {
-            return malformed("the image header is the first record, and only that");
-        }
-        if kind.is_framing() && id != ObjectId::IMAGE {
-            return malformed("a record of the image itself belongs to object 1");
-        }
-        if self.failed && kind != Kind::Trailer {
-            return malformed("only the trailer follows an error record");
-        }
-        if self.seen.contains(&(kind, id)) {
-            return malformed("the object has a record of this kind already");
-        }
-        match kind {
-            Kind::ImageHeader => match ImageHeader::read_from_bytes(payload) {
-                Err(_) => return malformed("an image header has 120 bytes"),
-                Ok(header) if header.flags & !ImageHeader::KNOWN_FLAGS != 0 => {
-                    return malformed("the image header has flags that are not known here");
-                }
-                Ok(_) => {}
-            },
-            Kind::Trailer => self.check_trailer(payload)?,
-            Kind::Error => self.failed = true,
-            _ => {}
-        }
-        self.seen.insert((kind, id));
-        Ok(())
-    }
-
-    fn check_trailer(&self, payload: &[u8]) -> Result<()> {
-        let malformed = |problem| Err(self.malformed(Some(Kind::Trailer), problem));
-        let Ok(trailer) = Trailer::read_from_bytes(payload) else {
-            return malformed("a trailer has 24 bytes");
-        };
-        let status = if self.failed {
-            Trailer::FAILED
-        } else {
-            Trailer::COMPLETE
-        };
-        if trailer.records != self.sequence || trailer.bytes != self.offset {
-            return malformed("the trailer counts other records or bytes than there are");
-        }
-        if trailer.digest != self.digest.value() {
-            return malformed("the trailer's checksum is not that of the records before it");
-        }
-        if trailer.status != status {
-            return malformed("the trailer's status does not agree with the error record");
-        }
-        Ok(())
-    }
-
     fn expect_end(&mut self) -> Result<()> {
         let mut byte = [0];
         match self.fill(&mut byte, None)? {
             0 => Ok(()),
-            _ => Err(self.malformed(None, "there is something after the trailer")),
+            _ => Err(self
+                .checks
+                .malformed(None, "there is something after the trailer")),
         }
     }
 
@@ -294,38 +155,13 @@ impl<R: Read> Decoder<R> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(source) => {
                     return Err(Error::Source {
-                        at: self.at(kind),
+                        at: self.checks.at(kind),
                         source,
                     });
                 }
             }
         }
         Ok(filled)
-    }
-
-    fn check_whole(&self, got: usize, wanted: usize, kind: Option<Kind>) -> Result<()> {
-        if got == wanted {
-            return Ok(());
-        }
-        Err(Error::Truncated {
-            at: self.at(kind),
-            missing: (wanted - got) as u64,
-        })
-    }
-
-    fn malformed(&self, kind: Option<Kind>, problem: &'static str) -> Error {
-        Error::Malformed {
-            at: self.at(kind),
-            problem,
-        }
-    }
-
-    fn at(&self, kind: Option<Kind>) -> Position {
-        Position {
-            record: self.sequence,
-            offset: self.offset,
-            kind,
-        }
     }
 }
 
@@ -345,7 +181,7 @@ pub fn read_header(reader: impl Read) -> Result<ImageHeader> {
             .get(..decoded.entry.payload_len)
     });
     let header = payload.and_then(|payload| ImageHeader::read_from_bytes(payload).ok());
-    header.ok_or_else(|| decoder.malformed(None, "there is no image header"))
+    header.ok_or_else(|| decoder.checks.malformed(None, "there is no image header"))
 }
 
 impl Context {

@@ -79,6 +79,26 @@ kinds! {
     PopulatedRanges = 34, version 1, "populated ranges";
     /// The content of a shared memory object.
     SharedMemory = 35, version 1, "shared memory";
+    /// The program of an address space, and the files behind its mappings.
+    Program = 36, version 1, "program";
+    /// What madvise(2) and the like had set on the VMAs of an address space.
+    MemoryFlags = 37, version 1, "memory flags";
+    /// Where the parts of a program are in its address space.
+    ProgramBounds = 38, version 1, "program bounds";
+    /// The auxiliary vector of a program.
+    AuxiliaryVector = 39, version 1, "auxiliary vector";
+    /// The guards (`MADV_GUARD_INSTALL`) of an address space.
+    Guards = 40, version 1, "guards";
+    /// Contents of pages. An object may have many.
+    Pages = 41, version 1, "pages";
+    /// Which pages of an object are where.
+    PageIndex = 42, version 1, "page index";
+    /// The System V shared memory segments of a tree.
+    Segments = 43, version 1, "segments";
+    /// A file without a name that was open or mapped.
+    NamelessFile = 44, version 1, "nameless file";
+    /// The checkpoint that an image was made of.
+    Checkpoint = 45, version 1, "checkpoint";
 
     /// One descriptor table, shared by `CLONE_FILES`.
     FileTable = 48, version 1, "file table";
@@ -121,6 +141,12 @@ impl Kind {
     #[must_use]
     pub const fn number(self) -> u16 {
         self as u16
+    }
+
+    /// Whether an object may have any number of records of this kind.
+    #[must_use]
+    pub const fn is_repeated(self) -> bool {
+        matches!(self, Kind::Pages)
     }
 
     /// Whether only the context itself writes this kind.

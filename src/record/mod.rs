@@ -35,10 +35,12 @@
 //! ```
 
 mod chain;
+mod check;
 mod context;
 mod decode;
 mod error;
 mod frame;
+mod frames;
 mod fuzzing;
 mod index;
 mod kind;
@@ -64,6 +66,7 @@ pub use context::{Context, Reservation};
 pub use decode::read_header;
 pub use error::{Error, Result};
 pub use frame::{ALIGNMENT, FORMAT_VERSION, ImageHeader, MAGIC, MAX_PAYLOAD, Position};
+pub use frames::{Frame, Frames};
 pub use fuzzing::fuzz_one;
 pub use kind::Kind;
 pub use object::{Interned, ObjectId, ObjectKey};

@@ -90,6 +90,8 @@ pub(super) struct ObjectTable {
     by_key: HashMap<ObjectKey, ObjectId>,
     /// Indexed by id; 0 is never an object.
     objects: Vec<Known>,
+    /// The ids are given out by another table: all are known here.
+    of_another: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -107,6 +109,15 @@ impl ObjectTable {
         ObjectTable {
             by_key: HashMap::new(),
             objects: vec![nobody, nobody],
+            of_another: false,
+        }
+    }
+
+    /// A table of which the ids are another's.
+    pub(super) fn of_another() -> ObjectTable {
+        ObjectTable {
+            of_another: true,
+            ..ObjectTable::new()
         }
     }
 
@@ -153,7 +164,7 @@ impl ObjectTable {
 
     /// Fails unless `id` was given out by this table.
     pub(super) fn check_known(&self, id: ObjectId) -> Result<()> {
-        if self.index(id).is_some() {
+        if self.of_another || self.index(id).is_some() {
             Ok(())
         } else {
             Err(Error::UnknownObject { id })
@@ -163,6 +174,7 @@ impl ObjectTable {
     /// Fails unless a record of `id` was committed.
     pub(super) fn check_written(&self, id: ObjectId) -> Result<()> {
         match self.index(id) {
+            None if self.of_another => Ok(()),
             None => Err(Error::UnknownObject { id }),
             Some(index) if self.objects[index].written => Ok(()),
             Some(index) => Err(self.unwritten(index)),

@@ -1,137 +1,96 @@
-//! What a container is made of: the records of a checkpoint, and its memory.
+//! What a container is made of: an image.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::unistd::Pid;
 
-use crate::checkpoint::{Checkpoint, Result};
+use crate::checkpoint::Result;
+use crate::image::Opened;
 use crate::kernel::maps::{self, Vma};
-use crate::memory::{AddressSpaceHeader, Pages, Ranges, SpaceImage};
+use crate::memory::AddressSpaceHeader;
 use crate::outcome::Refusal;
-use crate::record::{Context, Error, Kind, ObjectId};
-use crate::task;
+use crate::record::{Context, Error, Kind, ObjectId, Record};
+use crate::task::{self, Renamed};
 
-/// A checkpoint that was taken elsewhere.
+/// An image of which a container is to be made.
 #[derive(Debug)]
-pub struct Origin<'a> {
-    /// Its records.
-    pub context: &'a Context,
-    /// Its address spaces.
-    pub spaces: Vec<Original>,
+pub struct Origin {
+    pub(super) image: Opened,
 }
 
-/// An address space of it.
-#[derive(Debug)]
-pub struct Original {
-    /// The object id of its records.
-    pub id: ObjectId,
-    /// The program's path in the container.
-    pub program: PathBuf,
-    /// The text of its `smaps` (proc_pid_smaps(5)).
-    pub smaps: String,
-    /// Its guards (`MADV_GUARD_INSTALL`).
-    pub guards: Ranges,
-    /// Its auxiliary vector.
-    pub auxv: Vec<u8>,
-    /// Its pages.
-    pub pages: Arc<dyn Pages>,
-}
-
-impl<'a> Origin<'a> {
-    /// A checkpoint in RAM.
-    pub(crate) fn of(checkpoint: &'a Checkpoint) -> Result<Self> {
-        let original = |image: &SpaceImage| -> Result<Original> {
-            if !image.kept.is_empty() {
-                return Err(Refusal {
-                    object: "MADV_DONTFORK memory".into(),
-                    holder: format!("pid {}", image.pid),
-                    remedy: "persist the checkpoint, and make the container of the image".into(),
-                }
-                .into());
-            }
-            Ok(Original {
-                id: image.id,
-                program: image.program_path()?,
-                smaps: image.source.smaps()?,
-                guards: image.guards()?.clone(),
-                auxv: image.source.auxv()?,
-                pages: Arc::new(image.shadow()?.pages()?),
-            })
-        };
-        Ok(Self {
-            context: &checkpoint.context,
-            spaces: checkpoint
-                .spaces
-                .iter()
-                .map(original)
-                .collect::<Result<_>>()?,
-        })
+impl Origin {
+    /// Takes an image that was opened.
+    pub fn new(image: Opened) -> Self {
+        Self { image }
     }
-}
 
-impl Origin<'_> {
+    /// The name of the checkpoint.
+    pub fn name(&self) -> &str {
+        &self.image.info.name
+    }
+
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.image.context
+    }
+
     /// The processes and threads in its records.
-    pub(super) fn recorded(&self, renamed: &task::Renamed) -> Result<task::Recorded<'_>> {
-        Ok(task::Recorded::read(self.context, renamed)?)
+    pub(super) fn recorded(&self, renamed: &Renamed) -> Result<task::Recorded<'_>> {
+        Ok(task::Recorded::read(&self.image.context, renamed)?)
     }
 
     /// The address space of a recorded process.
-    pub(super) fn space_of(&self, recorded: Pid) -> Result<Option<&Original>> {
-        for original in &self.spaces {
-            let header = self.header(original.id)?;
-            if header.pid == recorded.as_raw() as u32 {
-                return Ok(Some(original));
+    pub(super) fn space_of(&self, recorded: Pid) -> Result<ObjectId> {
+        for id in self.image.spaces.keys() {
+            if self.header(*id)?.pid == recorded.as_raw() as u32 {
+                return Ok(*id);
             }
         }
-        Ok(None)
+        let image = &self.image.context;
+        let problem = format!("there is none of process {recorded}");
+        let id = image
+            .records()
+            .next()
+            .map_or(ObjectId::IMAGE, |record| record.id());
+        Err(damaged(Kind::AddressSpace, id, problem).into())
     }
 
-    fn header(&self, id: ObjectId) -> Result<&AddressSpaceHeader> {
+    pub(super) fn header(&self, id: ObjectId) -> Result<&AddressSpaceHeader> {
         Ok(self.find(Kind::AddressSpace, id)?.fixed()?.0)
     }
 
-    /// The VMAs of an address space, without the window.
+    /// The VMAs of an address space, without the window and those of the kernel.
     pub(super) fn vmas(&self, id: ObjectId) -> Result<Vec<Vma>> {
         let header = self.header(id)?;
         let record = self.find(Kind::VmaList, id)?;
-        let mut vmas = maps::parse(record.payload()).ok_or_else(|| Error::Payload {
-            kind: Kind::VmaList,
-            id,
-            problem: "it is no list of VMAs".into(),
-        })?;
+        let vmas = maps::parse(record.payload());
+        let mut vmas =
+            vmas.ok_or_else(|| damaged(Kind::VmaList, id, "it is no list of VMAs".into()))?;
         vmas.retain(|vma| vma.start < header.window_start || vma.end > header.window_end);
+        vmas.retain(|vma| !vma.is_special());
         Ok(vmas)
     }
 
-    fn find(&self, kind: Kind, id: ObjectId) -> Result<crate::record::Record<'_>> {
-        let missing = || Error::Payload {
-            kind,
-            id,
-            problem: "it is missing".into(),
-        };
-        Ok(self.context.find(kind, id).ok_or_else(missing)?)
+    fn find(&self, kind: Kind, id: ObjectId) -> Result<Record<'_>> {
+        let found = self.image.context.find(kind, id);
+        Ok(found.ok_or_else(|| damaged(kind, id, "it is missing".into()))?)
     }
 
     /// Refuses memory that can't be made of an image.
     pub(super) fn check_memory(&self) -> Result<()> {
-        for original in &self.spaces {
-            let pid = self.header(original.id)?.pid;
-            for vma in self.vmas(original.id)? {
-                let problem = if vma.is_special() {
-                    continue;
-                } else if vma.is_segment() {
+        let recorded = self.recorded(&Renamed::default())?;
+        for process in recorded.processes().filter(|process| !process.is_zombie()) {
+            let id = self.space_of(process.pid())?;
+            for vma in self.vmas(id)? {
+                let problem = if vma.is_segment() {
                     "System V shared memory"
-                } else if vma.name.ends_with(b" (deleted)") {
-                    "memory of a file that was deleted, or shared memory"
-                } else if vma.name.starts_with(b"/dev/") && !vma.is_anonymous() {
-                    "memory of a device or in /dev/shm"
+                } else if &*vma.name == b"/[aio] (deleted)" {
+                    "an AIO context (io_setup)"
                 } else {
                     continue;
                 };
                 return Err(Refusal {
                     object: format!("{problem}: {vma:?}"),
-                    holder: format!("pid {pid}"),
+                    holder: format!("pid {} ({})", process.pid(), process.comm()),
                     remedy: "it can't be made of an image yet; take the checkpoint without it"
                         .into(),
                 }
@@ -140,4 +99,8 @@ impl Origin<'_> {
         }
         Ok(())
     }
+}
+
+pub(super) fn damaged(kind: Kind, id: ObjectId, problem: String) -> Error {
+    Error::Payload { kind, id, problem }
 }

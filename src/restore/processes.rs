@@ -1,27 +1,33 @@
 //! The processes of a container that is made of a checkpoint, and their address spaces.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::Pid;
 
-use crate::checkpoint::{Checkpoint, Result, Spaces};
+use crate::checkpoint::{Checkpoint, Spaces};
 use crate::filesystem;
 use crate::freeze::{self, LEAST_NO_PID, Stopped};
-use crate::kernel::{confined, procfs};
+use crate::image::Program;
+use crate::kernel::{confined, last_pid, procfs};
 use crate::memory::{self, Segments, SharedImage, Space, SpaceImage, Stored};
 use crate::objects::{self, Made};
+use crate::outcome::Refusal;
 use crate::phases::Phases;
-use crate::record::Context;
+use crate::record::{Context, ObjectId};
 use crate::task::{self, Renamed};
 
-use super::origin::{Origin, Original};
+use super::contents::Contents;
+use super::origin::Origin;
+use super::{Result, system};
 
 /// Descriptors of the container's init that stay: its standard streams.
 const STREAMS: u32 = 3;
@@ -35,9 +41,11 @@ fn to_be(recorded: Pid) -> Pid {
 pub(super) struct Work<'w, 't> {
     stopped: &'w mut Stopped<'t>,
     spaces: &'w mut Spaces,
-    origin: &'w Origin<'w>,
+    origin: &'w Origin,
     /// The root directory of the container.
     directory: File,
+    /// Files that are made of the image.
+    contents: Contents,
     renamed: Renamed,
     /// Numbers in our PID namespace that may not be had by others.
     numbers: BTreeSet<Pid>,
@@ -49,7 +57,7 @@ impl<'w, 't> Work<'w, 't> {
     pub(super) fn new(
         stopped: &'w mut Stopped<'t>,
         spaces: &'w mut Spaces,
-        origin: &'w Origin<'w>,
+        origin: &'w Origin,
     ) -> Result<Self> {
         let root = stopped.root();
         let directory = File::open(procfs::path(root, "root"));
@@ -66,6 +74,7 @@ impl<'w, 't> Work<'w, 't> {
             stopped,
             spaces,
             origin,
+            contents: Contents::make(origin, &directory)?,
             directory,
             renamed,
             numbers: BTreeSet::from([root]),
@@ -140,11 +149,10 @@ impl<'w, 't> Work<'w, 't> {
         };
         let pid = Pid::from_raw(is.pid);
         self.learn(was, &is)?;
-        let original = self.origin.space_of(was)?;
-        let original = original.ok_or(freeze::Error::Gone(was))?;
-        let stored = self.stored(was, original)?;
-        let context = self.origin.context;
-        let mut image = SpaceImage::stored(context, original.id, pid, stored)?;
+        let id = self.origin.space_of(was)?;
+        let stored = self.stored(id)?;
+        let context = self.origin.context();
+        let mut image = SpaceImage::stored(context, id, pid, stored)?;
         if is_root || !self.may_pass_for(was, &image)? {
             let kept = if is_root { STREAMS } else { 0 };
             memory::execute_program(self.stopped, pid, &image, kept)?;
@@ -160,7 +168,7 @@ impl<'w, 't> Work<'w, 't> {
         space.restore_program(self.stopped, &image, context)?;
         let process = recorded.process(pid).ok_or(freeze::Error::Gone(was))?;
         let directory = self.open(
-            Path::new(std::ffi::OsStr::from_bytes(process.directory)),
+            Path::new(OsStr::from_bytes(process.directory)),
             OFlag::O_PATH | OFlag::O_DIRECTORY,
         )?;
         task::settle_anew(self.stopped, &recorded, pid, &directory)?;
@@ -221,34 +229,65 @@ impl<'w, 't> Work<'w, 't> {
         let opened = confined::open(self.directory.as_fd(), path, flags);
         let what = format!("open {} in the container", path.display());
         Ok(opened
-            .map_err(|errno: Errno| system(&what)(errno.into()))?
+            .map_err(|errno: nix::errno::Errno| system(&what)(errno.into()))?
             .into())
     }
 
     /// An address space with the files that are to be mapped into it.
-    fn stored(&self, was: Pid, original: &Original) -> Result<Stored> {
-        let recorded = self.origin.recorded(&Renamed::default())?;
-        let process = recorded.process(was).ok_or(freeze::Error::Gone(was))?;
+    fn stored(&self, id: ObjectId) -> Result<Stored> {
+        let space = &self.origin.image.spaces[&id];
         let mut files = BTreeMap::new();
-        for vma in self.origin.vmas(original.id)? {
-            if vma.is_anonymous()
-                || vma.is_special()
-                || files.contains_key(&(vma.device, vma.inode))
-            {
+        for vma in self.origin.vmas(id)? {
+            let key = (vma.device, vma.inode);
+            if vma.is_anonymous() || files.contains_key(&key) {
                 continue;
             }
-            let path = Path::new(std::ffi::OsStr::from_bytes(&vma.name));
-            files.insert((vma.device, vma.inode), self.open(path, OFlag::O_PATH)?);
+            let opened = match self.contents.files.get(&key) {
+                Some(made) => made.try_clone().map_err(system("duplicate a descriptor"))?,
+                None => {
+                    let path = Path::new(OsStr::from_bytes(&vma.name));
+                    self.mapped(path, &space.program, key)?
+                }
+            };
+            files.insert(key, opened);
         }
+        let program = &space.program;
+        let key = (program.device, program.inode);
         Ok(Stored {
-            smaps: original.smaps.clone(),
-            guards: original.guards.clone(),
-            bounds: process.record.settings.bounds,
-            auxv: original.auxv.clone(),
-            program: self.open(&original.program, OFlag::O_PATH)?,
+            smaps: space.smaps.clone(),
+            guards: space.guards.clone(),
+            bounds: space.bounds,
+            auxv: space.auxv.clone(),
+            program: self.mapped(&program.path, program, key)?,
             files,
-            pages: original.pages.clone(),
+            pages: Arc::new(self.origin.image.pages(id)),
         })
+    }
+
+    /// Opens a file that was mapped, and refuses another than that: what the program has read of it is in its memory.
+    fn mapped(&self, path: &Path, program: &Program, key: (u64, u64)) -> Result<File> {
+        let refuse = |problem: String| Refusal {
+            object: format!("{}, which was mapped", path.display()),
+            holder: "the container".into(),
+            remedy: format!("{problem}; put back the one that was there, then try again"),
+        };
+        let opened = confined::open(self.directory.as_fd(), path, OFlag::O_PATH);
+        let opened = opened.map_err(|errno| refuse(format!("it is not there: {errno}")))?;
+        let opened = File::from(opened);
+        let mut known = program.files.iter();
+        if let Some(was) = known.find(|file| (file.device, file.inode) == key) {
+            let is = opened.metadata().map_err(system("look at a file"))?;
+            let modified = is.mtime() * 1_000_000_000 + is.mtime_nsec();
+            // Ends that were cut off or added would be felt, and so would other code; a time alone is changed by copying.
+            if is.len() != was.size {
+                let sizes = format!("it had {} bytes and has {}", was.size, is.len());
+                return Err(refuse(sizes).into());
+            }
+            if modified != was.modified_ns {
+                tracing::warn!(path = %path.display(), "a file that was mapped has another time of change");
+            }
+        }
+        Ok(opened)
     }
 
     /// Makes shadows of all address spaces, which are as recorded, and the records that go with them.
@@ -264,19 +303,22 @@ impl<'w, 't> Work<'w, 't> {
             spaces,
             origin,
             directory,
+            contents,
             renamed,
             made,
             ..
         } = self;
         let mut context = Context::buffering()?;
-        task::transplant(stopped, origin.context, &renamed, &mut context)?;
+        task::transplant(stopped, origin.context(), &renamed, &mut context)?;
         let root = (stopped.root().as_raw(), directory.as_fd());
-        let objects = objects::transplant(origin.context, live, &made, root)?;
+        let objects =
+            objects::transplant(origin.context(), live, &made, contents.nameless(), root)?;
         for id in objects.recorded.descriptions.keys() {
             context.adopt(*id);
         }
         objects::records::write(&mut context, &objects.recorded)?;
         phases.end("records");
+        shadows_out_of_the_way(stopped, origin)?;
         let forks = memory::start_shadows(stopped, pids);
         let shadows = forks.finish(stopped)?;
         phases.end("fork");
@@ -289,7 +331,8 @@ impl<'w, 't> Work<'w, 't> {
             images.push(captured.0);
         }
         let segments = Segments::capture(stopped, &images)?;
-        let shared = SharedImage::capture_all(&images, &[], &mut context)?;
+        let shared: Vec<_> = contents.shared().map(|fd| (Pid::this(), fd)).collect();
+        let shared = SharedImage::capture_all(&images, &shared, &mut context)?;
         context.finish()?;
         phases.end("memory");
         let recorded = task::Recorded::read(&context, &renamed)?;
@@ -299,7 +342,7 @@ impl<'w, 't> Work<'w, 't> {
         Ok(Checkpoint {
             name: name.to_owned(),
             taken_at: SystemTime::now(),
-            context,
+            context: context.into(),
             spaces: images,
             shared,
             segments,
@@ -315,10 +358,21 @@ impl<'w, 't> Work<'w, 't> {
     }
 }
 
-fn system(what: &str) -> impl Fn(std::io::Error) -> freeze::Error + use<> {
-    let what = what.to_owned();
-    move |error| freeze::Error::System {
-        what: what.clone(),
-        error,
-    }
+/// Has shadows get numbers in the container's PID namespace that no recorded process or thread had: those that are not there
+/// yet will be made under theirs.
+fn shadows_out_of_the_way(stopped: &Stopped<'_>, origin: &Origin) -> Result<()> {
+    let recorded = origin.recorded(&Renamed::default())?;
+    let of_threads = recorded.processes().flat_map(|process| {
+        let threads = process.threads.values();
+        threads.map(|thread| thread.record.state.namespace_tid as i32)
+    });
+    let of_processes = recorded
+        .processes()
+        .map(|process| process.identity.namespace_pid);
+    let last = of_threads.chain(of_processes).max().unwrap_or(1);
+    let namespace = File::open(procfs::path(stopped.root(), "ns/pid"));
+    let namespace = namespace.map_err(system("open the container's PID namespace"))?;
+    last_pid::set_next_in(namespace.as_fd(), last + 1)
+        .map_err(system("choose the numbers of shadows"))?;
+    Ok(())
 }

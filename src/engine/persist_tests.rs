@@ -1,0 +1,145 @@
+//! Images of real programs.
+
+use std::os::unix::fs::PermissionsExt;
+use std::sync::mpsc::channel;
+
+use super::tests::Program;
+use super::*;
+use crate::image::{Encoding, Opened, Options, Progress, persist};
+use crate::memory::{PAGE, Ranges, Span};
+
+/// Compares an image with the shadows that it was written from, page by page.
+fn compare(engine: &Engine, name: &str, opened: &Opened) {
+    let held = &engine.checkpoints[engine.find(name).unwrap()];
+    assert_eq!(opened.spaces.len(), held.spaces.len());
+    for image in &held.spaces {
+        let stored = &opened.spaces[&image.id];
+        assert_eq!(stored.bounds, image.source.bounds().unwrap());
+        assert_eq!(stored.auxv, image.source.auxv().unwrap());
+        assert_eq!(&stored.guards, image.guards().unwrap());
+        let populated = image.populated(&held.context).unwrap();
+        let pages = populated.difference(&stored.guards).difference(&image.kept);
+        let (mut was, mut is) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+        let mut compared = 0;
+        for span in pages.pieces(1 << 20) {
+            let len = span.len() as usize;
+            image.source.read(&[span], &mut was[..len]).unwrap();
+            opened.read(image.id, &[span], &mut is[..len]).unwrap();
+            assert!(was[..len] == is[..len], "{span:x?}");
+            compared += span.len();
+        }
+        assert!(compared > 0);
+        let written: Ranges = opened
+            .runs(image.id)
+            .iter()
+            .map(|run| Span {
+                start: run.address,
+                end: run.address + u64::from(run.pages) * PAGE,
+            })
+            .collect();
+        assert!(written.difference(&populated).is_empty());
+    }
+    let mut loaded = Vec::new();
+    opened.context.write_out(&mut loaded).unwrap();
+    let mut held_bytes = Vec::new();
+    held.context.write_out(&mut held_bytes).unwrap();
+    assert_eq!(loaded, held_bytes);
+    opened.verify().unwrap();
+}
+
+#[test]
+fn an_image_is_as_the_checkpoint_though_the_tree_runs_on_and_goes_back() {
+    let mut program = Program::start();
+    let before = program.ask("add 3");
+    let mut engine = Engine::attach(Target::of_pid(program.id())).unwrap();
+    engine.checkpoint("a").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("image");
+    for encoding in [Encoding::Plain, Encoding::Zstd, Encoding::Zstd] {
+        let parts = engine.parts("a").unwrap();
+        let (tell, told) = channel();
+        let to = target.clone();
+        let writing = std::thread::spawn(move || {
+            let progress = Progress::default();
+            tell.send(()).unwrap();
+            let options = Options { encoding };
+            let summary = persist(parts, &to, options, &progress).unwrap();
+            let (done, total) = progress.bytes();
+            assert_eq!(done, total);
+            summary
+        });
+        told.recv().unwrap();
+        loop {
+            let is_last = writing.is_finished();
+            program.ask("add 5");
+            engine
+                .rollback("a", RollbackOptions { verify: false })
+                .unwrap();
+            assert_eq!(program.ask("show"), before);
+            if is_last {
+                break;
+            }
+        }
+        let summary = writing.join().unwrap();
+        assert!(summary.memory_bytes > 32 << 20);
+        // The array is one page over and over.
+        assert!(summary.image_bytes < summary.memory_bytes / 2);
+        let mode = std::fs::metadata(&target).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o700);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        compare(&engine, "a", &Opened::open(&target).unwrap());
+    }
+}
+
+#[test]
+fn what_is_cancelled_or_released_leaves_the_image_that_was_there() {
+    let mut program = Program::start();
+    program.ask("add 3");
+    let mut engine = Engine::attach(Target::of_pid(program.id())).unwrap();
+    engine.checkpoint("a").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("image");
+    let write = |parts, progress: &Progress| persist(parts, &target, Options::default(), progress);
+    write(engine.parts("a").unwrap(), &Progress::default()).unwrap();
+    let was = std::fs::read(target.join("memory.img")).unwrap();
+
+    let cancelled = Progress::default();
+    cancelled.cancel();
+    let error = write(engine.parts("a").unwrap(), &cancelled).unwrap_err();
+    assert!(
+        matches!(error, crate::image::Error::Cancelled(_)),
+        "{error}"
+    );
+
+    let parts = engine.parts("a").unwrap();
+    engine.release(None).unwrap();
+    let error = write(parts, &Progress::default()).unwrap_err();
+    assert!(!error.to_string().is_empty());
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    assert!(std::fs::read(target.join("memory.img")).unwrap() == was);
+    Opened::open(&target).unwrap();
+}
+
+#[test]
+fn other_peoples_directories_are_not_replaced() {
+    let mut program = Program::start();
+    program.ask("add 3");
+    let mut engine = Engine::attach(Target::of_pid(program.id())).unwrap();
+    engine.checkpoint("a").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("letter"), "dear").unwrap();
+    let parts = engine.parts("a").unwrap();
+    let ended = persist(
+        parts,
+        directory.path(),
+        Options::default(),
+        &Progress::default(),
+    );
+    match ended {
+        Err(crate::image::Error::Refused(refusal)) => {
+            assert!(refusal.remedy.contains("empty"), "{refusal}")
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}

@@ -1,0 +1,36 @@
+//! Checkpoints on disk: written out while the tree runs on, and read back.
+//!
+//! An image is a directory of two files. `checkpoint.img` is what the checkpoint's context writes out. `memory.img` has the
+//! same framing and holds what the context does not: contents of pages, and what else of an address space only its shadow
+//! tells. `docs/image-format.md` has the bytes.
+//!
+//! Writing takes [`Parts`] from the thread that owns the checkpoint and needs it no more after that: shadows and contexts are
+//! read from another thread, while that one goes on to roll back.
+
+mod contents;
+mod error;
+mod layout;
+mod open;
+mod pages;
+mod parts;
+mod persist;
+mod space;
+mod staging;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use error::{Error, Result};
+pub use layout::{Encoding, Info, MOST_PAGES, MappedFile, NamelessFile, PagesHeader, Program, Run};
+pub use open::Opened;
+pub use pages::StoredPages;
+pub use parts::Parts;
+pub use persist::{Options, Progress, Summary, persist};
+pub use space::StoredSpace;
+
+/// The file of an image that is what the context writes out.
+pub const CONTEXT_FILE: &str = "checkpoint.img";
+
+/// The file of an image that holds memory.
+pub const MEMORY_FILE: &str = "memory.img";

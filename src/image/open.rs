@@ -1,0 +1,191 @@
+//! Reading an image.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::layout::{Info, NamelessFile, Run};
+use super::pages::{Store, StoredPages};
+use super::space::StoredSpace;
+use super::{CONTEXT_FILE, Error, MEMORY_FILE, Result};
+use crate::memory::{Segments, SharedObject, Span};
+use crate::record::{Context, Frames, Kind, ObjectId};
+
+/// An image that was read: all headers, and where the pages are.
+///
+/// Everything was checked but the contents of pages, which are checked each time they are read.
+#[derive(Debug)]
+pub struct Opened {
+    /// All headers.
+    pub context: Arc<Context>,
+    /// The checkpoint that it was made of.
+    pub info: Info,
+    /// The address spaces, by the ids of their records.
+    pub spaces: BTreeMap<ObjectId, StoredSpace>,
+    /// System V shared memory segments.
+    pub segments: Segments,
+    /// Files without a name that were open or mapped; their contents are pages.
+    pub nameless: BTreeMap<ObjectId, NamelessFile>,
+    store: Arc<Store>,
+}
+
+impl Opened {
+    /// Opens the image in a directory.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is damaged: which file, record and offset.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let (path, file) = open_in(directory, CONTEXT_FILE)?;
+        let context =
+            Context::load(BufReader::with_capacity(1 << 20, file)).map_err(Error::image(&path))?;
+        if let Some(reason) = context.failure() {
+            return Err(Error::Inconsistent {
+                path,
+                problem: format!("the checkpoint had failed: {reason}"),
+            });
+        }
+        let (path, file) = open_in(directory, MEMORY_FILE)?;
+        let frames = Frames::open(file).map_err(Error::image(&path))?;
+        Self::of(context, frames, path)
+    }
+
+    fn of(context: Context, frames: Frames, path: PathBuf) -> Result<Self> {
+        let wrong = |problem: String| Error::Inconsistent {
+            path: path.clone(),
+            problem,
+        };
+        if context.image_header() != Some(*frames.image_header()) {
+            return Err(wrong(format!(
+                "it does not belong to the {CONTEXT_FILE} beside it"
+            )));
+        }
+        let store = Store::new(frames, path.clone())?;
+        let frames = store.frames();
+        let json = |kind: Kind, id: ObjectId| -> Result<Option<Vec<u8>>> {
+            let frame = frames.find(kind, id);
+            frame
+                .map(|frame| frames.payload(frame).map_err(Error::image(&path)))
+                .transpose()
+        };
+        let bad = |kind: Kind| {
+            let wrong = &wrong;
+            move |error: serde_json::Error| wrong(format!("{kind}: {error}"))
+        };
+        let info = json(Kind::Checkpoint, ObjectId::IMAGE)?
+            .ok_or_else(|| wrong("there is no checkpoint record".into()))?;
+        let info: Info = serde_json::from_slice(&info).map_err(bad(Kind::Checkpoint))?;
+        let count = |kind: Kind| {
+            let of_kind = frames.frames().iter().filter(|frame| frame.kind() == kind);
+            of_kind.count() as u64
+        };
+        for (kind, expected) in [
+            (Kind::Pages, info.page_records),
+            (Kind::NamelessFile, info.nameless_files),
+        ] {
+            if count(kind) != expected {
+                return Err(wrong(format!(
+                    "there are {} records of kind {kind}, and there were {expected}",
+                    count(kind)
+                )));
+            }
+        }
+        let segments = json(Kind::Segments, ObjectId::IMAGE)?
+            .ok_or_else(|| wrong("there is no record of segments".into()))?;
+        let segments = serde_json::from_slice(&segments).map_err(bad(Kind::Segments))?;
+        let mut spaces = BTreeMap::new();
+        for record in context.records_of(Kind::AddressSpace) {
+            spaces.insert(record.id(), StoredSpace::read(frames, &path, record.id())?);
+        }
+        let mut nameless = BTreeMap::new();
+        for frame in frames.frames() {
+            if frame.kind() == Kind::NamelessFile {
+                let payload = frames.payload(frame).map_err(Error::image(&path))?;
+                let file = serde_json::from_slice(&payload).map_err(bad(Kind::NamelessFile))?;
+                nameless.insert(frame.id(), file);
+            }
+        }
+        let shared = context.records_of(Kind::SharedMemory);
+        let owners = spaces.keys().chain(nameless.keys()).copied();
+        for id in owners.chain(shared.map(|record| record.id())) {
+            if store.index(id).is_none() {
+                return Err(wrong(format!("there is no page index of object {id}")));
+            }
+        }
+        Ok(Self {
+            context: Arc::new(context),
+            info,
+            spaces,
+            segments,
+            nameless,
+            store: Arc::new(store),
+        })
+    }
+
+    /// The pages of an address space, an object of shared memory (by offset) or a nameless file (by offset).
+    pub fn pages(&self, id: ObjectId) -> StoredPages {
+        StoredPages::new(Arc::clone(&self.store), id)
+    }
+
+    /// Where the pages of such an object are, in order of addresses. What is not there is zero.
+    pub fn runs(&self, id: ObjectId) -> &[Run] {
+        self.store.index(id).unwrap_or_default()
+    }
+
+    /// Reads ranges of such an object, one after the other, into `buffer`; what is not there reads as zeroes.
+    ///
+    /// # Errors
+    ///
+    /// What is read is damaged, or can't be read.
+    pub fn read(&self, id: ObjectId, spans: &[Span], buffer: &mut [u8]) -> Result<()> {
+        self.pages(id).read(spans, buffer)
+    }
+
+    /// The objects of shared memory: their records, and the names that they had.
+    ///
+    /// # Errors
+    ///
+    /// A record is not what it should be.
+    pub fn shared(&self) -> Result<Vec<(ObjectId, SharedObject, String)>> {
+        let records = self.context.records_of(Kind::SharedMemory);
+        let read = |record: crate::record::Record<'_>| {
+            let (object, name) = record.fixed::<SharedObject>()?;
+            let name = String::from_utf8_lossy(name).into_owned();
+            Ok((record.id(), *object, name))
+        };
+        records
+            .map(read)
+            .collect::<crate::record::Result<_>>()
+            .map_err(Error::image(Path::new(CONTEXT_FILE)))
+    }
+
+    /// Checks the contents of all pages too.
+    ///
+    /// # Errors
+    ///
+    /// They are damaged: which record.
+    pub fn verify(&self) -> Result<()> {
+        self.store.verify()
+    }
+}
+
+/// Opens a file of an image; nothing but a plain file.
+pub(super) fn open_in(directory: &Path, name: &str) -> Result<(PathBuf, File)> {
+    let path = directory.join(name);
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(&path)
+        .map_err(Error::file("open", &path))?;
+    let metadata = file.metadata().map_err(Error::file("look at", &path))?;
+    match metadata.is_file() {
+        true => Ok((path, file)),
+        false => Err(Error::Inconsistent {
+            path,
+            problem: "it is not a plain file".into(),
+        }),
+    }
+}

@@ -1,0 +1,240 @@
+//! An address space as it was, to be read on another thread than the one that traces.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::freeze;
+use crate::kernel::maps::Vma;
+use crate::kernel::pidfd;
+use crate::kernel::procfs::{self, Bounds};
+use crate::record::{Context, ObjectId};
+
+use super::image::SpaceImage;
+use super::layout::Layout;
+use super::ranges::{Ranges, Span};
+use super::source::Source;
+use super::space::{Space, system};
+use super::{PAGE, Result};
+
+/// What an image has of an address space, apart from the image. It can be read as long as the shadow lives; after that
+/// everything is an error, also if another process has got its PID.
+#[derive(Debug)]
+pub struct SpaceContent {
+    /// The object id of its records.
+    pub id: ObjectId,
+    /// The VMA list.
+    pub layout: Layout,
+    source: Arc<Source>,
+    /// Of the shadow, by which it is told that it was that which was read.
+    pidfd: Option<OwnedFd>,
+    populated: Ranges,
+    /// Pages that the shadow lacks, and their bytes.
+    kept: Ranges,
+    pages: Vec<u8>,
+    pins: BTreeMap<(u64, u64), File>,
+}
+
+impl SpaceContent {
+    /// Takes it from an image; `space` is that which the image is of, if the tree still has it.
+    ///
+    /// # Errors
+    ///
+    /// The shadow is dead, or pages that it lacks went with the process.
+    pub fn of(
+        image: &SpaceImage,
+        space: Option<&Space>,
+        tree: &freeze::Tree,
+        context: &Context,
+    ) -> Result<Self> {
+        let failed = |what: &str, error: io::Error| system(image.pid, what, error);
+        let pidfd = match image.source.shadow() {
+            None => None,
+            Some(shadow) if shadow.is_alive() => Some(
+                pidfd::open(shadow.pid).map_err(|errno| failed("hold a shadow", errno.into()))?,
+            ),
+            Some(_) => return Err(freeze::Error::Gone(image.pid).into()),
+        };
+        let pages = match (image.kept.is_empty(), space) {
+            (true, _) => Vec::new(),
+            (false, Some(space)) => space.kept(tree, image)?,
+            (false, None) => return Err(freeze::Error::Gone(image.pid).into()),
+        };
+        let pins = image.pins.iter();
+        let pins = pins.map(|(inode, pin)| Ok((*inode, pin.try_clone()?)));
+        Ok(Self {
+            id: image.id,
+            layout: image.layout.clone(),
+            source: Arc::clone(&image.source),
+            pidfd,
+            populated: image.populated(context)?,
+            kept: image.kept.clone(),
+            pages,
+            pins: pins
+                .collect::<io::Result<_>>()
+                .map_err(|error| failed("hold a mapped file", error))?,
+        })
+    }
+
+    /// Its pages but for its guards. Where it has none it was empty, or showed a file.
+    ///
+    /// # Errors
+    ///
+    /// The shadow has died.
+    pub fn ranges(&self) -> Result<Ranges> {
+        Ok(self.populated.difference(&self.guards()?))
+    }
+
+    /// Reads ranges of pages, one after the other, into `buffer`.
+    ///
+    /// # Errors
+    ///
+    /// The shadow has died.
+    pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
+        if !spans.iter().any(|span| self.kept.touches(*span)) {
+            self.source.read(spans, buffer)?;
+            return self.check();
+        }
+        let mut rest = buffer;
+        for page in Ranges::from_iter(spans.iter().copied()).pieces(PAGE) {
+            let (here, after) = rest.split_at_mut(PAGE as usize);
+            match self.place(page.start) {
+                Some(place) => here.copy_from_slice(&self.pages[place..place + PAGE as usize]),
+                None => self.source.read(&[page], here)?,
+            }
+            rest = after;
+        }
+        self.check()
+    }
+
+    /// Where a page is among those that were kept.
+    fn place(&self, page: u64) -> Option<usize> {
+        let mut before = 0;
+        for span in self.kept.spans() {
+            if span.start <= page && page < span.end {
+                return Some((before + page - span.start) as usize);
+            }
+            before += span.len();
+        }
+        None
+    }
+
+    /// Fails if it was not the shadow that answered.
+    fn check(&self) -> io::Result<()> {
+        match &self.pidfd {
+            Some(pidfd) => Ok(pidfd::send_signal(pidfd.as_fd(), 0)?),
+            None => Ok(()),
+        }
+    }
+
+    fn checked<T>(&self, read: Result<T>) -> Result<T> {
+        let read = read?;
+        self.check()
+            .map_err(|error| system(self.pid(), "read a shadow", error))?;
+        Ok(read)
+    }
+
+    fn pid(&self) -> nix::unistd::Pid {
+        let shadow = self.source.shadow();
+        shadow.map_or(nix::unistd::Pid::this(), |shadow| shadow.pid)
+    }
+
+    /// See [`Source::smaps`].
+    ///
+    /// # Errors
+    ///
+    /// The shadow has died; so for all that follow.
+    pub fn smaps(&self) -> Result<String> {
+        self.checked(self.source.smaps())
+    }
+
+    /// See [`Source::guards`].
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn guards(&self) -> Result<Ranges> {
+        self.checked(self.source.guards(&self.layout))
+    }
+
+    /// See [`Source::bounds`].
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn bounds(&self) -> Result<Bounds> {
+        self.checked(self.source.bounds())
+    }
+
+    /// See [`Source::auxv`].
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn auxv(&self) -> Result<Vec<u8>> {
+        self.checked(self.source.auxv())
+    }
+
+    /// The program's file, and its path as the link in `/proc` tells it.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn program(&self) -> Result<(PathBuf, File)> {
+        let file = self.checked(self.source.program())?;
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let path = std::fs::read_link(link)
+            .map_err(|error| system(self.pid(), "tell the path of its program", error))?;
+        Ok((path, file))
+    }
+
+    /// The VMAs by which the files that it shows can be opened: one for each file.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn mapped(&self) -> Result<Vec<Vma>> {
+        let there = self.checked(self.source.mapped())?.vmas;
+        let mut found = BTreeMap::new();
+        let files = there.into_iter().chain(self.layout.vmas.iter().cloned());
+        for vma in files.filter(|vma| !vma.is_anonymous() && !vma.is_special()) {
+            if self.layout.vmas.iter().any(|of| inode(of) == inode(&vma)) {
+                found.entry(inode(&vma)).or_insert(vma);
+            }
+        }
+        Ok(found.into_values().collect())
+    }
+
+    /// Opens the file behind one of these: an `O_PATH` descriptor.
+    ///
+    /// # Errors
+    ///
+    /// The shadow has died.
+    pub fn pin_mapped(&self, vma: &Vma) -> io::Result<File> {
+        if let Some(pin) = self.pins.get(&inode(vma)) {
+            return pin.try_clone();
+        }
+        let file = match &*self.source {
+            Source::Shadow(shadow) => {
+                let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
+                let mut path = File::options();
+                path.read(true).custom_flags(libc::O_PATH);
+                path.open(procfs::path(shadow.pid, &name))?
+            }
+            Source::Stored(stored) => match stored.open_mapped(vma) {
+                Some(opened) => opened?,
+                None => return Err(io::ErrorKind::NotFound.into()),
+            },
+        };
+        self.check()?;
+        Ok(file)
+    }
+}
+
+fn inode(vma: &Vma) -> (u64, u64) {
+    (vma.device, vma.inode)
+}
