@@ -50,7 +50,7 @@ fn found(fixture: &mut Fixture) -> Option<String> {
 fn checkpoint_run(program: &str, start: Start<'_>) {
     for point in fault::POINTS
         .iter()
-        .filter(|point| !point.starts_with("rollback.") && !point.starts_with("remake."))
+        .filter(|point| point.starts_with("keeper.") || point.starts_with("checkpoint."))
     {
         println!("{program}: {point}");
         let mut session = Session::new();

@@ -17,6 +17,7 @@ mod honesty;
 mod leaks;
 mod orphans;
 mod overlay;
+mod persist;
 mod postgresql;
 mod postgresql_files;
 mod real_programs;

@@ -15,8 +15,10 @@
 
 mod persist;
 
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use nix::unistd::Pid;
@@ -24,6 +26,7 @@ use nix::unistd::Pid;
 use crate::checkpoint::{self, Checkpoint as Held, Spaces};
 use crate::filesystem::{self, Files};
 use crate::freeze::{self, Tree};
+use crate::image;
 use crate::memory;
 use crate::outcome::{self, Outcome, Refusal, Report};
 use crate::phases::Phases;
@@ -79,6 +82,8 @@ pub struct CheckpointInfo {
     pub shared_bytes: u64,
     /// Bytes of content of files that are kept for it, some of them perhaps for others too.
     pub file_bytes: u64,
+    /// Where it is besides RAM.
+    pub durability: image::Durability,
 }
 
 /// Why an operation did not come about.
@@ -126,6 +131,8 @@ pub struct Engine {
     /// It was killed in the middle of a rollback.
     is_lost: bool,
     files: Files,
+    /// What is on disk of them, by their names.
+    on_disk: BTreeMap<String, Arc<image::OnDisk>>,
     bound_to_thread: PhantomData<*const ()>,
 }
 
@@ -157,6 +164,7 @@ impl Engine {
             checkpoints: Vec::new(),
             is_lost: false,
             files: Files::new(files),
+            on_disk: BTreeMap::new(),
             bound_to_thread: PhantomData,
         })
     }
@@ -281,6 +289,7 @@ impl Engine {
         let replaced = replaced.map(|index| self.checkpoints.remove(index));
         self.checkpoints.push(checkpoint);
         if let Some(replaced) = replaced {
+            self.forget_on_disk(name);
             checkpoint::release(
                 &mut self.tree,
                 &mut self.spaces,
@@ -379,6 +388,7 @@ impl Engine {
             resident_pages: checkpoint.resident_pages,
             shared_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
             file_bytes: checkpoint.files.bytes(),
+            durability: self.durability(&checkpoint.name),
         };
         self.checkpoints.iter().map(info).collect()
     }
@@ -398,6 +408,7 @@ impl Engine {
             None => std::mem::take(&mut self.checkpoints),
         };
         for checkpoint in to_free {
+            self.forget_on_disk(&checkpoint.name);
             checkpoint::release(
                 &mut self.tree,
                 &mut self.spaces,

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::output::{self, print};
 use super::target::{Target, ask, failed, size};
 use super::{Global, Status};
+use crate::image::Durability;
 use crate::keeper::Error;
 use crate::keeper::protocol::{CheckpointInfo, Request, Response};
 
@@ -21,7 +22,8 @@ Examples:
 
 HEADERS is all that a checkpoint holds besides page contents, which stay shared with the running processes until they
 are changed; SHARE compares it with the memory that was resident when the checkpoint was taken. FILES is content of files;
-what several checkpoints have in common is kept once and shown with each.")]
+what several checkpoints have in common is kept once and shown with each. WHERE is `resident` (in RAM only), `persisting` (being
+written to disk), or `durable` (on disk too), with the directory.")]
 pub(crate) struct Checkpoints {
     /// Print one JSON object
     #[arg(long)]
@@ -77,7 +79,7 @@ fn now() -> f64 {
 
 fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
     let header = [
-        "NAME", "AGE", "HEADERS", "RESIDENT", "SHARE", "FILES", "BY KIND",
+        "NAME", "AGE", "HEADERS", "RESIDENT", "SHARE", "FILES", "WHERE", "BY KIND",
     ]
     .map(str::to_owned);
     let mut rows = vec![header];
@@ -95,6 +97,7 @@ fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
             size(info.resident_bytes),
             share(info.header_bytes, info.resident_bytes),
             size(info.file_bytes),
+            place(&info.durability),
             kinds.join(", "),
         ]
     }));
@@ -114,6 +117,17 @@ fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
         }
     }
     text
+}
+
+fn place(durability: &Durability) -> String {
+    match durability {
+        Durability::Resident => "resident".to_owned(),
+        Durability::Persisting { to, done, total } => {
+            let percent = done.saturating_mul(100).checked_div(*total).unwrap_or(0);
+            format!("persisting {percent}% {}", to.display())
+        }
+        Durability::Durable { at } => format!("durable {}", at.display()),
+    }
 }
 
 fn share(headers: u64, resident: u64) -> String {
@@ -153,11 +167,12 @@ mod tests {
             resident_bytes: 100 << 20,
             copied_bytes: 0,
             file_bytes: 3 << 20,
+            durability: Durability::Durable { at: "/i".into() },
         };
         assert_eq!(
             table(&[info], 1075.5),
-            "NAME     AGE     HEADERS   RESIDENT   SHARE              FILES    BY KIND\n\
-             default  1m 15s  21.0 KiB  100.0 MiB  0.02% of resident  3.0 MiB  vma 20.0 KiB, pipe 1.0 KiB\n"
+            "NAME     AGE     HEADERS   RESIDENT   SHARE              FILES    WHERE       BY KIND\n\
+             default  1m 15s  21.0 KiB  100.0 MiB  0.02% of resident  3.0 MiB  durable /i  vma 20.0 KiB, pipe 1.0 KiB\n"
         );
     }
 

@@ -28,6 +28,7 @@ mod list;
 mod log;
 mod output;
 mod pause;
+mod persist;
 mod ps;
 mod release;
 mod resume;
@@ -115,6 +116,7 @@ enum Command {
     Checkpoint(checkpoint::Checkpoint),
     Rollback(rollback::Rollback),
     Checkpoints(checkpoints::Checkpoints),
+    Persist(persist::Persist),
     Release(release::Release),
     Diff(diff::Diff),
     Check(check::Check),
@@ -144,6 +146,7 @@ fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
         Command::Checkpoint(args) => checkpoint::run(global, args),
         Command::Rollback(args) => rollback::run(global, args),
         Command::Checkpoints(args) => checkpoints::run(global, args),
+        Command::Persist(args) => persist::run(global, args),
         Command::Release(args) => release::run(global, args),
         Command::Diff(args) => diff::run(global, args),
         Command::Keeper(args) => keeper::run(global, args),

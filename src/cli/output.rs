@@ -25,6 +25,13 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     print(&text)
 }
 
+/// Writes `value` as a line of JSON.
+pub(crate) fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string(value).context("encoding the output")?;
+    text.push('\n');
+    print(&text)
+}
+
 /// Lays rows out in columns, each as wide as its widest cell and two spaces.
 pub(crate) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let widths: [usize; N] = std::array::from_fn(|column| {

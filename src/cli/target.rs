@@ -105,8 +105,8 @@ pub(crate) fn ask(errand: &Errand, request: &Request) -> Result<Response, keeper
     answer
 }
 
-/// The root directory whatever our working directory: the keeper has another.
-fn absolute(root: &Path) -> anyhow::Result<std::path::PathBuf> {
+/// A path whatever our working directory: the keeper has another.
+pub(crate) fn absolute(root: &Path) -> anyhow::Result<std::path::PathBuf> {
     std::path::absolute(root).with_context(|| format!("cannot tell where {} is", root.display()))
 }
 

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 
 use super::tests::Program;
 use super::*;
-use crate::image::{Encoding, Opened, Options, Progress, persist};
+use crate::image::{Encoding, Opened, Options, Progress, Why, persist};
 use crate::memory::{PAGE, Ranges, Span};
 
 /// Compares an image with the shadows that it was written from, page by page.
@@ -104,7 +104,7 @@ fn what_is_cancelled_or_released_leaves_the_image_that_was_there() {
     let was = std::fs::read(target.join("memory.img")).unwrap();
 
     let cancelled = Progress::default();
-    cancelled.cancel();
+    cancelled.cancel(Why::Unwanted);
     let error = write(engine.parts("a").unwrap(), &cancelled).unwrap_err();
     assert!(
         matches!(error, crate::image::Error::Cancelled(_)),

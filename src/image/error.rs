@@ -16,8 +16,8 @@ pub enum Error {
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// Whoever asked for it does not want it any more.
-    #[error("cancelled: {0}")]
-    Cancelled(&'static str),
+    #[error("cancelled, and nothing is left of it: {0}")]
+    Cancelled(super::persist::Why),
     /// A call about a file or a directory failed.
     #[error("cannot {what} {}: {error}", path.display())]
     File {

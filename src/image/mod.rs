@@ -10,6 +10,7 @@
 mod contents;
 mod error;
 mod layout;
+mod on_disk;
 mod open;
 mod pages;
 mod parts;
@@ -23,10 +24,11 @@ mod tests;
 
 pub use error::{Error, Result};
 pub use layout::{Encoding, Info, MOST_PAGES, MappedFile, NamelessFile, PagesHeader, Program, Run};
+pub use on_disk::{Durability, OnDisk, Persisting};
 pub use open::Opened;
 pub use pages::StoredPages;
 pub use parts::Parts;
-pub use persist::{Options, Progress, Summary, persist};
+pub use persist::{Options, Progress, Summary, Why, persist};
 pub use space::StoredSpace;
 
 /// The file of an image that is what the context writes out.

@@ -15,6 +15,7 @@ use crate::freeze::Tree;
 use crate::memory::{Segments, SharedContent, SpaceContent};
 use crate::objects;
 use crate::objects::state::State;
+use crate::outcome::Refusal;
 use crate::record::{Context, Kind, ObjectId};
 
 /// All of a checkpoint, to be written out on any thread. The checkpoint can be rolled back to meanwhile; if it is released
@@ -93,6 +94,20 @@ impl Parts {
             segments: checkpoint.segments.clone(),
             nameless,
         })
+    }
+
+    /// Refuses what can't be written yet.
+    pub(super) fn check(&self) -> Result<()> {
+        let Some(first) = self.info.files.first() else {
+            return Ok(());
+        };
+        Err(Refusal {
+            object: format!("files in {}", first.display()),
+            holder: format!("checkpoint {:?}", self.info.name),
+            remedy: "files can't be written to images yet; take the checkpoint with --no-files"
+                .into(),
+        }
+        .into())
     }
 
     /// The greatest id that the context has given out: what is numbered here is above it.

@@ -6,7 +6,8 @@ use std::io::{BufWriter, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
@@ -33,7 +34,28 @@ pub struct Options {
 pub struct Progress {
     done: AtomicU64,
     total: AtomicU64,
-    cancelled: AtomicBool,
+    cancelled: OnceLock<Why>,
+}
+
+/// Why the writing of an image was cancelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// Who asked for it has gone, or does not want it any more.
+    Unwanted,
+    /// The checkpoint was released or replaced.
+    Released,
+    /// The keeper ends.
+    Ending,
+}
+
+impl std::fmt::Display for Why {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Unwanted => "nobody waits for it any more",
+            Self::Released => "the checkpoint was released",
+            Self::Ending => "the keeper has ended",
+        })
+    }
 }
 
 /// What was written.
@@ -56,9 +78,14 @@ impl Progress {
         )
     }
 
-    /// Has the writing end as soon as can be, with an error.
-    pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+    /// Has the writing end as soon as can be, with an error. The first reason counts.
+    pub fn cancel(&self, why: Why) {
+        let _ = self.cancelled.set(why);
+    }
+
+    /// Why it was cancelled, if it was.
+    pub fn cancelled(&self) -> Option<Why> {
+        self.cancelled.get().copied()
     }
 
     pub(super) fn advance(&self, bytes: u64) {
@@ -66,9 +93,9 @@ impl Progress {
     }
 
     pub(super) fn check(&self) -> Result<()> {
-        match self.cancelled.load(Ordering::Relaxed) {
-            true => Err(Error::Cancelled("nothing was changed")),
-            false => Ok(()),
+        match self.cancelled() {
+            Some(why) => Err(Error::Cancelled(why)),
+            None => Ok(()),
         }
     }
 }
@@ -84,7 +111,14 @@ pub fn persist(
     options: Options,
     progress: &Progress,
 ) -> Result<Summary> {
+    let written = write(parts, target, options, progress);
+    // What was cancelled may have failed of that: a shadow has gone.
+    written.or_else(|error| progress.check().and(Err(error)))
+}
+
+fn write(parts: Parts, target: &Path, options: Options, progress: &Progress) -> Result<Summary> {
     progress.check()?;
+    parts.check()?;
     let staging = Staging::begin(target)?;
     fault::point("persist.begun");
     let (path, file) = staging.create(CONTEXT_FILE)?;

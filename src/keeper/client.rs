@@ -42,6 +42,19 @@ impl Client {
     ///
     /// [`Error::NoKeeper`] if none runs, [`Error::Died`] if it was killed (what it left is removed).
     pub fn ask(directory: &StateDirectory, request: &Request) -> Result<Response, Error> {
+        Client::ask_and_watch(directory, request, &mut |_, _| {})
+    }
+
+    /// The same; `watch` is told how far it is, in bytes done and bytes in all.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::ask`].
+    pub fn ask_and_watch(
+        directory: &StateDirectory,
+        request: &Request,
+        watch: &mut dyn FnMut(u64, u64),
+    ) -> Result<Response, Error> {
         for _ in 0..ATTEMPTS {
             let stream = match directory.connect()? {
                 Found::Keeper(stream) => stream,
@@ -53,7 +66,8 @@ impl Client {
                     });
                 }
             };
-            if let Heard::Answered(response) = Client::new(stream, directory).first(request)? {
+            let mut client = Client::new(stream, directory);
+            if let Heard::Answered(response) = client.first(request, watch)? {
                 return Ok(*response);
             }
         }
@@ -82,7 +96,7 @@ impl Client {
     ) -> Result<Response, Error> {
         for _ in 0..ATTEMPTS {
             let (stream, is_new) = launch::connect_or_start(directory, &start)?;
-            match Client::new(stream, directory).first(request)? {
+            match Client::new(stream, directory).first(request, &mut |_, _| {})? {
                 Heard::Answered(response) => return Ok(*response),
                 Heard::Not if is_new => {
                     let log = std::fs::read_to_string(directory.log_path()).unwrap_or_default();
@@ -109,7 +123,11 @@ impl Client {
         }
     }
 
-    fn first(&mut self, request: &Request) -> Result<Heard, Error> {
+    fn first(
+        &mut self,
+        request: &Request,
+        watch: &mut dyn FnMut(u64, u64),
+    ) -> Result<Heard, Error> {
         self.check_peer()?;
         let mut lines = Vec::with_capacity(512);
         append(&mut lines, &Hello::new())
@@ -140,16 +158,19 @@ impl Client {
             });
         }
         self.set_patience(None)?;
-        Ok(Heard::Answered(Box::new(self.response()?)))
+        Ok(Heard::Answered(Box::new(self.response(watch)?)))
     }
 
-    fn response(&mut self) -> Result<Response, Error> {
-        match receive(&mut self.stream) {
-            Ok(Some(response)) => Ok(response),
-            Err(error) if error.kind() == ErrorKind::InvalidData => {
-                Err(Error::Protocol(error.to_string()))
+    fn response(&mut self, watch: &mut dyn FnMut(u64, u64)) -> Result<Response, Error> {
+        loop {
+            match receive(&mut self.stream) {
+                Ok(Some(Response::Progress { done, total })) => watch(done, total),
+                Ok(Some(response)) => return Ok(response),
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    return Err(Error::Protocol(error.to_string()));
+                }
+                Ok(None) | Err(_) => return Err(self.broken()),
             }
-            Ok(None) | Err(_) => Err(self.broken()),
         }
     }
 

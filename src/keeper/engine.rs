@@ -2,13 +2,16 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use crate::engine::{self, Engine, RollbackOptions, Target};
 use crate::filesystem;
+use crate::image::{Encoding, Options};
 use crate::keeper::Errand;
 use crate::keeper::protocol::{Change, CheckpointInfo, Failure, FileOptions};
 use crate::keeper::server::Operations;
+use crate::keeper::work::Work;
 use crate::outcome::Report;
 
 /// What attaches the engine to the errand's tree, on the thread that calls it.
@@ -64,6 +67,18 @@ impl Operations for Engine {
     fn diff(&mut self, name: &str) -> Result<Vec<Change>, Failure> {
         let changes = Engine::diff(self, name)?;
         Ok(changes.into_iter().map(change).collect())
+    }
+
+    fn persist(&mut self, name: &str, to: &Path, encoding: Encoding) -> Result<Work, Failure> {
+        let persisting = Engine::persist(self, name, to, Options { encoding })?;
+        let progress = Arc::clone(persisting.progress());
+        Ok(Work {
+            progress,
+            run: Box::new(move || {
+                let done = persisting.run();
+                done.map_err(|error| Failure::from(engine::Error::from(error)))
+            }),
+        })
     }
 
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
@@ -141,6 +156,7 @@ fn info(info: engine::CheckpointInfo) -> CheckpointInfo {
         resident_bytes: info.resident_pages * PAGE,
         copied_bytes: info.shared_bytes,
         file_bytes: info.file_bytes,
+        durability: info.durability,
     }
 }
 

@@ -12,6 +12,7 @@ mod launch;
 pub mod protocol;
 mod server;
 mod target;
+mod work;
 
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ pub use engine::attach;
 pub use launch::{Errand, run};
 pub use server::Operations;
 pub use target::{Identity, TargetError};
+pub use work::Work;
 
 use std::io;
 use std::path::PathBuf;

@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::filesystem::ChangeKind;
+use crate::image::{Durability, Encoding, Summary};
 use crate::outcome::{Refusal, Report};
 
 /// The version of this protocol. Both sides name theirs in [`Hello`]; they must be equal.
@@ -80,6 +81,16 @@ pub enum Request {
         /// The checkpoint's name.
         name: String,
     },
+    /// Write a checkpoint to disk. Answered by any number of [`Response::Progress`] and one that ends it; a client that hangs
+    /// up before cancels it.
+    Persist {
+        /// The checkpoint's name.
+        name: String,
+        /// The directory, absolute.
+        to: PathBuf,
+        /// How pages are written.
+        encoding: Encoding,
+    },
     /// List the checkpoints.
     Checkpoints,
     /// Free one checkpoint, or all.
@@ -107,6 +118,18 @@ pub enum Response {
     Changes {
         /// In the order of paths.
         changes: Vec<Change>,
+    },
+    /// How far the writing of an image is.
+    Progress {
+        /// Bytes of memory that are done.
+        done: u64,
+        /// Bytes of memory in all; 0 before that is known.
+        total: u64,
+    },
+    /// A checkpoint is on disk.
+    Persisted {
+        /// What was written.
+        summary: Summary,
     },
     /// The checkpoint or checkpoints are freed.
     Released {
@@ -171,6 +194,9 @@ pub struct CheckpointInfo {
     pub copied_bytes: u64,
     /// Bytes of content of files, some of which may be kept for other checkpoints too.
     pub file_bytes: u64,
+    /// Where it is besides RAM.
+    #[serde(flatten)]
+    pub durability: Durability,
 }
 
 /// Writes one message and its line end in one piece.

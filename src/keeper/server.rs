@@ -3,6 +3,7 @@
 use std::io::{self, BufReader, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -18,11 +19,13 @@ use nix::unistd::{Pid, geteuid};
 use parking_lot::{Condvar, Mutex};
 
 use crate::fault;
+use crate::image::Encoding;
 use crate::keeper::directory::Locked;
 use crate::keeper::protocol::{
     Change, CheckpointInfo, Failure, FileOptions, Hello, Request, Response, VERSION, append,
     receive, send,
 };
+use crate::keeper::work::{Work, Works};
 use crate::keeper::{Error, Identity, StateDirectory};
 use crate::kernel::{disposition, pidfd};
 use crate::outcome::Report;
@@ -50,6 +53,12 @@ pub trait Operations {
     ///
     /// Refused or failed; the tree runs as before.
     fn diff(&mut self, name: &str) -> Result<Vec<Change>, Failure>;
+    /// Prepares to write a checkpoint to a directory.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; nothing was touched.
+    fn persist(&mut self, name: &str, to: &Path, encoding: Encoding) -> Result<Work, Failure>;
     /// The checkpoints held, oldest first.
     fn checkpoints(&self) -> Vec<CheckpointInfo>;
     /// Frees one checkpoint, or all.
@@ -73,7 +82,7 @@ pub trait Operations {
 enum Job {
     Request {
         request: Request,
-        reply: Sender<Response>,
+        reply: Sender<Answer>,
     },
     /// The last connection was closed.
     Idle,
@@ -83,6 +92,13 @@ enum Job {
     Terminate,
     /// `SIGCHLD`: a shadow has died, perhaps because the tree is being ended.
     ChildDied,
+}
+
+/// What comes of a request.
+enum Answer {
+    Done(Box<Response>),
+    /// Something that takes long, and that the tracer has no part in.
+    Begun(Work),
 }
 
 /// What the threads know of one another.
@@ -106,6 +122,7 @@ struct Shared {
     jobs: Mutex<Sender<Job>>,
     directory: Mutex<StateDirectory>,
     root: Watched,
+    works: Mutex<Works>,
 }
 
 /// The root of the tree, whose end is to be told.
@@ -186,6 +203,7 @@ pub(super) fn serve<O: Operations>(
         jobs: Mutex::new(jobs),
         directory: Mutex::new(directory.clone()),
         root: Watched::new().map_err(|errno| Error::Start(errno.to_string()))?,
+        works: Mutex::default(),
     });
     let (attached, is_attached) = channel();
     let (ended, end) = UnixStream::pair().map_err(|error| Error::Start(error.to_string()))?;
@@ -323,7 +341,7 @@ impl Shared {
     }
 
     /// Takes a request on; `None` if the keeper is ending.
-    fn submit(&self, request: Request, is_first: bool) -> Option<Receiver<Response>> {
+    fn submit(&self, request: Request, is_first: bool) -> Option<Receiver<Answer>> {
         let mut gate = self.gate.lock();
         if gate.ending {
             return None;
@@ -387,6 +405,16 @@ fn converse(shared: &Arc<Shared>, stream: UnixStream, is_first: bool) {
 }
 
 impl Shared {
+    /// Does what takes long; if the client goes meanwhile, or the keeper ends, it is cancelled.
+    fn follow_work(&self, work: Work, client: &UnixStream) -> io::Result<Response> {
+        self.works.lock().add(&work);
+        work.follow(client)
+    }
+
+    fn cancel_works(&self) {
+        self.works.lock().cancel();
+    }
+
     fn hung_up(&self, is_first: bool) {
         let left = {
             let mut gate = self.gate.lock();
@@ -427,12 +455,16 @@ fn talk(shared: &Shared, stream: &UnixStream, is_first: bool) -> io::Result<()> 
         // The request is carried out to its end whether or not the client still listens.
         let answer = answer.recv();
         let sent = match answer {
-            Ok(response) => {
+            Ok(answer) => hello.and_then(|()| {
+                let response = match answer {
+                    Answer::Done(response) => *response,
+                    Answer::Begun(work) => shared.follow_work(work, stream)?,
+                };
                 fault::point("keeper.reply");
                 let mut line = Vec::with_capacity(1024);
                 append(&mut line, &response)?;
-                hello.and_then(|()| io::Write::write_all(&mut writer, &line))
-            }
+                io::Write::write_all(&mut writer, &line)
+            }),
             Err(_) => Err(io::Error::other("the tracer thread died")),
         };
         shared.answered();
@@ -468,11 +500,12 @@ fn work<O: Operations>(shared: &Shared, queue: &Receiver<Job>, mut operations: O
         }
     }
     drop(operations);
+    shared.cancel_works();
     while let Ok(job) = queue.try_recv() {
         if let Job::Request { reply, .. } = job {
             let label = shared.directory.lock().label().to_owned();
             let gone = format!("{label} has ended, and its checkpoints with it");
-            let _ = reply.send(Response::Failure(failure(&gone)));
+            let _ = reply.send(Answer::Done(Box::new(Response::Failure(failure(&gone)))));
         }
     }
 }
@@ -489,7 +522,7 @@ fn carry_out<O: Operations>(
     operations: &mut O,
     job: Job,
     shared: &Shared,
-) -> (Option<(Sender<Response>, Response)>, End) {
+) -> (Option<(Sender<Answer>, Answer)>, End) {
     match job {
         Job::Request { request, reply } => {
             fault::point("keeper.request");
@@ -501,9 +534,10 @@ fn carry_out<O: Operations>(
             let end = match request {
                 _ if has_ended(operations) => End::Now,
                 Request::Checkpoint { .. } | Request::Release { .. } => End::WithoutCheckpoints,
-                Request::Rollback { .. } | Request::Diff { .. } | Request::Checkpoints => {
-                    End::Never
-                }
+                Request::Rollback { .. }
+                | Request::Diff { .. }
+                | Request::Persist { .. }
+                | Request::Checkpoints => End::Never,
             };
             (Some((reply, response)), end)
         }
@@ -552,8 +586,12 @@ impl Shared {
     }
 }
 
-fn answer<O: Operations>(operations: &mut O, request: &Request) -> Response {
+fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
     let done = match request {
+        Request::Persist { name, to, encoding } => match operations.persist(name, to, *encoding) {
+            Ok(work) => return Answer::Begun(work),
+            Err(failure) => Err(failure),
+        },
         Request::Checkpoint { name, files } => operations.checkpoint(name, files).map(report),
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
         Request::Diff { name } => operations
@@ -570,10 +608,10 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Response {
                 })
         }
     };
-    done.unwrap_or_else(|failure| {
+    Answer::Done(Box::new(done.unwrap_or_else(|failure| {
         tracing::warn!("{request:?}: {failure}");
         Response::Failure(failure)
-    })
+    })))
 }
 
 fn report(report: Report) -> Response {

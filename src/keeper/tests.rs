@@ -8,13 +8,14 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use super::directory::{Found, Locked};
 use super::protocol::*;
 use super::server::serve;
 use super::*;
+use crate::image::{Encoding, Progress};
 use crate::outcome::{Outcome, Refusal, Report};
 
 /// What the fake tree does. Shared by all keepers that a test starts.
@@ -28,6 +29,8 @@ struct Script {
     gate: Mutex<Option<(Sender<()>, Receiver<()>)>>,
     /// Set: attaching is refused.
     refuse: bool,
+    /// What has become of images that are written, which never ends by itself.
+    persisting: Arc<(Mutex<Vec<String>>, Condvar)>,
 }
 
 struct Fake {
@@ -103,6 +106,30 @@ impl Operations for Fake {
         Ok(Vec::new())
     }
 
+    fn persist(&mut self, name: &str, _: &Path, _: Encoding) -> Result<Work, Failure> {
+        // Goes on until it is cancelled, as soon as it has begun.
+        let progress = Arc::new(Progress::default());
+        let (begun, running) = (self.script.persisting.clone(), Arc::clone(&progress));
+        let name = name.to_owned();
+        Ok(Work {
+            progress,
+            run: Box::new(move || {
+                begun.0.lock().unwrap().push(name);
+                begun.1.notify_all();
+                loop {
+                    if let Some(why) = running.cancelled() {
+                        begun.0.lock().unwrap().push(why.to_string());
+                        begun.1.notify_all();
+                        return Err(Failure::Error {
+                            message: why.to_string(),
+                        });
+                    }
+                    thread::yield_now();
+                }
+            }),
+        })
+    }
+
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
         let info = |name: &String| CheckpointInfo {
             name: name.clone(),
@@ -112,6 +139,7 @@ impl Operations for Fake {
             resident_bytes: 4096,
             copied_bytes: 0,
             file_bytes: 0,
+            durability: Default::default(),
         };
         self.names.iter().map(info).collect()
     }
@@ -420,6 +448,61 @@ fn an_operation_outlives_its_client() {
     );
     setting.ask(&RELEASE_ALL).unwrap();
     assert!(setting.ends()[0].is_ok());
+}
+
+/// Waits until the fake tree has told as much of the images that are written.
+fn told(setting: &Setting, count: usize) -> Vec<String> {
+    let (told, changed) = &*setting.script.persisting;
+    let told = told.lock().unwrap();
+    let told = changed.wait_while(told, |told| told.len() < count);
+    told.unwrap().clone()
+}
+
+fn persist() -> Request {
+    Request::Persist {
+        name: "a".into(),
+        to: "/nowhere".into(),
+        encoding: Encoding::Plain,
+    }
+}
+
+#[test]
+fn an_image_is_written_beside_other_requests_and_cancelled_with_its_client() {
+    let setting = Setting::new(Script::default());
+    setting.first("a").unwrap();
+    let path = setting.path().join("socket");
+    let mut client = UnixStream::connect(path).unwrap();
+    send(&mut client, &Hello::new()).unwrap();
+    send(&mut client, &persist()).unwrap();
+    let mut reader = BufReader::new(client);
+    receive::<Hello>(&mut reader).unwrap().unwrap();
+    let progress = receive::<Response>(&mut reader).unwrap().unwrap();
+    assert!(
+        matches!(progress, Response::Progress { .. }),
+        "{progress:?}"
+    );
+    assert_eq!(told(&setting, 1), ["a"]);
+    let answer = setting.ask(&rollback("a")).unwrap();
+    assert!(matches!(answer, Response::Done { .. }), "{answer:?}");
+    drop(reader);
+    assert_eq!(told(&setting, 2)[1], "nobody waits for it any more");
+    setting.ask(&RELEASE_ALL).unwrap();
+    setting.ends().into_iter().for_each(|end| end.unwrap());
+}
+
+#[test]
+fn a_keeper_that_ends_cancels_what_it_writes_and_says_so() {
+    let setting = Setting::new(Script::default());
+    setting.first("a").unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| setting.ask(&persist()).unwrap());
+        told(&setting, 1);
+        setting.ask(&RELEASE_ALL).unwrap();
+        let answer = waiting.join().unwrap();
+        let message = "the keeper has ended".to_owned();
+        assert_eq!(answer, Response::Failure(Failure::Error { message }));
+    });
+    setting.ends().into_iter().for_each(|end| end.unwrap());
 }
 
 #[test]

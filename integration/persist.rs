@@ -1,0 +1,304 @@
+//! `persist`: images of programs that run on, and what is left of those that were not finished.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use snapback::fault;
+use snapback::image::Opened;
+
+use crate::support::fixture::Fixture;
+use crate::support::session::{Answer, DONE, ERROR, REFUSED, Session};
+use crate::support::wait;
+
+/// A program, a checkpoint of it without files, and where an image of it goes.
+struct Setting {
+    session: Session,
+    fixture: Fixture,
+    target: PathBuf,
+}
+
+impl Setting {
+    fn new(program: &str) -> Self {
+        Self::with(program, Session::new())
+    }
+
+    fn with(program: &str, mut session: Session) -> Self {
+        let fixture = Fixture::start(program);
+        session.will_release(fixture.pid());
+        let target = session.scratch().join("images/one");
+        fs::create_dir_all(target.with_file_name("")).expect("making a directory");
+        let setting = Self {
+            session,
+            fixture,
+            target,
+        };
+        setting.checkpoint();
+        setting
+    }
+
+    fn checkpoint(&self) {
+        let pid = self.fixture.pid().to_string();
+        let arguments = ["checkpoint", "--no-files", "--pid", &pid];
+        self.session.run(&arguments).expect(DONE, "checkpoint");
+    }
+
+    fn persist(&self, more: &[&str]) -> Answer {
+        self.persist_to(&self.target, more)
+    }
+
+    fn persist_to(&self, target: &Path, more: &[&str]) -> Answer {
+        let pid = self.fixture.pid().to_string();
+        let to = target.to_str().expect("a path in UTF-8");
+        let mut arguments = vec!["persist", "--image-path", to, "--pid", &pid];
+        arguments.extend(more);
+        self.session.run(&arguments)
+    }
+
+    /// The `state` that `checkpoints` shows.
+    fn state(&self) -> String {
+        let pid = self.fixture.pid().to_string();
+        let listed = self.session.run(&["checkpoints", "--json", "--pid", &pid]);
+        let listed = listed.expect(DONE, "checkpoints");
+        let state = listed.report["checkpoints"][0]["state"].as_str();
+        state.expect("a state").to_owned()
+    }
+
+    /// The files of the image, if there is one.
+    fn image(&self) -> BTreeMap<String, Vec<u8>> {
+        contents(&self.target)
+    }
+
+    /// What lies beside the image.
+    fn beside(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.target.with_file_name("")).expect("listing");
+        let names = entries.map(|entry| entry.expect("an entry").file_name());
+        let names = names.map(|name| name.to_string_lossy().into_owned());
+        names.filter(|name| name != "one").collect()
+    }
+}
+
+fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    let paths = entries.map(|entry| entry.expect("an entry").path());
+    let name = |path: &Path| {
+        path.file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into()
+    };
+    let read = |path: PathBuf| (name(&path), fs::read(&path).expect("reading"));
+    paths.map(read).collect()
+}
+
+#[test]
+fn a_checkpoint_is_on_disk_and_still_in_ram() {
+    let mut setting = Setting::new("dirty_pages");
+    assert_eq!(setting.state(), "resident");
+    for compress in ["none", "zstd"] {
+        let answer = setting
+            .persist(&["--json", "--compress", compress])
+            .expect(DONE, "persist");
+        let last = answer.out.lines().last().expect("a line");
+        let last: Value = serde_json::from_str(last).expect("JSON");
+        assert_eq!(last["event"], "persisted", "{answer:#?}");
+        let files = setting.image();
+        let bytes: usize = files.values().map(Vec::len).sum();
+        assert_eq!(last["image_bytes"].as_u64(), Some(bytes as u64));
+        assert_eq!(setting.state(), "durable");
+        assert_eq!(setting.beside(), [""; 0]);
+        let mode = fs::metadata(&setting.target)
+            .expect("stat")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o700);
+        let opened = Opened::open(&setting.target).expect("an image");
+        opened.verify().expect("whole");
+        assert_eq!(opened.info.name, "default");
+
+        setting.fixture.mutate();
+        setting.session.rollback(setting.fixture.pid());
+        setting.fixture.verify("persisted");
+    }
+    // What is not there any more is not durable.
+    fs::remove_dir_all(&setting.target).expect("removing");
+    assert_eq!(setting.state(), "resident");
+}
+
+#[test]
+fn deleted_files_and_shared_memory_are_in_the_image() {
+    for (program, has_nameless) in [
+        ("deleted_file", true),
+        ("deleted_file_map", true),
+        ("shared_anon", false),
+        ("sysv_memory", false),
+        ("memfd", false),
+    ] {
+        let mut setting = Setting::new(program);
+        setting.persist(&[]).expect(DONE, program);
+        let opened = Opened::open(&setting.target).expect(program);
+        opened.verify().expect(program);
+        assert_eq!(!opened.nameless.is_empty(), has_nameless, "{program}");
+        for (id, file) in &opened.nameless {
+            let last = opened
+                .runs(*id)
+                .last()
+                .map_or(0, |run| run.address + u64::from(run.pages) * 4096);
+            assert!(last < file.size + 4096, "{program}: {file:?}");
+        }
+        let shared = opened.shared().expect(program);
+        assert_eq!(shared.is_empty(), has_nameless, "{program}");
+        setting.fixture.verify(program);
+    }
+}
+
+#[test]
+fn what_is_in_the_way_is_refused() {
+    let setting = Setting::new("dirty_pages");
+    fs::create_dir(&setting.target).expect("making a directory");
+    fs::write(setting.target.join("letter"), "dear").expect("writing");
+    let answer = setting.persist(&[]).expect(REFUSED, "persist");
+    assert!(
+        answer.err.contains("empty or does not exist"),
+        "{answer:#?}"
+    );
+    assert_eq!(setting.image().len(), 1);
+    assert_eq!(setting.state(), "resident");
+    let answer = setting
+        .persist(&["--name", "other"])
+        .expect(ERROR, "persist");
+    assert!(
+        answer.err.contains("no checkpoint \"other\""),
+        "{answer:#?}"
+    );
+    let missing = setting.target.join("not/there");
+    let answer = setting.persist_to(&missing, &[]).expect(ERROR, "persist");
+    assert!(answer.err.contains("No such file"), "{answer:#?}");
+}
+
+/// At every point the keeper is killed: what was there is there, and the next one removes what was begun.
+#[test]
+fn a_keeper_that_is_killed_leaves_the_old_image_or_the_new_one() {
+    for point in fault::POINTS
+        .iter()
+        .filter(|point| point.starts_with("persist."))
+    {
+        println!("{point}");
+        let mut setting = Setting::new("dirty_pages");
+        setting.persist(&[]).expect(DONE, "persist");
+        let before = setting.image();
+        setting.session.release(setting.fixture.pid());
+        wait::until("the keeper ends", || setting.session.keepers().is_empty());
+
+        setting.session.set(fault::VARIABLE, point);
+        setting.fixture.mutate();
+        setting.checkpoint();
+        let answer = setting.persist(&[]);
+        assert_ne!(answer.status, DONE, "{point} was not reached: {answer:#?}");
+        wait::until("the keeper is dead", || {
+            setting.session.keepers().is_empty()
+        });
+        let is_new = ["persist.renamed", "persist.published"].contains(point);
+        assert_eq!(setting.image() != before, is_new, "{point}");
+        let opened = Opened::open(&setting.target).expect(point);
+        opened.verify().expect(point);
+        setting.fixture.run_on();
+
+        setting.session.unset(fault::VARIABLE);
+        setting.checkpoint();
+        setting.persist(&[]).expect(DONE, point);
+        assert_eq!(setting.beside(), [""; 0], "{point}");
+        Opened::open(&setting.target)
+            .expect(point)
+            .verify()
+            .expect(point);
+    }
+}
+
+/// A file system of its own, gone with it.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(at: &Path, options: &str) -> Self {
+        fs::create_dir_all(at).expect("making a directory");
+        let tmpfs = Some("tmpfs");
+        mount(tmpfs, at, tmpfs, MsFlags::empty(), Some(options)).expect("mounting");
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_the_image_that_was_there() {
+    let mut setting = Setting::new("dirty_pages");
+    setting.persist(&[]).expect(DONE, "persist");
+    let needed: usize = setting.image().values().map(Vec::len).sum();
+    let small = Mounted::new(
+        &setting.session.scratch().join("small"),
+        &format!("size={}", needed + needed / 2),
+    );
+    let target = small.0.join("image");
+    setting.persist_to(&target, &[]).expect(DONE, "persist");
+    let before = contents(&target);
+    let answer = setting.persist_to(&target, &[]).expect(ERROR, "persist");
+    assert!(answer.err.contains("No space left"), "{answer:#?}");
+    assert_eq!(contents(&target), before);
+    let left = fs::read_dir(&small.0).expect("listing").count();
+    assert_eq!(left, 1, "what was begun is removed");
+    setting.fixture.verify("a full disk");
+}
+
+#[test]
+fn an_interrupted_client_cancels() {
+    let mut setting = Setting::new("dirty_pages");
+    let pid = setting.fixture.pid().to_string();
+    // A pipe in the place of memory.img would be no image; a slow disk is one that is full of others' writes. So it is
+    // interrupted again and again, until one comes in time.
+    let mut was_cancelled = false;
+    for _ in 0..200 {
+        let mut command = setting.session.command();
+        let mut child = command
+            .args([
+                "persist",
+                "--compress",
+                "zstd",
+                "--pid",
+                &pid,
+                "--image-path",
+            ])
+            .arg(&setting.target)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("starting");
+        let begun = setting.target.with_file_name(".one.persisting");
+        wait::until("it has begun, or is over", || {
+            begun.exists() || child.try_wait().expect("waiting").is_some()
+        });
+        let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGINT);
+        let status = child.wait().expect("waiting");
+        wait::until("nothing is left of it", || !begun.exists());
+        if !status.success() && !setting.target.exists() {
+            was_cancelled = true;
+            break;
+        }
+        if setting.target.exists() {
+            fs::remove_dir_all(&setting.target).expect("removing");
+        }
+    }
+    assert!(was_cancelled);
+    assert_eq!(setting.state(), "resident");
+    setting.fixture.mutate();
+    setting.session.rollback(setting.fixture.pid());
+    setting.fixture.verify("cancelled");
+}
