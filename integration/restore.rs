@@ -1,75 +1,70 @@
-//! Containers made of checkpoints that were taken elsewhere.
+//! Containers made of images.
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
-use std::process::Stdio;
-
-use snapback::engine::{Engine, RollbackOptions, Target};
-use snapback::filesystem;
+use std::path::Path;
+use std::process::Command;
 
 use crate::containers::{bundle, init_of, ours};
 use crate::support::container::{Containers, unique};
-use crate::support::fixture::{Fixture, build_directory};
-use crate::support::session::DONE;
+use crate::support::fixture::Fixture;
+use crate::support::session::{DONE, Session};
+use crate::support::wait;
 
-#[test]
-fn engine_makes_a_second_container() {
-    let program = std::env::var("RESTORE_PROGRAM").unwrap_or("brk_grow".into());
-    let _ = build_directory();
-    let containers = Containers::new();
-    let session = &containers.session;
-    let bundle: PathBuf = bundle(&containers, &program, &[]);
-    let id = unique(&format!("one-{program}"));
-    let mut fixture = Fixture::launch(&program, ours(session, &bundle, &id));
-    let init = init_of(fixture.pid(), &program).expect("an init");
-    let mut engine = Engine::attach(Target::of_pid(init)).expect("attach");
-    engine.take("x").expect("checkpoint");
-    fixture.mutate();
-
-    let second = unique(&format!("two-{program}"));
+/// `restore` in the foreground, so that commands and answers pass.
+fn restored(session: &Session, bundle: &Path, image: &Path, id: &str) -> Command {
     let mut command = session.command();
     command
-        .arg("create")
+        .arg("restore")
+        .arg("--verify")
         .arg("--bundle")
-        .arg(&bundle)
-        .arg(&second);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = command.spawn().expect("create");
-    let (mut commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    assert!(child.wait().unwrap().success());
-    let pid = containers.pid(&second);
-    let origin = engine.origin("x").expect("origin");
-    let (mut restored, report) = Engine::restore(
-        Target::of_pid(pid),
-        filesystem::Options {
-            include: false,
-            ..Default::default()
-        },
-        &origin,
-        "x",
-        RollbackOptions { verify: true },
-    )
-    .expect("restore");
-    eprintln!("{report:#?}");
-    let mut answers = BufReader::new(answers);
-    let mut ask = |command: u8| {
-        commands.write_all(&[command]).unwrap();
-        let mut line = String::new();
-        answers.read_line(&mut line).unwrap();
-        line.trim().to_owned()
-    };
+        .arg(bundle);
+    command.arg("--image-path").arg(image).arg(id);
+    command
+}
+
+/// A fixture program in a container: persisted, changed, killed, restored; it finds all as it was, and is rolled back twice.
+#[track_caller]
+fn comes_back(program: &str, options: &[&str]) {
+    let containers = Containers::new();
+    let session = &containers.session;
+    let bundle = bundle(&containers, program, options);
+    let image = session.scratch().join("image");
+    let path = image.to_str().expect("a path in UTF-8");
+    let id = unique(&format!("persisted-{program}"));
+    let mut fixture = Fixture::launch(program, ours(session, &bundle, &id));
+    let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
+    run(&["checkpoint", "--no-files", &id]);
+    fixture.mutate();
+    run(&["persist", "--image-path", path, &id]);
+    run(&["kill", &id, "KILL"]);
+    wait::until("the container has ended", || {
+        matches!(fixture.family.child.try_wait(), Ok(Some(_)))
+    });
+
+    let id = unique(&format!("restored-{program}"));
+    let mut fixture = Fixture::take_over(program, restored(session, &bundle, &image, &id));
+    wait::until("the container runs, or restore has ended", || {
+        let listed = session.run(&["list", "--format", "json"]);
+        let ended = matches!(fixture.family.child.try_wait(), Ok(Some(_)));
+        ended || listed.out.contains("\"running\"")
+    });
+    fixture.verify("after it was restored");
     for round in 0..2 {
-        assert_eq!(ask(b'v'), "PASS", "{round}");
-        assert_eq!(ask(b'm'), "MUTATED", "{round}");
-        restored
-            .rollback("x", RollbackOptions { verify: true })
-            .expect("rollback");
-        assert_eq!(ask(b'v'), "PASS", "{round}");
-        assert_eq!(ask(b'r'), "OK", "{round}");
+        fixture.mutate();
+        run(&["rollback", "--verify", &id]);
+        fixture.verify(&format!("after rollback {round}"));
+        fixture.run_on();
     }
-    engine
-        .rollback("x", RollbackOptions { verify: true })
-        .expect("rollback of the first");
-    fixture.verify("the first");
-    let _ = DONE;
+    run(&["release", "--all", &id]);
+    fixture.verify("after the release");
+    fixture.send(b"q");
+    wait::until("the container has ended", || {
+        matches!(fixture.family.child.try_wait(), Ok(Some(_)))
+    });
+    let _ = init_of;
+}
+
+#[test]
+fn one_program() {
+    let program = std::env::var("RESTORE_PROGRAM").unwrap_or("brk_grow".into());
+    comes_back(&program, &[]);
 }
