@@ -31,6 +31,7 @@ fn comes_back(program: &str, options: &[&str]) {
     let path = image.to_str().expect("a path in UTF-8");
     let id = unique(&format!("persisted-{program}"));
     let mut fixture = Fixture::launch(program, ours(session, &bundle, &id));
+    fixture.verify("before the checkpoint");
     let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
     run(&["checkpoint", "--no-files", &id]);
     fixture.mutate();

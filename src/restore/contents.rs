@@ -1,9 +1,9 @@
 //! Files without a name, and shared memory: made of their contents in the image.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::{File, OpenOptions, Permissions};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -14,7 +14,7 @@ use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 use crate::image::Opened;
 use crate::kernel::{confined, shared_map};
 use crate::memory::{PAGE, Span};
-use crate::objects::Nameless;
+use crate::objects::{self, Nameless};
 use crate::outcome::Refusal;
 use crate::record::ObjectId;
 
@@ -39,8 +39,12 @@ impl Contents {
     /// Makes all of them, for a container with this root directory.
     pub(super) fn make(origin: &Origin, root: &File) -> Result<Self> {
         let mut made = Self::default();
-        for (id, object, name) in origin.image.shared()? {
-            let file = shared(&name, object.size, root)?;
+        let recorded = objects::records::read(origin.context())?;
+        let memfds: BTreeMap<(u64, u64), &str> = recorded.memfd_names().collect();
+        for (id, object, mapped) in origin.image.shared()? {
+            let name = memfds.get(&(object.device, object.inode));
+            let name = name.map_or(mapped.as_str(), |name| name);
+            let file = shared(name, object.size, root)?;
             fill(&origin.image, id, object.size, &file)?;
             let key = (object.device, object.inode);
             made.shared.push(key);
@@ -134,7 +138,12 @@ fn without_name(path: &Path, root: &File) -> Result<File> {
         .map_or_else(|| PathBuf::from("/"), Path::to_owned);
     loop {
         match confined::open_directory(root.as_fd(), &directory) {
-            Ok(opened) => return unnamed_in(opened).map_err(failed),
+            Ok(opened) => {
+                let opened = File::from(opened);
+                let is_there = path.parent() == Some(&directory);
+                let name = path.file_name().filter(|_| is_there);
+                return unnamed_in(&opened, name).map_err(failed);
+            }
             // Its directory may have been deleted too.
             Err(nix::errno::Errno::ENOENT) if directory.pop() => {}
             Err(errno) => return Err(failed(errno.into())),
@@ -142,14 +151,18 @@ fn without_name(path: &Path, root: &File) -> Result<File> {
     }
 }
 
-fn unnamed_in(directory: OwnedFd) -> std::io::Result<File> {
-    let path = format!("/proc/self/fd/{}", directory.as_raw_fd());
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_TMPFILE)
-        .mode(0o600)
-        .open(path)
+/// A file without a name in a directory: one that had `name`, as the kernel goes on to show it, if that is free.
+fn unnamed_in(directory: &File, name: Option<&OsStr>) -> std::io::Result<File> {
+    let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    if let Some(name) = name
+        && let Ok(file) = options.clone().create_new(true).open(path.join(name))
+    {
+        std::fs::remove_file(path.join(name))?;
+        return Ok(file);
+    }
+    options.custom_flags(libc::O_TMPFILE).open(path)
 }
 
 /// Writes the content of an object of the image.

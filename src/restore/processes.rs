@@ -153,6 +153,7 @@ impl<'w, 't> Work<'w, 't> {
         let stored = self.stored(id)?;
         let context = self.origin.context();
         let mut image = SpaceImage::stored(context, id, pid, stored)?;
+        image.advice(context)?;
         if is_root || !self.may_pass_for(was, &image)? {
             let kept = if is_root { STREAMS } else { 0 };
             memory::execute_program(self.stopped, pid, &image, kept)?;

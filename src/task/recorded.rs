@@ -276,6 +276,8 @@ fn process<'c>(
         let mut threads = process.threads.values();
         if let Some(thread) = threads.find(|thread| timer.notifies(thread.record.tid as i32)) {
             timer.target = thread.tid.as_raw();
+        } else if timer.target == fixed.identity.pid {
+            timer.target = process.identity.pid;
         }
     }
     process.rights = std::str::from_utf8(find(Kind::Credentials)?.payload())

@@ -13,7 +13,7 @@ use super::check::refuse;
 use super::layout::{ProcessRecord, ThreadRecord};
 use super::recorded::{Recorded, RecordedProcess, Renamed};
 use super::settings::{self, CGROUP, LOGIN_USER};
-use super::{About, Result, capture};
+use super::{About, Result, capture, rights};
 
 /// The lines that tell in which cgroups a process is.
 fn cgroups(rights: &str) -> impl Iterator<Item = &str> {
@@ -63,7 +63,9 @@ pub fn check_transplant(recorded: &Recorded<'_>) -> Result<()> {
         }
         let of_root = namespaces(root);
         let threads = process.threads.values();
-        let differ = |is: &Inodes| of_root.is_some_and(|of_root| of_root != *is);
+        // All 0: nobody looked, as it shares them with its leader.
+        let known = |is: &Inodes| *is != Inodes::default();
+        let differ = |is: &Inodes| known(is) && of_root.is_some_and(|of_root| of_root != *is);
         if threads
             .map(|thread| thread.record.namespaces)
             .any(|is| differ(&is))
@@ -78,6 +80,18 @@ pub fn check_transplant(recorded: &Recorded<'_>) -> Result<()> {
         }
         if process.record.state.root != root.record.state.root {
             return deny("its root directory", "it was in a chroot");
+        }
+        let made_by = recorded
+            .begins_as(process)
+            .filter(|maker| maker.pid() != process.pid());
+        if let Some(obstacle) = made_by.and_then(|maker| rights::obstacle(process, maker)) {
+            return deny("its credentials", obstacle);
+        }
+        let own = process.threads.get(&process.pid());
+        let own = own.map(|leader| leader.record.state.rights);
+        let mut threads = process.threads.values();
+        if threads.any(|thread| Some(thread.record.state.rights) != own) {
+            return deny("its credentials", "its threads had different ones");
         }
         if process.directory.is_empty() {
             return deny("its working directory", "that was deleted");
