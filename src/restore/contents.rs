@@ -1,6 +1,7 @@
 //! Files without a name, and shared memory: made of their contents in the image.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::{CString, OsStr};
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -11,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use nix::fcntl::OFlag;
 use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 
-use crate::image::Opened;
+use crate::image::{NamelessFile, Opened};
 use crate::kernel::{confined, shared_map};
 use crate::memory::{PAGE, Span};
 use crate::objects::{self, Nameless};
@@ -52,18 +53,8 @@ impl Contents {
         }
         for (id, nameless) in &origin.image.nameless {
             let key = (nameless.device, nameless.inode);
-            if !made.files.contains_key(&key) {
-                let file = without_name(&nameless.path, root)?;
-                fill(&origin.image, *id, nameless.size, &file)?;
-                let describe = |what: &str| system(&format!("{what} {}", nameless.path.display()));
-                std::os::unix::fs::fchown(&file, Some(nameless.uid), Some(nameless.gid))
-                    .map_err(describe("give an owner to"))?;
-                file.set_permissions(Permissions::from_mode(nameless.mode & 0o7777))
-                    .map_err(describe("set the mode of"))?;
-                let modified = Duration::from_nanos(nameless.modified_ns.max(0) as u64);
-                file.set_modified(SystemTime::UNIX_EPOCH + modified)
-                    .map_err(describe("set the time of"))?;
-                made.files.insert(key, file);
+            if let Entry::Vacant(place) = made.files.entry(key) {
+                place.insert(again(origin, *id, nameless, root)?);
             }
             for description in &nameless.descriptions {
                 made.descriptions.insert(*description, key);
@@ -85,6 +76,21 @@ impl Contents {
         let files = self.shared.iter().filter_map(|key| self.files.get(key));
         files.map(|file| file.as_raw_fd())
     }
+}
+
+/// A deleted file, with its content and metadata.
+fn again(origin: &Origin, id: ObjectId, nameless: &NamelessFile, root: &File) -> Result<File> {
+    let file = without_name(&nameless.path, root)?;
+    fill(&origin.image, id, nameless.size, &file)?;
+    let describe = |what: &str| system(&format!("{what} {}", nameless.path.display()));
+    std::os::unix::fs::fchown(&file, Some(nameless.uid), Some(nameless.gid))
+        .map_err(describe("give an owner to"))?;
+    file.set_permissions(Permissions::from_mode(nameless.mode & 0o7777))
+        .map_err(describe("set the mode of"))?;
+    let modified = Duration::from_nanos(nameless.modified_ns.max(0) as u64);
+    file.set_modified(SystemTime::UNIX_EPOCH + modified)
+        .map_err(describe("set the time of"))?;
+    Ok(file)
 }
 
 /// Shared memory of this name and size, empty.
