@@ -2,12 +2,13 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::containers::{bundle, ours};
+use crate::containers::{PROGRAMS, bundle, ours};
 use crate::support::container::{Containers, unique};
-use crate::support::fixture::Fixture;
+use crate::support::fixture::{Fixture, real};
 use crate::support::session::{DONE, Session};
-use crate::support::wait;
+use crate::support::{skip, wait};
 
 /// `restore` in the foreground, so that commands and answers pass.
 fn restored(session: &Session, bundle: &Path, image: &Path, id: &str) -> Command {
@@ -25,12 +26,36 @@ fn restored(session: &Session, bundle: &Path, image: &Path, id: &str) -> Command
 #[track_caller]
 fn comes_back(program: &str, options: &[&str]) {
     let containers = Containers::new();
-    let session = &containers.session;
     let bundle = bundle(&containers, program, options);
+    comes_back_in(&containers, program, &bundle);
+}
+
+/// A program of `fixtures/real` in the same way, run by this command line before its path.
+#[track_caller]
+fn real_comes_back(name: &str, command: &[&str]) {
+    if !Path::new(command[0]).exists() {
+        skip!("no {}", command[0]);
+    }
+    let containers = Containers::new();
+    let programs = real("");
+    let mount = format!("{}:/fixtures:ro", programs.display());
+    let path = format!("/fixtures/{name}");
+    let fixed = ["host", "--mount", &mount, "--cwd", "/tmp", "--"];
+    let all = [&fixed[..], command, &[&path]].concat();
+    let bundle = containers.bundle(name, &all);
+    comes_back_in(&containers, name, &bundle);
+}
+
+#[track_caller]
+fn comes_back_in(containers: &Containers, program: &str, bundle: &Path) {
+    let session = &containers.session;
     let image = session.scratch().join("image");
     let path = image.to_str().expect("a path in UTF-8");
-    let id = unique(&format!("persisted-{program}"));
-    let mut fixture = Fixture::launch(program, ours(session, &bundle, &id));
+    // Containers of the same program run at the same time, and cgroups are named after them.
+    static CONTAINERS: AtomicUsize = AtomicUsize::new(0);
+    let number = CONTAINERS.fetch_add(1, Ordering::Relaxed);
+    let id = unique(&format!("persisted-{program}-{number}"));
+    let mut fixture = Fixture::launch(program, ours(session, bundle, &id));
     fixture.verify("before the checkpoint");
     let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
     run(&["checkpoint", "--no-files", &id]);
@@ -41,8 +66,8 @@ fn comes_back(program: &str, options: &[&str]) {
         matches!(fixture.family.child.try_wait(), Ok(Some(_)))
     });
 
-    let id = unique(&format!("restored-{program}"));
-    let mut fixture = Fixture::take_over(program, restored(session, &bundle, &image, &id));
+    let id = unique(&format!("restored-{program}-{number}"));
+    let mut fixture = Fixture::take_over(program, restored(session, bundle, &image, &id));
     wait::until("the container runs, or restore has ended", || {
         let listed = session.run(&["list", "--format", "json"]);
         let ended = matches!(fixture.family.child.try_wait(), Ok(Some(_)));
@@ -191,4 +216,60 @@ come_back! {
     zero_pages,
     zero_pages_protected,
     zombie_child,
+}
+
+#[test]
+fn confined_by_a_seccomp_profile() {
+    PROGRAMS
+        .iter()
+        .for_each(|program| comes_back(program, &["--seccomp"]));
+}
+
+#[test]
+fn confined_as_another_user() {
+    let options = ["--seccomp", "--user", "1000:1000"];
+    PROGRAMS
+        .iter()
+        .for_each(|program| comes_back(program, &options));
+}
+
+#[test]
+fn confined_to_a_read_only_root() {
+    let options = ["--read-only", "--allow-new-privileges"];
+    PROGRAMS
+        .iter()
+        .for_each(|program| comes_back(program, &options));
+}
+
+#[test]
+fn confined_to_a_user_namespace() {
+    let options = ["--user-namespace", "--user", "1000:1000"];
+    PROGRAMS
+        .iter()
+        .for_each(|program| comes_back(program, &options));
+}
+
+#[test]
+fn real_python() {
+    real_comes_back("bank.py", &["/usr/bin/python3"]);
+}
+
+#[test]
+fn real_python_pool() {
+    real_comes_back("pool.py", &["/usr/bin/python3"]);
+}
+
+#[test]
+fn real_shell_pipeline() {
+    real_comes_back("pipeline.sh", &["/usr/bin/bash"]);
+}
+
+#[test]
+fn real_node() {
+    real_comes_back("bank.js", &["/usr/bin/node"]);
+}
+
+#[test]
+fn real_java() {
+    real_comes_back("Bank.java", &["/usr/bin/java", "-XX:-UsePerfData"]);
 }

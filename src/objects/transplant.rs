@@ -12,6 +12,7 @@ use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 
 use super::Error;
 use super::capture::Capture;
+use super::epoll;
 use super::file::{self, Form};
 use super::model::{Complaint, Description, Inode, ObjectId, Recorded};
 use super::reborn::reborn;
@@ -185,6 +186,7 @@ pub fn transplant(
             }
         }
     }
+    tell_watchers(&mut capture.recorded);
     for lock in &mut capture.recorded.locks {
         lock.inode = *moved.get(&lock.inode).unwrap_or(&lock.inode);
     }
@@ -195,6 +197,26 @@ pub fn transplant(
         }
     }
     Ok(capture)
+}
+
+/// Has epoll instances know the inodes that what they watch has now.
+fn tell_watchers(recorded: &mut Recorded) {
+    let inodes: BTreeMap<ObjectId, Inode> = recorded
+        .descriptions
+        .iter()
+        .map(|(id, description)| (*id, description.common.inode()))
+        .collect();
+    for description in recorded.descriptions.values_mut() {
+        let State::Epoll(state) = &mut description.state else {
+            continue;
+        };
+        for entry in &mut state.entries {
+            let watched = entry.watches.and_then(|id| inodes.get(&id));
+            if let Some((device, inode)) = watched {
+                entry.inode = (epoll::kernel_device(*device), *inode);
+            }
+        }
+    }
 }
 
 /// Where a description leads in the new container: `None`, it will be made; or the inode, and a pin of it.
