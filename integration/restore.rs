@@ -4,17 +4,26 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::containers::{PROGRAMS, bundle, ours};
+use crate::containers::{PROGRAMS, bundle};
 use crate::support::container::{Containers, unique};
 use crate::support::fixture::{Fixture, real};
 use crate::support::session::{DONE, Session};
 use crate::support::{skip, wait};
 
+/// `run` in the foreground.
+fn started(session: &Session, bundle: &Path, id: &str, layer: &[&str]) -> Command {
+    let mut command = session.command();
+    command.arg("run").args(layer);
+    command.arg("--bundle").arg(bundle).arg(id);
+    command
+}
+
 /// `restore` in the foreground, so that commands and answers pass.
-fn restored(session: &Session, bundle: &Path, image: &Path, id: &str) -> Command {
+fn restored(session: &Session, bundle: &Path, image: &Path, id: &str, layer: &[&str]) -> Command {
     let mut command = session.command();
     command
         .arg("restore")
+        .args(layer)
         .arg("--verify")
         .arg("--bundle")
         .arg(bundle);
@@ -27,7 +36,9 @@ fn restored(session: &Session, bundle: &Path, image: &Path, id: &str) -> Command
 fn comes_back(program: &str, options: &[&str]) {
     let containers = Containers::new();
     let bundle = bundle(&containers, program, options);
-    comes_back_in(&containers, program, &bundle);
+    // An overlay that is mounted outside of a user namespace can't be bound in there.
+    let with_files = !options.contains(&"--user-namespace");
+    comes_back_in(&containers, program, &bundle, with_files);
 }
 
 /// A program of `fixtures/real` in the same way, run by this command line before its path.
@@ -43,11 +54,15 @@ fn real_comes_back(name: &str, command: &[&str]) {
     let fixed = ["host", "--mount", &mount, "--cwd", "/tmp", "--"];
     let all = [&fixed[..], command, &[&path]].concat();
     let bundle = containers.bundle(name, &all);
-    comes_back_in(&containers, name, &bundle);
+    comes_back_in(&containers, name, &bundle, true);
 }
 
 #[track_caller]
-fn comes_back_in(containers: &Containers, program: &str, bundle: &Path) {
+fn comes_back_in(containers: &Containers, program: &str, bundle: &Path, with_files: bool) {
+    let (layer, files): (&[&str], &[&str]) = match with_files {
+        true => (&["--overlay"], &[]),
+        false => (&[], &["--no-files"]),
+    };
     let session = &containers.session;
     let image = session.scratch().join("image");
     let path = image.to_str().expect("a path in UTF-8");
@@ -55,10 +70,10 @@ fn comes_back_in(containers: &Containers, program: &str, bundle: &Path) {
     static CONTAINERS: AtomicUsize = AtomicUsize::new(0);
     let number = CONTAINERS.fetch_add(1, Ordering::Relaxed);
     let id = unique(&format!("persisted-{program}-{number}"));
-    let mut fixture = Fixture::launch(program, ours(session, bundle, &id));
+    let mut fixture = Fixture::launch(program, started(session, bundle, &id, layer));
     fixture.verify("before the checkpoint");
     let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
-    run(&["checkpoint", "--no-files", &id]);
+    run(&[&["checkpoint"], files, &[&id]].concat());
     fixture.mutate();
     run(&["persist", "--image-path", path, &id]);
     run(&["kill", &id, "KILL"]);
@@ -67,7 +82,7 @@ fn comes_back_in(containers: &Containers, program: &str, bundle: &Path) {
     });
 
     let id = unique(&format!("restored-{program}-{number}"));
-    let mut fixture = Fixture::take_over(program, restored(session, bundle, &image, &id));
+    let mut fixture = Fixture::take_over(program, restored(session, bundle, &image, &id, layer));
     wait::until("the container runs, or restore has ended", || {
         let listed = session.run(&["list", "--format", "json"]);
         let ended = matches!(fixture.family.child.try_wait(), Ok(Some(_)));
