@@ -161,6 +161,27 @@ impl StoredArea {
         os(&self.mount_point).into()
     }
 
+    /// A path in the container that leads to an inode, given as the mount showed it, if that is in it.
+    pub fn path_of(&self, inode: (u64, u64)) -> Option<PathBuf> {
+        let wanted = self
+            .nodes
+            .iter()
+            .position(|node| node.stat.shown == inode)?;
+        let mut pending = vec![(ROOT, self.mount_point())];
+        while let Some((directory, path)) = pending.pop() {
+            for (name, &node) in &self.nodes[directory].entries {
+                let path = path.join(os(name));
+                if node == wanted {
+                    return Some(path);
+                }
+                if self.nodes[node].stat.is_directory() {
+                    pending.push((node, path));
+                }
+            }
+        }
+        None
+    }
+
     /// Sizes of the contents, by their numbers.
     fn sizes(&self) -> BTreeMap<u64, u64> {
         let sized = self.nodes.iter().filter_map(|node| match node.content {

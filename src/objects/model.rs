@@ -242,6 +242,18 @@ impl Recorded {
         })
     }
 
+    /// The inodes of plain files that are open by a name which was deleted.
+    pub fn deleted_inodes(&self) -> impl Iterator<Item = Inode> {
+        let deleted = |description: &&Description| match &description.state {
+            State::File(file) => {
+                file.form == crate::objects::file::Form::Plain && file.path.ends_with(" (deleted)")
+            }
+            _ => false,
+        };
+        let found = self.descriptions.values().filter(deleted);
+        found.map(|description| description.common.inode())
+    }
+
     /// Directories in which unix sockets are bound, or were, as the tree sees them: where one was deleted nothing is left of
     /// making it again but the directory's times.
     pub fn socket_directories(&self) -> Vec<PathBuf> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
@@ -58,6 +58,14 @@ pub fn check_transplant(context: &Context, names: &BTreeMap<i32, String>) -> Res
     if recorded.sysv.semaphores.len() + recorded.sysv.queues.len() > 0 {
         return Err(refuse("System V semaphores or message queues").into());
     }
+    if let Some(table) = recorded.tables.iter().find(|table| table.holders.len() > 1) {
+        return Err(crate::outcome::Refusal {
+            object: "its file table, which it shared with another process (CLONE_FILES)".into(),
+            holder: recorded.holder(table.pid()),
+            remedy: "it can't be made of an image yet; take the checkpoint without it".into(),
+        }
+        .into());
+    }
     if !recorded.terminals.is_empty() {
         return Err(refuse("a terminal").into());
     }
@@ -78,6 +86,9 @@ fn check(description: &Description) -> Result<(), Complaint> {
             Form::Plain | Form::Memfd | Form::Device | Form::Process(_) => Ok(()),
             Form::Terminal | Form::Master | Form::Kept => not_yet(&file.path),
         },
+        State::Pipe(pipe) if pipe.fifo.as_deref().is_some_and(is_deleted) => {
+            not_yet("a FIFO that was deleted")
+        }
         State::Inotify(inotify) if !inotify.watches.is_empty() => not_yet("an inotify instance"),
         _ => Ok(()),
     }
@@ -85,7 +96,11 @@ fn check(description: &Description) -> Result<(), Complaint> {
 
 /// Whether it has no name that could lead to it.
 fn is_nameless(file: &file::State) -> bool {
-    file.form == Form::Memfd || file.pinned || file.path.ends_with(" (deleted)")
+    file.form == Form::Memfd || file.pinned || is_deleted(&file.path)
+}
+
+fn is_deleted(path: &str) -> bool {
+    path.ends_with(" (deleted)")
 }
 
 /// Files that were made for descriptions which had none with a name: by inode as recorded, and which description is of which
@@ -96,6 +111,8 @@ pub struct Nameless<'a> {
     pub files: &'a BTreeMap<Inode, File>,
     /// The descriptions.
     pub descriptions: &'a BTreeMap<ObjectId, Inode>,
+    /// Other names of files whose descriptions were opened by a name that was deleted since.
+    pub linked: &'a BTreeMap<Inode, PathBuf>,
 }
 
 impl Nameless<'_> {
@@ -229,7 +246,11 @@ fn place(
     nameless: Nameless<'_>,
     root: BorrowedFd<'_>,
 ) -> Found {
+    let linked = nameless.linked.get(&description.common.inode());
     let path = match &description.state {
+        State::File(file) if is_nameless(file) && linked.is_some() => {
+            linked.map_or_else(String::new, |path| path.to_string_lossy().into_owned())
+        }
         State::File(file) if is_nameless(file) => {
             let made = nameless.file(id, description, file);
             let found = made.and_then(|made| Ok((made.metadata()?, made)));

@@ -30,6 +30,8 @@ pub(super) struct Contents {
     pub(super) files: BTreeMap<(u64, u64), File>,
     /// By open file description.
     pub(super) descriptions: BTreeMap<ObjectId, (u64, u64)>,
+    /// Names of files that were open by a name which was deleted.
+    pub(super) linked: BTreeMap<(u64, u64), PathBuf>,
     /// Those among them that are shared memory.
     pub(super) shared: Vec<(u64, u64)>,
 }
@@ -61,6 +63,11 @@ impl Contents {
                 made.descriptions.insert(*description, key);
             }
         }
+        for inode in recorded.deleted_inodes() {
+            let mut areas = origin.image.files.iter();
+            let found = areas.find_map(|(_, area)| area.path_of(inode));
+            made.linked.extend(found.map(|path| (inode, path)));
+        }
         Ok(made)
     }
 
@@ -69,6 +76,7 @@ impl Contents {
         Nameless {
             files: &self.files,
             descriptions: &self.descriptions,
+            linked: &self.linked,
         }
     }
 
