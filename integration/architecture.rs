@@ -13,6 +13,7 @@ const ORDER: &[&[&str]] = &[
     &["checkpoint"],
     &["rollback"],
     &["image"],
+    &["restore"],
     &["engine"],
     &["container"],
     &["keeper"],

@@ -27,7 +27,7 @@ const PROGRAMS: &[&str] = &[
 
 /// A bundle that runs a fixture program, in a directory that it can write to.
 #[track_caller]
-fn bundle(containers: &Containers, program: &str, options: &[&str]) -> PathBuf {
+pub(crate) fn bundle(containers: &Containers, program: &str, options: &[&str]) -> PathBuf {
     let programs = build_directory().display();
     let mount = format!("{programs}:/fixtures:ro");
     let path = format!("/fixtures/{program}");
@@ -39,7 +39,7 @@ fn bundle(containers: &Containers, program: &str, options: &[&str]) -> PathBuf {
 }
 
 /// A runtime in the foreground, so that the program's commands and answers pass.
-fn ours(session: &Session, bundle: &Path, id: &str) -> Command {
+pub(crate) fn ours(session: &Session, bundle: &Path, id: &str) -> Command {
     let mut command = session.command();
     command.arg("run").arg("--bundle").arg(bundle).arg(id);
     command
@@ -54,7 +54,7 @@ fn runcs(session: &Session, bundle: &Path, id: &str) -> Command {
 }
 
 /// The PID of a program's init: the child of the runtime, or the one below.
-fn init_of(runtime: i32, program: &str) -> Option<i32> {
+pub(crate) fn init_of(runtime: i32, program: &str) -> Option<i32> {
     let all = numbers::processes();
     let below = |pid: i32| {
         let mut current = pid;

@@ -22,6 +22,7 @@ mod postgresql;
 mod postgresql_files;
 mod real_programs;
 mod refusals;
+mod restore;
 mod revival;
 mod roots;
 mod runtime;

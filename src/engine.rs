@@ -27,9 +27,11 @@ use crate::checkpoint::{self, Checkpoint as Held, Spaces};
 use crate::filesystem::{self, Files};
 use crate::freeze::{self, Tree};
 use crate::image;
+use crate::memory;
 use crate::outcome::{self, Outcome, Refusal, Report};
 use crate::phases::Phases;
 use crate::record::Stats;
+use crate::restore::{self, Origin};
 use crate::rollback::{self, Failure};
 
 /// The tree to attach to.
@@ -165,6 +167,56 @@ impl Engine {
             on_disk: BTreeMap::new(),
             bound_to_thread: PhantomData,
         })
+    }
+
+    /// Makes of the tree, which is the init of a container that was created and not started, what `origin` says; it has that
+    /// checkpoint then, called `name`, and runs.
+    ///
+    /// # Errors
+    ///
+    /// Refused if no container can be made of it, or failed. Whatever the error, the container is killed.
+    pub fn restore(
+        &mut self,
+        origin: &Origin,
+        name: &str,
+        options: RollbackOptions,
+    ) -> Result<Report, Error> {
+        let mut phases = Phases::start();
+        let restored = restore::run(
+            &mut self.tree,
+            &mut self.spaces,
+            origin,
+            &mut self.files,
+            (name, options.verify),
+            &mut phases,
+        );
+        let (checkpoint, done) = restored.map_err(|error| {
+            self.is_lost = true;
+            self.tree.kill();
+            match error {
+                restore::Error::Refused(refusal) => Error::Refused(refusal),
+                other => Error::Failed(other.to_string()),
+            }
+        })?;
+        let micros = phases.total().as_micros() as u64;
+        let report = Report {
+            outcome: Outcome::Restored,
+            stop_us: micros,
+            total_us: micros,
+            phases: phases.microseconds(),
+            processes: checkpoint.processes,
+            threads: checkpoint.threads,
+            dirty_pages: checkpoint.resident_pages,
+            copied_bytes: checkpoint.resident_pages * memory::PAGE,
+            header_bytes: header_bytes(&checkpoint),
+            killed: done.killed,
+            revived: done.revived,
+            reset_connections: done.reset_connections,
+            files: files_report(&checkpoint.files),
+            refused: None,
+        };
+        self.checkpoints.push(checkpoint);
+        Ok(report)
     }
 
     /// Which files go back with the next checkpoint.

@@ -63,6 +63,9 @@ pub const POINTS: &[&str] = &[
     "rollback.verified",
     "rollback.resuming",
     "rollback.resumed",
+    "restore.stopped",
+    "restore.made",
+    "restore.resuming",
 ];
 
 const UNREAD: u8 = 0;

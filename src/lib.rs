@@ -21,6 +21,7 @@ pub mod objects;
 pub mod task;
 
 pub mod checkpoint;
+pub mod restore;
 pub mod rollback;
 
 pub mod image;

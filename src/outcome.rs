@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// How an operation ended. There is no fourth outcome.
+/// How an operation ended. There is no other outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -12,6 +12,8 @@ pub enum Outcome {
     Checkpointed,
     /// The tree is back at the checkpoint and runs.
     RolledBack,
+    /// A container was made of a checkpoint and runs.
+    Restored,
     /// Nothing was touched; [`Report::refused`] says why.
     Refused,
     /// A rollback failed after changes began: every process of the tree was killed.

@@ -104,7 +104,21 @@ impl Fixture {
     }
 
     #[track_caller]
-    fn launch_as(name: &str, mut command: Command, start: fn(&mut Command) -> Family) -> Self {
+    fn launch_as(name: &str, command: Command, start: fn(&mut Command) -> Family) -> Self {
+        let mut fixture = Self::take_over_as(name, command, start);
+        let line = fixture.line("start");
+        assert_eq!(line, "READY", "{name} did not get ready");
+        fixture
+    }
+
+    /// The same of a command after which a program is in the middle of the protocol.
+    #[track_caller]
+    pub(crate) fn take_over(name: &str, command: Command) -> Self {
+        Self::take_over_as(name, command, Family::start)
+    }
+
+    #[track_caller]
+    fn take_over_as(name: &str, mut command: Command, start: fn(&mut Command) -> Family) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("fixture-")
             .tempdir()
@@ -118,7 +132,7 @@ impl Fixture {
         let mut family = start(&mut command);
         let commands = family.child.stdin.take().expect("a pipe");
         let answers = family.child.stdout.take().expect("a pipe");
-        let mut fixture = Self {
+        Self {
             family,
             name: name.to_owned(),
             commands,
@@ -127,10 +141,7 @@ impl Fixture {
             plain: false,
             stderr,
             _directory: directory,
-        };
-        let line = fixture.line("start");
-        assert_eq!(line, "READY", "{name} did not get ready");
-        fixture
+        }
     }
 
     /// Its PID.

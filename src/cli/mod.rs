@@ -32,6 +32,7 @@ mod pause;
 mod persist;
 mod ps;
 mod release;
+mod restore;
 mod resume;
 mod rollback;
 mod run;
@@ -118,6 +119,7 @@ enum Command {
     Rollback(rollback::Rollback),
     Checkpoints(checkpoints::Checkpoints),
     Persist(persist::Persist),
+    Restore(restore::Restore),
     Release(release::Release),
     Diff(diff::Diff),
     Inspect(inspect::Inspect),
@@ -149,6 +151,7 @@ fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
         Command::Rollback(args) => rollback::run(global, args),
         Command::Checkpoints(args) => checkpoints::run(global, args),
         Command::Persist(args) => persist::run(global, args),
+        Command::Restore(args) => restore::run(global, args),
         Command::Release(args) => release::run(global, args),
         Command::Diff(args) => diff::run(global, args),
         Command::Keeper(args) => keeper::run(global, args),

@@ -171,6 +171,7 @@ impl Printed {
             outcome: match report.outcome {
                 Outcome::Checkpointed => "checkpointed",
                 Outcome::RolledBack => "rolled_back",
+                Outcome::Restored => "restored",
                 Outcome::Refused => "refused",
                 Outcome::Lost => "lost",
             },
@@ -235,6 +236,7 @@ pub(crate) fn finish(
 fn sentence(name: &str, report: &Report) -> String {
     let what = match report.outcome {
         Outcome::RolledBack => "rolled back",
+        Outcome::Restored => "restored",
         _ => "checkpoint",
     };
     let mut text = format!(

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sched::{CloneFlags, setns};
@@ -223,6 +223,14 @@ pub(crate) fn start(root: &Path, id: &str) -> Result<(), Error> {
     container
         .start()
         .map_err(Error::runtime(format!("starting container {id:?}")))
+}
+
+/// Notes that a created container runs, though nobody has started it: its init was made something else.
+pub(crate) fn note_running(root: &Path, id: &str) -> Result<(), Error> {
+    let located = locate(root, id)?;
+    let mut container = load(id, &located.directory)?;
+    container.set_status(ContainerStatus::Running);
+    save(&container)
 }
 
 /// Creates the container's view of libcontainer from its state.

@@ -24,6 +24,9 @@ const THREAD: i32 = libc::CLONE_VM
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM;
 
+/// No process has so great a number (`PID_MAX_LIMIT` in `linux/threads.h`): to ask for it in our namespace is to ask for none.
+pub const LEAST_NO_PID: i32 = 1 << 22;
+
 /// How long others may get the number first.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long one that has it is left alone.
@@ -162,7 +165,7 @@ impl Stopped<'_> {
         let deadline = Instant::now() + PATIENCE;
         let both = [inside, outside];
         let choices: &[&[i32]] = match levels {
-            2 => &[&both, &both[..1]],
+            2 if outside < LEAST_NO_PID => &[&both, &both[..1]],
             _ => &[&both[..1]],
         };
         for ids in choices.iter().cycle() {

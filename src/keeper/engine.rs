@@ -7,12 +7,13 @@ use std::time::UNIX_EPOCH;
 
 use crate::engine::{self, Engine, RollbackOptions, Target};
 use crate::filesystem;
-use crate::image::{Encoding, Inspection, Options};
+use crate::image::{Encoding, Inspection, Opened, Options};
 use crate::keeper::Errand;
 use crate::keeper::protocol::{Change, CheckpointInfo, Failure, FileOptions};
 use crate::keeper::server::Operations;
 use crate::keeper::work::Work;
 use crate::outcome::Report;
+use crate::restore::Origin;
 
 /// What attaches the engine to the errand's tree, on the thread that calls it.
 pub fn attach(errand: &Errand) -> impl FnOnce() -> Result<Engine, Failure> + Send + 'static {
@@ -83,6 +84,17 @@ impl Operations for Engine {
                 done.map_err(|error| Failure::from(engine::Error::from(error)))
             }),
         })
+    }
+
+    fn restore(&mut self, name: &str, from: &Path, verify: bool) -> Result<Report, Failure> {
+        let image = Opened::open(from).map_err(engine::Error::from)?;
+        let origin = Origin::new(image);
+        Ok(Engine::restore(
+            self,
+            &origin,
+            name,
+            RollbackOptions { verify },
+        )?)
     }
 
     fn checkpoints(&self) -> Vec<CheckpointInfo> {

@@ -96,6 +96,15 @@ pub enum Request {
         /// How pages are written.
         encoding: Encoding,
     },
+    /// Make of the tree, a container's init that waits to be started, what an image says. The first request of a keeper.
+    Restore {
+        /// The name of the checkpoint that it has then.
+        name: String,
+        /// The directory of the image, absolute.
+        from: PathBuf,
+        /// Compare everything with the image before it runs.
+        verify: bool,
+    },
     /// List the checkpoints.
     Checkpoints,
     /// Free one checkpoint, or all.

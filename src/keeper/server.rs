@@ -65,6 +65,12 @@ pub trait Operations {
     ///
     /// Refused or failed; nothing was touched.
     fn persist(&mut self, name: &str, to: &Path, encoding: Encoding) -> Result<Work, Failure>;
+    /// Makes of the tree what an image says.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; the tree is killed.
+    fn restore(&mut self, name: &str, from: &Path, verify: bool) -> Result<Report, Failure>;
     /// The checkpoints held, oldest first.
     fn checkpoints(&self) -> Vec<CheckpointInfo>;
     /// Frees one checkpoint, or all.
@@ -539,7 +545,9 @@ fn carry_out<O: Operations>(
             shared.gate.lock().waiting -= 1;
             let end = match request {
                 _ if has_ended(operations) => End::Now,
-                Request::Checkpoint { .. } | Request::Release { .. } => End::WithoutCheckpoints,
+                Request::Checkpoint { .. } | Request::Restore { .. } | Request::Release { .. } => {
+                    End::WithoutCheckpoints
+                }
                 Request::Rollback { .. }
                 | Request::Diff { .. }
                 | Request::Inspect { .. }
@@ -607,6 +615,9 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
                 .map(|inspection| Response::Inspection {
                     inspection: Box::new(inspection),
                 })
+        }
+        Request::Restore { name, from, verify } => {
+            operations.restore(name, from, *verify).map(report)
         }
         Request::Diff { name } => operations
             .diff(name)

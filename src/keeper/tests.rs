@@ -134,6 +134,11 @@ impl Operations for Fake {
         })
     }
 
+    fn restore(&mut self, name: &str, _: &Path, _: bool) -> Result<Report, Failure> {
+        self.names.push(name.to_owned());
+        Ok(report(Outcome::Restored))
+    }
+
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
         let info = |name: &String| CheckpointInfo {
             name: name.clone(),

@@ -10,7 +10,12 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 /// Opens the directory `path` as a process with the root directory `root` would: absolute links and `..` do not lead
 /// out of it.
 pub fn open_directory(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(root, path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)
+}
+
+/// Opens `path` in the same way, with these flags and close-on-exec.
+pub fn open(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlag::O_CLOEXEC;
     let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
     let how = OpenHow::new().flags(flags).resolve(resolve);
     let fd = openat2(root.as_raw_fd(), path, how)?;

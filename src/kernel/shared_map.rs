@@ -1,4 +1,5 @@
-//! Comparing a file's content with bytes of ours without copying it: a mapping that is never borrowed.
+//! Comparing a file's content with bytes of ours without copying it: a mapping that is never borrowed; and the file behind a
+//! shared mapping that has none.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -44,11 +45,40 @@ impl SharedMap {
     }
 }
 
+/// The file behind shared anonymous memory of `len` bytes, as `mmap(MAP_SHARED | MAP_ANONYMOUS)` makes it: open, and nowhere
+/// mapped.
+///
+/// # Errors
+///
+/// What mmap(2) or open(2) of `/proc/self/map_files` reports.
+pub fn anonymous(len: usize) -> io::Result<File> {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+    let length = std::num::NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+    let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: at an address of the kernel's choice, so over nothing that is there.
+    let start = unsafe { mmap_anonymous(None, length, prot, MapFlags::MAP_SHARED)? };
+    let address = start.as_ptr() as usize;
+    let path = format!("/proc/self/map_files/{address:x}-{:x}", address + len);
+    let file = File::options().read(true).write(true).open(path);
+    // SAFETY: just mapped here, and never borrowed.
+    unsafe { munmap(start, len)? };
+    file
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn anonymous_memory_has_a_file() {
+        let file = anonymous(8192).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"abc", 5000).unwrap();
+        let map = SharedMap::of(&file, 8192).unwrap();
+        assert!(map.holds(5000, b"abc") && map.holds(0, &[0; 4096]));
+    }
 
     #[test]
     fn what_is_written_later_is_seen() {

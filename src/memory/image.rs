@@ -15,7 +15,7 @@ use super::layout::Layout;
 use super::locks::Locked;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
-use super::source::Source;
+use super::source::{Source, Stored};
 use super::store::Slots;
 use super::{Error, Result};
 
@@ -95,6 +95,36 @@ impl SpaceImage {
     /// The shadow that has its pages; refused if they are only on disk.
     pub fn shadow(&self) -> Result<&Shadow> {
         self.source.resident(self.pid)
+    }
+
+    /// The image of an address space that a context has the records of, and that is stored elsewhere: of a process that
+    /// is `pid` now or, if that is yet to be made, will be called so.
+    ///
+    /// # Errors
+    ///
+    /// A record is missing or does not read as it should.
+    pub fn stored(context: &Context, id: ObjectId, pid: Pid, stored: Stored) -> Result<Self> {
+        let damaged = |kind, problem: &str| {
+            Error::Record(crate::record::Error::Payload {
+                kind,
+                id,
+                problem: problem.into(),
+            })
+        };
+        let find = |kind| {
+            context
+                .find(kind, id)
+                .ok_or_else(|| damaged(kind, "it is missing"))
+        };
+        let header = *find(Kind::AddressSpace)?.fixed::<AddressSpaceHeader>()?.0;
+        let window = Span {
+            start: header.window_start,
+            end: header.window_end,
+        };
+        let layout = Layout::parse(find(Kind::VmaList)?.payload(), Some(window));
+        let layout = layout.ok_or_else(|| damaged(Kind::VmaList, "it is no list of VMAs"))?;
+        let source = Source::Stored(stored);
+        Ok(Self::new(id, pid, 0, source, layout, header.locks_future))
     }
 
     /// Names the address space that it is of in the tree.

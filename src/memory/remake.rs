@@ -64,14 +64,18 @@ fn runs(pid: Pid, source: &Source) -> bool {
 }
 
 /// Has a process that was made again execute the program of the image, where it may not pass for it otherwise. It has
-/// another address space then, and no window.
-pub fn execute_program(stopped: &mut Stopped, pid: Pid, image: &SpaceImage) -> Result<()> {
+/// another address space then, no window, and of its descriptors those below `kept`.
+pub fn execute_program(
+    stopped: &mut Stopped,
+    pid: Pid,
+    image: &SpaceImage,
+    kept: u32,
+) -> Result<()> {
     stopped.open_window(pid, PAGE as usize)?;
-    // Of those that its parent has.
     let mut batch = Batch::new();
     let close = batch.call(
         libc::SYS_close_range,
-        &[0.into(), u32::MAX.into(), 0.into()],
+        &[kept.into(), u32::MAX.into(), 0.into()],
     );
     let closed = stopped.run(pid, &batch)?;
     closed
@@ -165,6 +169,11 @@ impl Space {
             remade: true,
             ..plan
         })
+    }
+
+    /// Whether a process runs the program of an image.
+    pub fn runs_program_of(&self, image: &SpaceImage) -> bool {
+        runs(self.pid, &image.source)
     }
 
     /// Takes pages out of what is to be copied that need not be: the process has the very same from its parent as the shadow,

@@ -73,6 +73,7 @@ pub mod terminal;
 pub mod terminal_queue;
 pub mod timerfd;
 pub mod transfer;
+mod transplant;
 mod udp;
 pub mod unix;
 pub mod verify;
@@ -84,6 +85,7 @@ pub use moved::moved;
 pub use observe::{Asked, ask, observe};
 pub use plan::{Plan, plan, prepare};
 pub use reborn::{Gone, reborn};
+pub use transplant::{Made, Nameless, check_transplant, transplant};
 pub use verify::{Difference, verify};
 
 use nix::errno::Errno;

@@ -228,6 +228,17 @@ impl Recorded {
         found.map(|(id, _)| *id)
     }
 
+    /// The memfds by device and inode, and their names as `/proc` shows them.
+    pub fn memfd_names(&self) -> impl Iterator<Item = (Inode, &str)> {
+        self.descriptions.values().filter_map(|description| {
+            let State::File(file) = &description.state else {
+                return None;
+            };
+            let is_memfd = file.form == crate::objects::file::Form::Memfd;
+            is_memfd.then_some((description.common.inode(), file.path.as_str()))
+        })
+    }
+
     /// A refusal about a description, named by its first place.
     pub fn refuse(&self, id: ObjectId, (object, remedy): Complaint) -> Refusal {
         let place = self.places(id).next().unwrap_or(Place { pid: 0, fd: -1 });

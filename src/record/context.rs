@@ -328,6 +328,16 @@ impl Context {
         self.objects.fresh()
     }
 
+    /// Makes `id`, which another context has given out, an id of this one. A record of it is owed.
+    ///
+    /// # Panics
+    ///
+    /// If it is far beyond those that any context gives out: the table of objects would not fit into memory.
+    pub fn adopt(&mut self, id: ObjectId) {
+        assert!(id.raw() < 1 << 32, "an id that no context gives out");
+        self.objects.adopt(id);
+    }
+
     /// The number that stands for `id` in the payload of one of its users.
     ///
     /// # Errors

@@ -149,6 +149,19 @@ impl ObjectTable {
         ObjectId(NonZeroU64::new(raw).unwrap_or(NonZeroU64::MIN))
     }
 
+    /// Makes an id one that was given out, as another table has; ids up to it that were not are never.
+    pub(super) fn adopt(&mut self, id: ObjectId) {
+        let index = usize::try_from(id.raw()).unwrap_or(usize::MAX);
+        let unused = Known {
+            key: None,
+            written: true,
+        };
+        while self.objects.len() <= index {
+            self.objects.push(unused);
+        }
+        self.objects[index].written = false;
+    }
+
     /// Fails unless `id` was given out by this table.
     pub(super) fn check_known(&self, id: ObjectId) -> Result<()> {
         if self.of_another || self.index(id).is_some() {

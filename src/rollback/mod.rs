@@ -73,19 +73,48 @@ pub fn run(
         .map_err(|error| untouched(error.into()))?;
     phases.end("stop");
     fault::point("rollback.stopped");
-    let mut plan = observe(&mut stopped, &checkpoints[to], phases).map_err(untouched)?;
+    let done = bring_back(
+        &mut stopped,
+        spaces,
+        checkpoints,
+        files,
+        &mounts,
+        (to, verify),
+        phases,
+    )?;
+    fault::point("rollback.resuming");
+    stopped
+        .resume()
+        .map_err(|error| Failure::HalfWay(error.into()))?;
+    phases.end("resume");
+    fault::point("rollback.resumed");
+    Ok(done)
+}
+
+/// The same to a tree that is stopped, and stays so. `to` says to which checkpoint, and whether all is to be compared.
+pub(crate) fn bring_back(
+    stopped: &mut Stopped,
+    spaces: &mut Spaces,
+    checkpoints: &mut [Checkpoint],
+    files: &mut Files,
+    mounts: &Mounts,
+    (to, verify): (usize, bool),
+    phases: &mut Phases,
+) -> std::result::Result<Done, Failure> {
+    let untouched = |error: Error| Failure::Untouched(error);
+    let mut plan = observe(stopped, &checkpoints[to], phases).map_err(untouched)?;
     let plans = files
-        .plan(&mounts, &checkpoints[to].files, &checkpoints[to].uses)
+        .plan(mounts, &checkpoints[to].files, &checkpoints[to].uses)
         .map_err(|error| untouched(error.into()))?;
     phases.end("files");
     fault::point("rollback.planned");
     let mut writable = Writable {
         files,
-        mounts: &mounts,
+        mounts,
         plans: &plans,
     };
     let done = execute(
-        &mut stopped,
+        stopped,
         spaces,
         checkpoints,
         &mut writable,
@@ -108,8 +137,8 @@ pub fn run(
     }
     if verify {
         let mut differences =
-            compare(&mut stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
-        let found = writable.files.verify(&mounts, &checkpoints[to].files);
+            compare(stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
+        let found = writable.files.verify(mounts, &checkpoints[to].files);
         differences.extend(found.map_err(|error| Failure::HalfWay(error.into()))?);
         if !differences.is_empty() {
             return Err(Failure::Different(differences));
@@ -118,12 +147,6 @@ pub fn run(
         fault::point("rollback.verified");
     }
     writable.files.rest();
-    fault::point("rollback.resuming");
-    stopped
-        .resume()
-        .map_err(|error| Failure::HalfWay(error.into()))?;
-    phases.end("resume");
-    fault::point("rollback.resumed");
     Ok(done)
 }
 

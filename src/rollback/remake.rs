@@ -146,7 +146,7 @@ fn execute_program(
     if memory::same_program(image, of_maker) || task::may_set_program(maker) {
         return Ok(());
     }
-    memory::execute_program(stopped, pid, image)?;
+    memory::execute_program(stopped, pid, image, 0)?;
     if task::has_rights_of(stopped, pid, maker)? {
         return Ok(());
     }

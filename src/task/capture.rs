@@ -53,7 +53,7 @@ pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<()> {
 }
 
 /// What names a process of the stopped tree.
-pub(super) fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
+pub fn identify(stopped: &Stopped<'_>, pid: Pid) -> Result<Identity> {
     let process = stopped
         .process(pid)
         .ok_or(crate::freeze::Error::Gone(pid))?;

@@ -143,11 +143,7 @@ pub(super) fn refuse(
 
 /// As messages name it: `pid 12 (redis-server)`. The name is the recorded one, since it may be gone.
 pub(super) fn holder(process: &RecordedProcess<'_>) -> String {
-    let name = process
-        .threads
-        .get(&process.pid())
-        .map_or_else(String::new, |leader| comm(&leader.record.state.comm));
-    format!("pid {} ({name})", process.pid())
+    format!("pid {} ({})", process.pid(), process.comm())
 }
 
 /// A command name as text.

@@ -47,10 +47,11 @@ mod rights;
 mod room;
 mod settings;
 mod steps;
+mod transplant;
 mod verify;
 
 pub use born::kill_born;
-pub use capture::capture;
+pub use capture::{capture, identify};
 pub use check::{Changed, Observed, check, check_from_outside};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
@@ -60,12 +61,13 @@ pub use posix_timers::PosixTimer;
 pub use prepare::prepare;
 pub use probe::{Leader, Questions};
 pub use recorded::{Recorded, RecordedProcess, RecordedThread, Renamed};
-pub use remake::{clear, end, join_groups, make, settle_in};
+pub use remake::{clear, end, join_groups, make, settle_anew, settle_in};
 pub use restore::{loosen, restore};
 pub use revive::revive;
 pub use rights::{has_rights_of, keeps_rights, may_set_program};
 pub use room::check_room;
 pub use settings::Settings;
+pub use transplant::{check_transplant, transplant};
 pub use verify::verify;
 
 use nix::errno::Errno;

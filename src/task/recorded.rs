@@ -65,6 +65,14 @@ impl RecordedProcess<'_> {
         Pid::from_raw(self.identity.parent)
     }
 
+    /// Its command name; empty for a zombie.
+    pub fn comm(&self) -> String {
+        let leader = self.threads.get(&self.pid());
+        leader.map_or_else(String::new, |leader| {
+            super::check::comm(&leader.record.state.comm)
+        })
+    }
+
     /// Whether it had ended and waited to be reaped.
     pub fn is_zombie(&self) -> bool {
         self.identity.zombie != 0
@@ -268,6 +276,8 @@ fn process<'c>(
         let mut threads = process.threads.values();
         if let Some(thread) = threads.find(|thread| timer.notifies(thread.record.tid as i32)) {
             timer.target = thread.tid.as_raw();
+        } else if timer.target == fixed.identity.pid {
+            timer.target = process.identity.pid;
         }
     }
     process.rights = std::str::from_utf8(find(Kind::Credentials)?.payload())

@@ -90,13 +90,9 @@ pub fn settle_in(
             .custom_flags(libc::O_PATH)
             .open(procfs::path(like, "cwd"))
             .about(like, "working directory")?;
-        let number = stopped.pass_descriptor(pid, directory.as_fd())?;
-        let mut steps = Steps::new(pid);
-        steps.call("fchdir", libc::SYS_fchdir, &[number.into()]);
-        steps.call("close", libc::SYS_close, &[number.into()]);
-        steps.run(stopped, pid)?;
+        enter(stopped, pid, &directory)?;
     }
-    rights::give_up(stopped, pid, process, maker)?;
+    rights::give_up(stopped, pid, process, maker.rights)?;
     let (mut live, leader) = probe::process(stopped, pid)?;
     let stat = procfs::Stat::read_held(&stopped.member(pid)?.stat).about(pid, "stat")?;
     live.settings = Settings::read(stopped, pid, &stat)?;
@@ -105,6 +101,29 @@ pub fn settle_in(
     let others = process.threads.keys().filter(|tid| **tid != pid);
     observed.ended.extend(others.map(|tid| (pid, *tid)));
     Ok(())
+}
+
+/// Makes a directory a process's working directory.
+fn enter(stopped: &mut Stopped<'_>, pid: Pid, directory: &File) -> Result<()> {
+    let number = stopped.pass_descriptor(pid, directory.as_fd())?;
+    let mut steps = Steps::new(pid);
+    steps.call("fchdir", libc::SYS_fchdir, &[number.into()]);
+    steps.call("close", libc::SYS_close, &[number.into()]);
+    steps.run(stopped, pid)
+}
+
+/// Gives a process that was made of its record alone its working directory, and has it give up what credentials it did not
+/// have.
+pub fn settle_anew(
+    stopped: &mut Stopped<'_>,
+    recorded: &Recorded<'_>,
+    pid: Pid,
+    directory: &File,
+) -> Result<()> {
+    let process = recorded.process(pid).ok_or(Error::Gone(pid))?;
+    enter(stopped, pid, directory)?;
+    let has = capture::rights(stopped, pid)?;
+    rights::give_up(stopped, pid, process, &has)
 }
 
 /// How a recorded zombie had ended, of the ways in which one can be made to.

@@ -145,15 +145,15 @@ fn own_user_namespace() -> Option<u64> {
     Some(std::fs::metadata("/proc/self/ns/user").ok()?.ino())
 }
 
-/// Gives up what a process that was made again, and has the credentials of its parent, did not have.
+/// Gives up what a process that was made again, and has the credentials `makers`, did not have.
 pub(super) fn give_up(
     stopped: &mut Stopped<'_>,
     pid: Pid,
     process: &RecordedProcess<'_>,
-    maker: &RecordedProcess<'_>,
+    makers: &str,
 ) -> Result<()> {
-    let (was, makers) = (Lines(process.rights), Lines(maker.rights));
-    let (Some(own), false) = (rights(process), process.rights == maker.rights) else {
+    let (was, makers) = (Lines(process.rights), Lines(makers));
+    let (Some(own), false) = (rights(process), process.rights == makers.0) else {
         return Ok(());
     };
     let mut steps = Steps::new(pid);

@@ -1,0 +1,182 @@
+//! `snapback restore`
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+
+use super::foreground::{Signals, attend};
+use super::output::print;
+use super::target::{absolute, checkpoint_name, finish, report};
+use super::{Global, Status, UsageError};
+use crate::container::create::{self, Child, Options};
+use crate::container::lifecycle;
+use crate::image::Opened;
+use crate::keeper::protocol::Request;
+use crate::keeper::{Client, Errand, Identity};
+use crate::outcome::Report;
+use crate::{container, restore};
+
+/// Make a container of an image that `persist` or `checkpoint --image-path` wrote
+///
+/// The container gets namespaces, mounts and cgroups of its bundle, as `create` makes them, and in it the processes of the
+/// image, with their PIDs, memory, descriptors and timers as they were. It has a checkpoint in RAM then, to which `rollback` goes
+/// back like to any other. Connections to the outside are reset.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  snapback restore --image-path /var/lib/web.img --bundle /bundles/web -d web
+  snapback restore --image-path web.img --check web          tell whether it can be done, and do nothing
+  snapback restore --image-path web.img --verify -d web      compare all of it with the image before it runs
+
+Exit status: 0 done, 1 error, 2 usage, 3 refused (there is no such container then); in the foreground that of the program.")]
+pub(crate) struct Restore {
+    /// Directory of the image
+    #[arg(long, value_name = "DIR", default_value = "checkpoint")]
+    image_path: PathBuf,
+    /// Directory of the bundle
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+    /// Do not stay with the container
+    #[arg(short, long)]
+    detach: bool,
+    /// File to write the PID of the container's init to
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Socket that gets the terminal of a container that has one
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// Name of the checkpoint in RAM; that of the image if not given
+    #[arg(long, value_name = "NAME", value_parser = checkpoint_name)]
+    name: Option<String>,
+    /// Compare every page and every object with the image before anything runs
+    #[arg(long)]
+    verify: bool,
+    /// Only tell whether it can be done
+    #[arg(long)]
+    check: bool,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Enter the root by moving the mount instead of pivot_root(2)
+    #[arg(long)]
+    no_pivot: bool,
+    /// Taken as runc does and not needed: nothing is written
+    #[arg(long, value_name = "DIR")]
+    work_path: Option<PathBuf>,
+    #[command(flatten)]
+    of_criu: OfCriu,
+    /// Name of the container
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+/// What runc passes on to CRIU, and is so here in any case.
+#[derive(Debug, Args)]
+struct OfCriu {
+    /// Taken and not needed: connections inside are kept, those to the outside reset
+    #[arg(long)]
+    tcp_established: bool,
+    /// Taken and not needed: unix sockets inside are kept
+    #[arg(long)]
+    ext_unix_sk: bool,
+    /// Taken and not needed
+    #[arg(long)]
+    shell_job: bool,
+    /// Taken and not needed: file locks are kept
+    #[arg(long)]
+    file_locks: bool,
+    /// Taken and not needed: the cgroup is made as the bundle says
+    #[arg(long, value_name = "MODE")]
+    manage_cgroups_mode: Option<String>,
+    /// Taken and not needed: orphans are not waited for
+    #[arg(long)]
+    no_subreaper: bool,
+}
+
+pub(crate) fn run(global: &Global, args: Restore) -> anyhow::Result<Status> {
+    let began = Instant::now();
+    let image_path = absolute(&args.image_path)?;
+    let name = check(&image_path)?;
+    let name = args.name.clone().unwrap_or(name);
+    if args.check {
+        print("it can be restored\n")?;
+        return Ok(Status::Done);
+    }
+    if args.console_socket.is_some() && !args.detach {
+        return Err(UsageError("--console-socket makes sense only with --detach".into()).into());
+    }
+    let signals = Signals::hold()?;
+    let child = create::create(&Options {
+        root: &global.root,
+        id: &args.id,
+        bundle: &args.bundle,
+        console_socket: args.console_socket.as_deref(),
+        pid_file: args.pid_file.as_deref(),
+        preserve_fds: 0,
+        no_pivot: args.no_pivot,
+        no_new_keyring: false,
+        overlay: None,
+        mask: signals.before,
+    })?;
+    let made = make(global, &args, &image_path, &name, &child);
+    let report = match (made, signals.interruption()) {
+        (Ok(report), Ok(None)) => report,
+        (made, interruption) => {
+            lifecycle::delete(&global.root, &args.id, true)?;
+            return match (made, interruption) {
+                (_, Ok(Some(signal))) => Ok(Status::Program(128 + signal as u8)),
+                (Err(error), _) => finish(args.json, &name, began, Err(error)),
+                (_, Err(error)) => Err(error),
+                (Ok(_), Ok(None)) => Ok(Status::Done),
+            };
+        }
+    };
+    if args.detach {
+        return finish(args.json, &name, began, Ok(report));
+    }
+    let attended = attend(&child, &signals, None);
+    let deleted = lifecycle::delete(&global.root, &args.id, attended.is_err());
+    let status = attended?;
+    deleted?;
+    Ok(status)
+}
+
+/// Whether a container can be made of the image, as far as that is to be seen in it; returns the checkpoint's name.
+fn check(image_path: &Path) -> anyhow::Result<String> {
+    let what = || format!("reading the image in {}", image_path.display());
+    let origin = restore::Origin::new(Opened::open(image_path).with_context(what)?);
+    match restore::check(&origin) {
+        Ok(()) => Ok(origin.name().to_owned()),
+        Err(restore::Error::Refused(refusal)) => {
+            Err(anyhow::Error::from(refusal).context("refused, nothing was made"))
+        }
+        Err(error) => Err(anyhow::Error::from(error).context(what())),
+    }
+}
+
+fn make(
+    global: &Global,
+    args: &Restore,
+    image_path: &Path,
+    name: &str,
+    child: &Child,
+) -> anyhow::Result<Report> {
+    let pid = child.pid.as_raw();
+    let errand = Errand {
+        root: absolute(&global.root)?,
+        target: Identity::look_up(pid)?,
+        cgroup: container::locate(&global.root, &args.id)?.cgroup,
+        label: args.id.clone(),
+    };
+    let request = Request::Restore {
+        name: name.to_owned(),
+        from: image_path.to_owned(),
+        verify: args.verify,
+    };
+    let response = Client::ask_or_start(&errand.directory(), &errand, &request)?;
+    let report = report(response)?;
+    create::note_running(&global.root, &args.id)?;
+    Ok(report)
+}

@@ -1,0 +1,106 @@
+//! What a container is made of: an image.
+
+use std::sync::Arc;
+
+use nix::unistd::Pid;
+
+use crate::checkpoint::Result;
+use crate::image::Opened;
+use crate::kernel::maps::{self, Vma};
+use crate::memory::AddressSpaceHeader;
+use crate::outcome::Refusal;
+use crate::record::{Context, Error, Kind, ObjectId, Record};
+use crate::task::{self, Renamed};
+
+/// An image of which a container is to be made.
+#[derive(Debug)]
+pub struct Origin {
+    pub(super) image: Opened,
+}
+
+impl Origin {
+    /// Takes an image that was opened.
+    pub fn new(image: Opened) -> Self {
+        Self { image }
+    }
+
+    /// The name of the checkpoint.
+    pub fn name(&self) -> &str {
+        &self.image.info.name
+    }
+
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.image.context
+    }
+
+    /// The processes and threads in its records.
+    pub(super) fn recorded(&self, renamed: &Renamed) -> Result<task::Recorded<'_>> {
+        Ok(task::Recorded::read(&self.image.context, renamed)?)
+    }
+
+    /// The address space of a recorded process.
+    pub(super) fn space_of(&self, recorded: Pid) -> Result<ObjectId> {
+        for id in self.image.spaces.keys() {
+            if self.header(*id)?.pid == recorded.as_raw() as u32 {
+                return Ok(*id);
+            }
+        }
+        let image = &self.image.context;
+        let problem = format!("there is none of process {recorded}");
+        let id = image
+            .records()
+            .next()
+            .map_or(ObjectId::IMAGE, |record| record.id());
+        Err(damaged(Kind::AddressSpace, id, problem).into())
+    }
+
+    pub(super) fn header(&self, id: ObjectId) -> Result<&AddressSpaceHeader> {
+        Ok(self.find(Kind::AddressSpace, id)?.fixed()?.0)
+    }
+
+    /// The VMAs of an address space, without the window and those of the kernel.
+    pub(super) fn vmas(&self, id: ObjectId) -> Result<Vec<Vma>> {
+        let header = self.header(id)?;
+        let record = self.find(Kind::VmaList, id)?;
+        let vmas = maps::parse(record.payload());
+        let mut vmas =
+            vmas.ok_or_else(|| damaged(Kind::VmaList, id, "it is no list of VMAs".into()))?;
+        vmas.retain(|vma| vma.start < header.window_start || vma.end > header.window_end);
+        vmas.retain(|vma| !vma.is_special());
+        Ok(vmas)
+    }
+
+    fn find(&self, kind: Kind, id: ObjectId) -> Result<Record<'_>> {
+        let found = self.image.context.find(kind, id);
+        Ok(found.ok_or_else(|| damaged(kind, id, "it is missing".into()))?)
+    }
+
+    /// Refuses memory that can't be made of an image.
+    pub(super) fn check_memory(&self) -> Result<()> {
+        let recorded = self.recorded(&Renamed::default())?;
+        for process in recorded.processes().filter(|process| !process.is_zombie()) {
+            let id = self.space_of(process.pid())?;
+            for vma in self.vmas(id)? {
+                let problem = if vma.is_segment() {
+                    "System V shared memory"
+                } else if &*vma.name == b"/[aio] (deleted)" {
+                    "an AIO context (io_setup)"
+                } else {
+                    continue;
+                };
+                return Err(Refusal {
+                    object: format!("{problem}: {vma:?}"),
+                    holder: format!("pid {} ({})", process.pid(), process.comm()),
+                    remedy: "it can't be made of an image yet; take the checkpoint without it"
+                        .into(),
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn damaged(kind: Kind, id: ObjectId, problem: String) -> Error {
+    Error::Payload { kind, id, problem }
+}
