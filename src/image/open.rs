@@ -188,7 +188,7 @@ impl Opened {
     ///
     /// They are damaged: which record.
     pub fn verify(&self) -> Result<()> {
-        self.store.verify()
+        self.store.problems().next().map_or(Ok(()), Err)
     }
 }
 

@@ -58,29 +58,9 @@ impl Parts {
             let space = spaces.get(&image.pid).filter(|space| space.is_of(image));
             SpaceContent::of(image, space, tree, context)
         };
-        let since = checkpoint.taken_at.duration_since(UNIX_EPOCH);
-        let files = &checkpoint.files;
         let nameless = nameless(checkpoint)?;
         Ok(Self {
-            info: Info {
-                name: checkpoint.name.clone(),
-                taken_ns: since.unwrap_or_default().as_nanos() as u64,
-                processes: checkpoint.processes,
-                threads: checkpoint.threads,
-                resident_pages: checkpoint.resident_pages,
-                page_records: 0,
-                nameless_files: 0,
-                files: files
-                    .areas
-                    .iter()
-                    .map(|area| area.area.mount_point.clone())
-                    .collect(),
-                left_out: files
-                    .left_out
-                    .iter()
-                    .map(|mount| (mount.mount_point.clone(), mount.why.clone()))
-                    .collect(),
-            },
+            info: Info::of(checkpoint),
             context: Arc::clone(context),
             spaces: checkpoint
                 .spaces
@@ -115,6 +95,29 @@ impl Parts {
             .map(inode)
             .collect::<crate::record::Result<_>>()
             .map_err(|error| Error::Memory(error.into()))
+    }
+}
+
+impl Info {
+    /// That of a checkpoint in RAM.
+    pub(super) fn of(checkpoint: &Checkpoint) -> Self {
+        let since = checkpoint.taken_at.duration_since(UNIX_EPOCH);
+        let files = &checkpoint.files;
+        let areas = files.areas.iter();
+        let left_out = files.left_out.iter();
+        Self {
+            name: checkpoint.name.clone(),
+            taken_ns: since.unwrap_or_default().as_nanos() as u64,
+            processes: checkpoint.processes,
+            threads: checkpoint.threads,
+            resident_pages: checkpoint.resident_pages,
+            page_records: 0,
+            nameless_files: 0,
+            files: areas.map(|area| area.area.mount_point.clone()).collect(),
+            left_out: left_out
+                .map(|mount| (mount.mount_point.clone(), mount.why.clone()))
+                .collect(),
+        }
     }
 }
 
