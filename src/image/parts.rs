@@ -74,7 +74,12 @@ impl Parts {
                 .collect(),
             segments: checkpoint.segments.clone(),
             nameless,
-            files: files.areas.iter().map(|area| area.stored()).collect(),
+            files: checkpoint
+                .files
+                .areas
+                .iter()
+                .map(|area| area.stored())
+                .collect(),
         })
     }
 
