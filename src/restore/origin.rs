@@ -5,9 +5,10 @@ use std::sync::Arc;
 use nix::unistd::Pid;
 
 use crate::checkpoint::Result;
+use crate::filesystem::{Contents, StoredArea};
 use crate::image::Opened;
 use crate::kernel::maps::{self, Vma};
-use crate::memory::AddressSpaceHeader;
+use crate::memory::{AddressSpaceHeader, PAGE, Span};
 use crate::outcome::Refusal;
 use crate::record::{Context, Error, Kind, ObjectId, Record};
 use crate::task::{self, Renamed};
@@ -97,6 +98,43 @@ impl Origin {
                 .into());
             }
         }
+        Ok(())
+    }
+}
+
+impl Origin {
+    /// The files that go back with the tree.
+    pub(super) fn files(&self) -> impl Iterator<Item = &StoredArea> {
+        self.image.files.iter().map(|(_, area)| area)
+    }
+
+    /// The object that is a content of a file.
+    fn content(&self, (area, number): (usize, u64)) -> ObjectId {
+        let first = self.image.files[area].0.raw() + 1;
+        ObjectId::from_raw(first + number).unwrap_or(ObjectId::IMAGE)
+    }
+}
+
+impl Contents for Origin {
+    fn data(&self, name: (usize, u64), size: u64) -> Vec<(u64, u64)> {
+        let runs = self.image.runs(self.content(name)).iter();
+        let parts = runs.map(|run| {
+            let end = run.address + u64::from(run.pages) * PAGE;
+            (run.address, end.min(size).saturating_sub(run.address))
+        });
+        parts.filter(|(_, length)| *length > 0).collect()
+    }
+
+    fn read(&self, name: (usize, u64), offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        let len = buffer.len();
+        let mut pages = vec![0; len.next_multiple_of(PAGE as usize)];
+        let span = Span {
+            start: offset,
+            end: offset + pages.len() as u64,
+        };
+        let read = self.image.read(self.content(name), &[span], &mut pages);
+        read.map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))?;
+        buffer.copy_from_slice(&pages[..len]);
         Ok(())
     }
 }
