@@ -215,6 +215,7 @@ come_back! {
     socket_options,
     sparse_terabyte,
     stack_growth,
+    sysv_memory,
     tcp_closed,
     tcp_flooded,
     tcp_inside,

@@ -76,21 +76,51 @@ impl Origin {
         Ok(found.ok_or_else(|| damaged(kind, id, "it is missing".into()))?)
     }
 
+    /// Refuses System V shared memory that can't be made.
+    fn check_segments(&self) -> Result<()> {
+        /// `SHM_LOCKED` and `SHM_HUGETLB`.
+        const SPECIAL: u32 = 0o6000;
+        let refuse = |object: String, remedy: &str| Refusal {
+            object,
+            holder: "the container".into(),
+            remedy: format!("{remedy}; it can't be made of an image yet"),
+        };
+        let segments = self.image.segments.own().ok_or_else(|| {
+            refuse(
+                "System V shared memory".into(),
+                "it was in another IPC namespace than the container's own",
+            )
+        })?;
+        let kept = self.image.shared().unwrap_or_default();
+        for segment in segments {
+            let object = || format!("System V shared memory segment {}", segment.id);
+            if segment.mode & SPECIAL != 0 {
+                return Err(refuse(object(), "it was locked in RAM or of huge pages").into());
+            }
+            let is_it =
+                |name: &str, inode: u64| name.starts_with("/SYSV") && inode == segment.id as u64;
+            if !kept
+                .iter()
+                .any(|(_, object, name)| is_it(name, object.inode))
+            {
+                return Err(refuse(object(), "no process had it attached").into());
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses memory that can't be made of an image.
     pub(super) fn check_memory(&self) -> Result<()> {
+        self.check_segments()?;
         let recorded = self.recorded(&Renamed::default())?;
         for process in recorded.processes().filter(|process| !process.is_zombie()) {
             let id = self.space_of(process.pid())?;
             for vma in self.vmas(id)? {
-                let problem = if vma.is_segment() {
-                    "System V shared memory"
-                } else if &*vma.name == b"/[aio] (deleted)" {
-                    "an AIO context (io_setup)"
-                } else {
+                if &*vma.name != b"/[aio] (deleted)" {
                     continue;
-                };
+                }
                 return Err(Refusal {
-                    object: format!("{problem}: {vma:?}"),
+                    object: "an AIO context (io_setup)".into(),
                     holder: format!("pid {} ({})", process.pid(), process.comm()),
                     remedy: "it can't be made of an image yet; take the checkpoint without it"
                         .into(),
