@@ -10,7 +10,7 @@ use crate::support::session::{DONE, Session};
 use crate::support::wait;
 
 /// `restore` in the foreground, so that commands and answers pass.
-fn restored(session: &Session, bundle: &Path, image: &Path, id: &str) -> Command {
+pub(crate) fn restored(session: &Session, bundle: &Path, image: &Path, id: &str) -> Command {
     let mut command = session.command();
     command
         .arg("restore")
