@@ -19,7 +19,13 @@ fn started(session: &Session, bundle: &Path, id: &str, layer: &[&str]) -> Comman
 }
 
 /// `restore` in the foreground, so that commands and answers pass.
-fn restored(session: &Session, bundle: &Path, image: &Path, id: &str, layer: &[&str]) -> Command {
+pub(crate) fn restored(
+    session: &Session,
+    bundle: &Path,
+    image: &Path,
+    id: &str,
+    layer: &[&str],
+) -> Command {
     let mut command = session.command();
     command
         .arg("restore")

@@ -62,7 +62,10 @@ fn an_image_is_as_the_checkpoint_though_the_tree_runs_on_and_goes_back() {
         let writing = std::thread::spawn(move || {
             let progress = Progress::default();
             tell.send(()).unwrap();
-            let options = Options { encoding };
+            let options = Options {
+                encoding,
+                ..Options::default()
+            };
             let summary = persist(parts, &to, options, &progress).unwrap();
             let (done, total) = progress.bytes();
             assert_eq!(done, total);

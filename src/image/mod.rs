@@ -44,3 +44,6 @@ pub const CONTEXT_FILE: &str = "checkpoint.img";
 
 /// The file of an image that holds memory.
 pub const MEMORY_FILE: &str = "memory.img";
+
+/// A file that callers of runc, podman among them, look for before they restore. Nothing is in it.
+pub const MARK_FILE: &str = "inventory.img";
