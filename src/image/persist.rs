@@ -309,5 +309,10 @@ fn write_space(
     context
         .put_list(Kind::Guards, id, space.guards()?.spans())
         .map_err(write)?;
+    if let Some(policies) = space.policies()? {
+        context
+            .append(Kind::MemoryPolicies, id, &[policies.as_bytes()])
+            .map_err(write)?;
+    }
     Ok(nameless)
 }

@@ -115,6 +115,15 @@ impl Origin {
         let recorded = self.recorded(&Renamed::default())?;
         for process in recorded.processes().filter(|process| !process.is_zombie()) {
             let id = self.space_of(process.pid())?;
+            let policies = self.image.spaces[&id].policies.as_deref();
+            if has_policies_of_vmas(process, policies.unwrap_or_default()) {
+                return Err(Refusal {
+                    object: "a memory policy (mbind)".into(),
+                    holder: format!("pid {} ({})", process.pid(), process.comm()),
+                    remedy: "it can't be made of an image yet".into(),
+                }
+                .into());
+            }
             for vma in self.vmas(id)? {
                 if &*vma.name != b"/[aio] (deleted)" {
                     continue;
@@ -166,6 +175,22 @@ impl Contents for Origin {
         read.map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))?;
         buffer.copy_from_slice(&pages[..len]);
         Ok(())
+    }
+}
+
+/// Whether there are policies in a text of `numa_maps` that are not that of the task, which all VMAs show that have none.
+fn has_policies_of_vmas(process: &task::RecordedProcess<'_>, text: &str) -> bool {
+    let of_task = process.threads.get(&process.pid());
+    let is_default = of_task.is_none_or(|leader| leader.record.state.memory_policy.mode == 0);
+    let mut policies: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .collect();
+    policies.sort_unstable();
+    policies.dedup();
+    match is_default {
+        true => policies.iter().any(|policy| *policy != "default"),
+        false => policies.len() > 1,
     }
 }
 
