@@ -52,7 +52,7 @@ impl Setting {
     fn restore(&self) {
         let session = &self.containers.session;
         let id = unique("from-disk");
-        let command = restored(session, &self.bundle, &self.image, &id);
+        let command = restored(session, &self.bundle, &self.image, &id, &[]);
         let mut fixture = Fixture::take_over(PROGRAM, command);
         wait::until("the container runs, or restore has ended", || {
             let listed = session.run(&["list", "--format", "json"]);

@@ -7,6 +7,7 @@ mod diff;
 mod uses;
 
 pub use diff::diff;
+pub(crate) use uses::find as files_in_use;
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;

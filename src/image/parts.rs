@@ -10,12 +10,12 @@ use std::time::UNIX_EPOCH;
 use super::layout::{Info, NamelessFile};
 use super::{Error, Result};
 use crate::checkpoint::{Checkpoint, Spaces};
+use crate::filesystem::StoredArea;
 use crate::filesystem::store::Kept;
 use crate::freeze::Tree;
 use crate::memory::{Segments, SharedContent, SpaceContent};
 use crate::objects;
 use crate::objects::state::State;
-use crate::outcome::Refusal;
 use crate::record::{Context, Kind, ObjectId};
 
 /// All of a checkpoint, to be written out on any thread. The checkpoint can be rolled back to meanwhile; if it is released
@@ -28,6 +28,7 @@ pub struct Parts {
     pub(super) shared: Vec<SharedContent>,
     pub(super) segments: Segments,
     pub(super) nameless: Vec<Nameless>,
+    pub(super) files: Vec<(StoredArea, Vec<Arc<Kept>>)>,
 }
 
 /// A file without a name, and what is in it.
@@ -73,21 +74,13 @@ impl Parts {
                 .collect(),
             segments: checkpoint.segments.clone(),
             nameless,
+            files: checkpoint
+                .files
+                .areas
+                .iter()
+                .map(|area| area.stored())
+                .collect(),
         })
-    }
-
-    /// Refuses what can't be written yet.
-    pub(super) fn check(&self) -> Result<()> {
-        let Some(first) = self.info.files.first() else {
-            return Ok(());
-        };
-        Err(Refusal {
-            object: format!("files in {}", first.display()),
-            holder: format!("checkpoint {:?}", self.info.name),
-            remedy: "files can't be written to images yet; take the checkpoint with --no-files"
-                .into(),
-        }
-        .into())
     }
 
     /// The greatest id that the context has given out: what is numbered here is above it.
