@@ -12,7 +12,10 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use snapback::fault;
 use snapback::image::Opened;
+use snapback::memory::Span;
+use snapback::record::ObjectId;
 
+use crate::support::container::{Containers, unique};
 use crate::support::fixture::Fixture;
 use crate::support::session::{Answer, DONE, ERROR, REFUSED, Session, USAGE};
 use crate::support::{skip, wait};
@@ -362,4 +365,53 @@ fn an_interrupted_client_cancels() {
     setting.fixture.mutate();
     setting.session.rollback(setting.fixture.pid());
     setting.fixture.verify("cancelled");
+}
+
+#[test]
+fn the_files_that_go_back_are_in_the_image() {
+    let containers = Containers::new();
+    let bundle = containers.script(
+        "files",
+        "echo kept >/kept; echo other >/dev/shm/other; touch /ready; sleep 100000",
+    );
+    let id = unique("files");
+    let pid = containers.start_with_layer(&id, &bundle);
+    let ready = PathBuf::from(format!("/proc/{pid}/root/ready"));
+    wait::until("the files are there", || ready.exists());
+    let session = &containers.session;
+    session.run(&["checkpoint", &id]).expect(DONE, "checkpoint");
+    let target = session.scratch().join("image");
+    let to = target.to_str().expect("a path in UTF-8");
+    session
+        .run(&["persist", "--image-path", to, &id])
+        .expect(DONE, "persist");
+    let opened = Opened::open(&target).expect("an image");
+    opened.verify().expect("whole");
+    let mut contents = Vec::new();
+    for (id, area) in &opened.files {
+        for number in 1..=area.contents {
+            let id = ObjectId::from_raw(id.raw() + number).expect("an id");
+            let mut page = vec![0; 4096];
+            let first = Span {
+                start: 0,
+                end: 4096,
+            };
+            opened.read(id, &[first], &mut page).expect("its content");
+            let end = page
+                .iter()
+                .rposition(|byte| *byte != 0)
+                .map_or(0, |at| at + 1);
+            contents.push(String::from_utf8_lossy(&page[..end]).into_owned());
+        }
+    }
+    for content in ["kept\n", "other\n"] {
+        assert!(
+            contents.iter().any(|found| found == content),
+            "{contents:?}"
+        );
+    }
+    let shown = session.run(&["inspect", to]).expect(DONE, "inspect");
+    for place in ["included: /,", "included: /dev/shm,"] {
+        assert!(shown.out.contains(place), "{}", shown.out);
+    }
 }

@@ -161,6 +161,11 @@ impl StoredArea {
         os(&self.mount_point).into()
     }
 
+    /// How many files and directories there are.
+    pub fn files(&self) -> usize {
+        self.nodes.len()
+    }
+
     /// A path in the container that leads to an inode, given as the mount showed it, if that is in it.
     pub fn path_of(&self, inode: (u64, u64)) -> Option<PathBuf> {
         let wanted = self

@@ -29,7 +29,7 @@ mod properties;
 
 pub use error::{Error, Result};
 pub use fuzzing::fuzz_one;
-pub use inspect::{FileView, Inspection, KindView, Made};
+pub use inspect::{AreaView, FileView, Inspection, KindView, Made};
 pub use layout::{Encoding, Info, MOST_PAGES, MappedFile, NamelessFile, PagesHeader, Program, Run};
 pub use on_disk::{Durability, OnDisk, Persisting};
 pub use open::Opened;
