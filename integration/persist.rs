@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -316,48 +317,54 @@ fn a_full_disk_leaves_the_image_that_was_there() {
     setting.fixture.verify("a full disk");
 }
 
+/// Of a program so large that its image is not written before the interruption comes.
 #[test]
 fn an_interrupted_client_cancels() {
-    let mut setting = Setting::new("dirty_pages");
-    let pid = setting.fixture.pid().to_string();
-    // A pipe in the place of memory.img would be no image; a slow disk is one that is full of others' writes. So it is
-    // interrupted again and again, until one comes in time.
-    let mut was_cancelled = false;
-    for _ in 0..200 {
-        let mut command = setting.session.command();
-        let mut child = command
-            .args([
-                "persist",
-                "--compress",
-                "zstd",
-                "--pid",
-                &pid,
-                "--image-path",
-            ])
-            .arg(&setting.target)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("starting");
-        let begun = setting.target.with_file_name(".one.persisting");
-        wait::until("it has begun, or is over", || {
-            begun.exists() || child.try_wait().expect("waiting").is_some()
-        });
-        let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGINT);
-        let status = child.wait().expect("waiting");
-        wait::until("nothing is left of it", || !begun.exists());
-        if !status.success() && !setting.target.exists() {
-            was_cancelled = true;
-            break;
-        }
-        if setting.target.exists() {
-            fs::remove_dir_all(&setting.target).expect("removing");
-        }
+    let mut session = Session::new();
+    let script = "import os, sys, time\nkept = os.urandom(512 << 20)\nprint('READY', flush=True)\ntime.sleep(100000)";
+    let mut python = Command::new("python3");
+    python.args(["-c", script]);
+    python.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut program = Killed(python.spawn().expect("starting python3"));
+    let mut line = String::new();
+    let out = program.0.stdout.take().expect("a pipe");
+    BufReader::new(out)
+        .read_line(&mut line)
+        .expect("its first line");
+    assert_eq!(line, "READY\n");
+    let pid = program.0.id() as i32;
+    session.will_release(pid);
+    let pid = pid.to_string();
+    let take = ["checkpoint", "--no-files", "--pid", &pid];
+    session.run(&take).expect(DONE, "checkpoint");
+    let target = session.scratch().join("image");
+    let begun = session.scratch().join(".image.persisting");
+
+    let mut command = session.command();
+    command.args(["persist", "--compress", "zstd", "--pid", &pid]);
+    command.arg("--image-path").arg(&target);
+    let mut child = command.spawn().expect("starting");
+    wait::until("it has begun", || begun.exists());
+    let listed = session.run(&["checkpoints", "--json", "--pid", &pid]);
+    assert_eq!(listed.report["checkpoints"][0]["state"], "persisting");
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("interrupting");
+    assert!(!child.wait().expect("waiting").success());
+    wait::until("nothing is left of it", || !begun.exists());
+    assert!(!target.exists());
+    let listed = session.run(&["checkpoints", "--json", "--pid", &pid]);
+    assert_eq!(listed.report["checkpoints"][0]["state"], "resident");
+    let back = ["rollback", "--verify", "--pid", &pid];
+    session.run(&back).expect(DONE, "rollback");
+}
+
+/// A program that is killed when the test is over.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
-    assert!(was_cancelled);
-    assert_eq!(setting.state(), "resident");
-    setting.fixture.mutate();
-    setting.session.rollback(setting.fixture.pid());
-    setting.fixture.verify("cancelled");
 }
 
 #[test]
