@@ -421,9 +421,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Collects the deaths of shadows. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
+    /// Collects the deaths of shadows and of what was killed while it was stopped. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
     /// going on: a tree with a PID namespace of its own that is killed does not end before.
-    pub fn collect_deaths(&self) {
+    pub fn collect_deaths(&mut self) {
+        self.tree.let_stragglers_go();
         let images = self
             .checkpoints
             .iter()

@@ -272,14 +272,21 @@ impl StoredArea {
     }
 }
 
-/// Reads of a content, named by its area and its number, at an offset.
-type Read<'r> = dyn FnMut(usize, u64, u64, &mut [u8]) -> std::io::Result<()> + 'r;
+/// Contents of files, named by the number of their area and their own in that.
+pub trait Contents {
+    /// What of one is no hole (offset and length), given its size.
+    fn data(&self, name: (usize, u64), size: u64) -> Vec<(u64, u64)>;
+    /// Reads one at an offset.
+    ///
+    /// # Errors
+    ///
+    /// It can't be read, or is damaged.
+    fn read(&self, name: (usize, u64), offset: u64, buffer: &mut [u8]) -> std::io::Result<()>;
+}
 
 impl Files {
     /// Makes the files of a container that was just created what an image says, and returns them as a checkpoint has them.
-    /// `root` is the container's init. Of a content, named by its area and its number, `data` tells,
-    /// given its size, what is no hole (offset and
-    /// length), and `read` reads it at an offset.
+    /// `root` is the container's init.
     ///
     /// # Errors
     ///
@@ -288,8 +295,7 @@ impl Files {
         &mut self,
         root: Pid,
         stored: &[StoredArea],
-        data: &mut dyn FnMut(usize, u64, u64) -> Vec<(u64, u64)>,
-        read: &mut Read<'_>,
+        contents_of: &dyn Contents,
     ) -> Result<Image> {
         self.set_options(Options {
             include: !stored.is_empty(),
@@ -329,9 +335,10 @@ impl Files {
             let mounted = Mounted::open(root, &area)?;
             let mut contents = BTreeMap::new();
             for (content, size) in stored.sizes() {
-                let data = data(number, content, size);
+                let name = (number, content);
+                let data = contents_of.data(name, size);
                 let kept = self.keep_read(&area, &mounted, size, data, &mut |offset, buffer| {
-                    read(number, content, offset, buffer)
+                    contents_of.read(name, offset, buffer)
                 })?;
                 contents.insert(content, kept);
             }
@@ -362,8 +369,8 @@ mod tests {
         assert!(serde_json::from_str::<Text>("\"\u{100}\"").is_err());
     }
 
-    /// Modes, and the names in directories with the numbers of their nodes.
-    type Nodes<'n> = &'n [(u32, &'n [(&'n str, usize)])];
+    /// Type and entries of each file.
+    type Nodes<'a> = &'a [(u32, &'a [(&'a str, usize)])];
 
     fn area(nodes: Nodes<'_>) -> StoredArea {
         let node = |(mode, entries): &(u32, &[(&str, usize)])| StoredNode {
