@@ -30,6 +30,7 @@ pub const POINTS: &[&str] = &[
     "checkpoint.tasks",
     "checkpoint.objects",
     "checkpoint.shadow",
+    "checkpoint.increment",
     "checkpoint.armed",
     "checkpoint.files",
     "checkpoint.resuming",

@@ -31,7 +31,7 @@ impl Engine {
     /// There is no checkpoint of that name, or its shadows are dead.
     pub fn parts(&self, name: &str) -> Result<Parts, Error> {
         let checkpoint = &self.checkpoints[self.find(name)?];
-        Ok(Parts::of(checkpoint, &self.spaces, &self.tree)?)
+        Ok(Parts::of(checkpoint)?)
     }
 
     /// Where a checkpoint is besides RAM.

@@ -22,8 +22,8 @@ use crate::fault;
 use crate::image::Encoding;
 use crate::keeper::directory::Locked;
 use crate::keeper::protocol::{
-    Change, CheckpointInfo, Failure, FileOptions, Hello, Request, Response, VERSION, append,
-    receive, send,
+    Change, CheckpointInfo, Failure, FileOptions, Hello, KeepOptions, Request, Response, VERSION,
+    append, receive, send,
 };
 use crate::keeper::work::{Work, Works};
 use crate::keeper::{Error, Identity, StateDirectory};
@@ -40,7 +40,12 @@ pub trait Operations {
     /// # Errors
     ///
     /// Refused or failed; the tree runs as before.
-    fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure>;
+    fn checkpoint(
+        &mut self,
+        name: &str,
+        files: &FileOptions,
+        keep: KeepOptions,
+    ) -> Result<Report, Failure>;
     /// Rolls the tree back.
     ///
     /// # Errors
@@ -600,7 +605,9 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
             Ok(work) => return Answer::Begun(work),
             Err(failure) => Err(failure),
         },
-        Request::Checkpoint { name, files } => operations.checkpoint(name, files).map(report),
+        Request::Checkpoint { name, files, keep } => {
+            operations.checkpoint(name, files, *keep).map(report)
+        }
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
         Request::Restore { name, from, verify } => {
             operations.restore(name, from, *verify).map(report)

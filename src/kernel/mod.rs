@@ -17,6 +17,7 @@ pub mod mountinfo;
 pub mod multicast;
 pub mod namespaces;
 pub mod pagemap;
+pub mod pages;
 pub mod pidfd;
 pub mod pids_limit;
 pub mod probe;
