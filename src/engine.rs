@@ -376,12 +376,7 @@ impl Engine {
             }
             None => std::mem::take(&mut self.checkpoints),
         };
-        for checkpoint in &to_free {
-            self.forget_on_disk(&checkpoint.name);
-        }
-        checkpoint::release(&mut self.tree, &mut self.spaces, &self.checkpoints, to_free)?;
-        self.files.forget_unused();
-        Ok(())
+        self.free(to_free)
     }
 
     /// Collects the deaths of shadows. To be called when a child of ours has died (`SIGCHLD`) while nothing else is

@@ -125,13 +125,7 @@ impl Engine {
     pub(super) fn free(&mut self, checkpoints: Vec<Held>) -> Result<(), Error> {
         for checkpoint in &checkpoints {
             self.lineage.drop(checkpoint.number);
-            if !self
-                .checkpoints
-                .iter()
-                .any(|other| other.name == checkpoint.name)
-            {
-                self.forget_on_disk(&checkpoint.name);
-            }
+            self.forget_on_disk(&checkpoint.name);
         }
         let released = checkpoint::release(
             &mut self.tree,

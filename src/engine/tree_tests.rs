@@ -96,10 +96,7 @@ fn a_release_gives_back_what_only_it_needed() {
     // What c has written again is b's alone, the rest is needed by c.
     engine.release(Some("b")).unwrap();
     let left = pages_kept(&engine);
-    assert!(
-        left < both && left >= both - of_b,
-        "{left} of {both}"
-    );
+    assert!(left < both && left >= both - of_b, "{left} of {both}");
     let parents: Vec<_> = engine
         .checkpoints()
         .into_iter()
