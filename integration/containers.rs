@@ -14,7 +14,7 @@ use crate::support::session::{Answer, DONE, REFUSED, Session};
 use crate::support::{numbers, skip, wait};
 
 /// What processes that end are shown with.
-const PROGRAMS: &[&str] = &[
+pub(crate) const PROGRAMS: &[&str] = &[
     "child_exits",
     "child_execs",
     "child_family",

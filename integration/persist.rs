@@ -14,7 +14,7 @@ use snapback::fault;
 use snapback::image::Opened;
 
 use crate::support::fixture::Fixture;
-use crate::support::session::{Answer, DONE, ERROR, REFUSED, Session};
+use crate::support::session::{Answer, DONE, ERROR, REFUSED, Session, USAGE};
 use crate::support::wait;
 
 /// A program, a checkpoint of it without files, and where an image of it goes.
@@ -129,6 +129,60 @@ fn a_checkpoint_is_on_disk_and_still_in_ram() {
     // What is not there any more is not durable.
     fs::remove_dir_all(&setting.target).expect("removing");
     assert_eq!(setting.state(), "resident");
+}
+
+#[test]
+fn inspect_shows_the_same_of_a_checkpoint_and_of_its_image() {
+    let setting = Setting::new("child_family");
+    setting.persist(&[]).expect(DONE, "persist");
+    let pid = setting.fixture.pid().to_string();
+    let directory = setting.target.to_str().expect("a path in UTF-8");
+    let inspect = |what: &[&str]| {
+        let arguments = [&["inspect", "--json"], what].concat();
+        setting
+            .session
+            .run(&arguments)
+            .expect(DONE, "inspect")
+            .report
+    };
+    let (held, image) = (inspect(&["--pid", &pid]), inspect(&[directory]));
+    for field in ["processes", "descriptors", "shared"] {
+        assert_eq!(held[field], image[field], "{field}");
+    }
+    let members = setting.fixture.family.members();
+    let recorded = image["processes"].as_array().expect("processes");
+    assert!(recorded.len() > 1);
+    // Shadows are among the members.
+    assert!(recorded.iter().all(|process| {
+        members
+            .iter()
+            .any(|pid| process["pid"].as_i64() == Some(i64::from(*pid)))
+    }));
+    assert_eq!(image["problems"].as_array().map(Vec::len), Some(0));
+
+    let shown = setting
+        .session
+        .run(&["inspect", directory])
+        .expect(DONE, "inspect");
+    for line in ["processes", "records", "descriptors", "child_family"] {
+        assert!(shown.out.contains(line), "{line}: {}", shown.out);
+    }
+    let memory = setting.target.join("memory.img");
+    let mut bytes = fs::read(&memory).expect("reading");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(&memory, bytes).expect("writing");
+    let shown = setting
+        .session
+        .run(&["inspect", directory])
+        .expect(ERROR, "inspect");
+    assert!(
+        shown.out.contains("damaged") && shown.out.contains(" at byte "),
+        "{shown:#?}"
+    );
+    assert!(shown.out.contains("descriptors"), "{shown:#?}");
+    let answer = setting.session.run(&["inspect"]).expect(USAGE, "inspect");
+    assert!(answer.err.contains("DIR|ID"), "{answer:#?}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod uses;
 
 pub use diff::diff;
 pub use release::release;
+pub(crate) use uses::find as files_in_use;
 
 use release::{discard, forget_unused};
 

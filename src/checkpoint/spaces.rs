@@ -44,6 +44,9 @@ pub(super) fn begin(
             changes => shadows.push((*pid, changes)),
         }
     }
+    if !increments.is_empty() {
+        fault::point("increment.found");
+    }
     let pids: Vec<Pid> = shadows.iter().map(|(pid, _)| *pid).collect();
     let forks = memory::start_shadows(stopped, &pids);
     let mut asked = Vec::with_capacity(increments.len());
@@ -154,7 +157,7 @@ impl Ready {
             taken.resident += resident;
             taken.copied += copied.pages;
             taken.new += copied.pages;
-            fault::point("checkpoint.increment");
+            fault::point("increment.taken");
         }
         images.sort_by_key(|image| image.pid);
         Ok(taken)

@@ -10,7 +10,7 @@ use crate::memory::SpaceImage;
 use crate::objects;
 
 /// Finds them.
-pub(super) fn find(
+pub(crate) fn find(
     stopped: &Stopped,
     objects: &objects::Capture,
     images: &[SpaceImage],

@@ -72,7 +72,7 @@ fn list(global: &Global, args: &Checkpoints) -> anyhow::Result<Vec<CheckpointInf
     }
 }
 
-fn now() -> f64 {
+pub(super) fn now() -> f64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
@@ -157,7 +157,7 @@ fn share(headers: u64, resident: u64) -> String {
 }
 
 /// How long ago in the two largest units, as `2h 5m`.
-fn age(seconds: f64) -> String {
+pub(super) fn age(seconds: f64) -> String {
     let seconds = seconds.max(0.0) as u64;
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match seconds {

@@ -22,6 +22,7 @@ mod exec;
 mod fault_points;
 mod features;
 mod foreground;
+mod inspect;
 mod keeper;
 mod kill;
 mod list;
@@ -121,6 +122,7 @@ enum Command {
     Restore(restore::Restore),
     Release(release::Release),
     Diff(diff::Diff),
+    Inspect(inspect::Inspect),
     Check(check::Check),
     /// Hold the checkpoints of a process tree; started by `checkpoint`
     #[command(hide = true)]
@@ -153,6 +155,7 @@ fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
         Command::Release(args) => release::run(global, args),
         Command::Diff(args) => diff::run(global, args),
         Command::Keeper(args) => keeper::run(global, args),
+        Command::Inspect(args) => inspect::run(global, &args),
         Command::Check(args) => check::run(args),
         Command::FaultPoints => fault_points::run(),
     }

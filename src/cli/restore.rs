@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::Args;
 
+use super::create::Overlay;
 use super::foreground::{Signals, attend};
 use super::output::print;
 use super::target::{absolute, checkpoint_name, finish, report};
@@ -21,12 +22,13 @@ use crate::{container, restore};
 /// Make a container of an image that `persist` or `checkpoint --image-path` wrote
 ///
 /// The container gets namespaces, mounts and cgroups of its bundle, as `create` makes them, and in it the processes of the
-/// image, with their PIDs, memory, descriptors and timers as they were. It has a checkpoint in RAM then, to which `rollback` goes
+/// image, with their PIDs, memory, descriptors and timers as they were, and the files that the image has. It has a checkpoint in RAM then, to which `rollback` goes
 /// back like to any other. Connections to the outside are reset.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   snapback restore --image-path /var/lib/web.img --bundle /bundles/web -d web
+  snapback restore --image-path web.img --overlay -d web     its files were in an overlay of `run --overlay`
   snapback restore --image-path web.img --check web          tell whether it can be done, and do nothing
   snapback restore --image-path web.img --verify -d web      compare all of it with the image before it runs
 
@@ -65,6 +67,8 @@ pub(crate) struct Restore {
     /// Taken as runc does and not needed: nothing is written
     #[arg(long, value_name = "DIR")]
     work_path: Option<PathBuf>,
+    #[command(flatten)]
+    overlay: Overlay,
     #[command(flatten)]
     of_criu: OfCriu,
     /// Name of the container
@@ -117,7 +121,7 @@ pub(crate) fn run(global: &Global, args: Restore) -> anyhow::Result<Status> {
         preserve_fds: 0,
         no_pivot: args.no_pivot,
         no_new_keyring: false,
-        overlay: None,
+        overlay: args.overlay.place(),
         mask: signals.before,
     })?;
     let made = make(global, &args, &image_path, &name, &child);

@@ -28,6 +28,11 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    /// That of a verb whose arguments mean something else, too.
+    pub(crate) fn of(id: Option<String>, pid: Option<i32>) -> Self {
+        Self { id, pid }
+    }
+
     /// Finds the processes, which must be running, and what their keeper needs to know.
     pub(crate) fn running(&self, global: &Global) -> anyhow::Result<Errand> {
         self.errand(global, Must::Run)

@@ -34,6 +34,16 @@ impl Engine {
         Ok(Parts::of(checkpoint)?)
     }
 
+    /// What is in a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name.
+    pub fn inspect(&self, name: &str) -> Result<image::Inspection, Error> {
+        let checkpoint = &self.checkpoints[self.find(name)?];
+        Ok(image::Inspection::of_checkpoint(checkpoint))
+    }
+
     /// Where a checkpoint is besides RAM.
     pub(super) fn durability(&self, name: &str) -> Durability {
         let on_disk = self.on_disk.get(name);

@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags};
 
 /// Seconds and nanoseconds since 1970.
@@ -20,7 +22,7 @@ pub const APPEND: u64 = 0x20;
 const ATTRIBUTES: u64 = IMMUTABLE | APPEND;
 
 /// What statx(2) tells of an inode.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Stat {
     /// Inode number; of what is in the upper layer of an overlay the one it has there, as that which the mount shows is not
     /// always the same for all names of a file.

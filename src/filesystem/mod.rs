@@ -17,6 +17,7 @@ pub mod mounted;
 pub mod plan;
 pub mod session;
 pub mod store;
+mod stored;
 pub mod tree;
 pub mod uses;
 pub mod verify;
@@ -28,6 +29,7 @@ pub use diff::{Change, ChangeKind};
 pub use execute::Put;
 pub use image::Image;
 pub use session::{Files, Mounts, Moved, Plans, Prepared};
+pub use stored::StoredArea;
 pub use uses::{How, Use};
 
 #[cfg(test)]

@@ -23,8 +23,8 @@ use super::mapped::mapped;
 use super::meta::{APPEND, IMMUTABLE, Identity, Meta, Stat, Time};
 use super::mounted::{Mounted, descend, file_error, split};
 use super::plan::{Plan, plan};
-use super::store::Store;
-use super::tree::{Content, Node, NodeId, Tree};
+use super::store::{Kept, Store};
+use super::tree::{Content, Node, NodeId, ROOT, Tree};
 use super::uses::{How, Use, exposed};
 use super::verify::verify;
 use super::walk::{Watched, walk};
@@ -160,6 +160,19 @@ impl Files {
             }
         }
         Ok(())
+    }
+
+    /// Keeps a content for a file of an area that is told by `read`, as far as it is no hole.
+    pub(super) fn keep_read(
+        &mut self,
+        area: &Area,
+        mounted: &Mounted,
+        size: u64,
+        data: Vec<(u64, u64)>,
+        read: &mut dyn FnMut(u64, &mut [u8]) -> std::io::Result<()>,
+    ) -> Result<Arc<Kept>> {
+        let beside = (area.device, mounted.beside.as_path());
+        self.store.keep_read(size, data, beside, read)
     }
 
     fn open_found(root: Pid, found: Found) -> Result<Prepared> {
@@ -348,7 +361,8 @@ impl Files {
         Ok(put)
     }
 
-    /// After all else went back: times that this has changed, and what is known now. `to` is the checkpoint among `images`.
+    /// After all else went back: times that this has changed, and what is known now. `to` is the checkpoint among `images`;
+    /// `directories` those, as the tree sees them, in which names may have come and gone.
     ///
     /// # Errors
     ///
@@ -360,6 +374,7 @@ impl Files {
         to: usize,
         plans: &Plans,
         uses: &[Use],
+        directories: &[PathBuf],
     ) -> Result<()> {
         for (number, (mounted, todo)) in mounts.0.iter().zip(&plans.0).enumerate() {
             let area = images[to].areas[number].area.clone();
@@ -377,7 +392,8 @@ impl Files {
                 known.learn(meta, content.clone(), read(ino));
             }
             exposed.iter().for_each(|ino| known.expose(*ino));
-            let rebound = rebound(mounted, &todo.wanted, &exposed)?;
+            let mut rebound = rebound(mounted, &todo.wanted, &exposed)?;
+            rebound.extend(visited(mounted, &todo.wanted, directories)?);
             // The deepest first: what is done to a name changes the times of its directory only.
             for (node, path) in &rebound {
                 let (parent, name) = split(path);
@@ -420,6 +436,16 @@ impl Files {
             }
         }
         Ok(())
+    }
+
+    /// Learns which files of a checkpoint are in use, and may change unseen.
+    pub fn expose(&mut self, image: &Image, uses: &[Use]) {
+        for area in &image.areas {
+            let index = self.index(&area.area);
+            let known = &mut self.known[index].1;
+            let exposed = exposed(uses, &area.area, &area.tree, known.trust());
+            exposed.iter().for_each(|ino| known.expose(*ino));
+        }
     }
 
     /// Compares all files with a checkpoint.
@@ -511,6 +537,31 @@ fn rebound(
             let parent = split(&path).0.to_owned();
             found.push((node, path));
             found.push((directory, parent));
+        }
+    }
+    Ok(found)
+}
+
+/// Those of the directories, as the tree sees them, that are in the area and have another time of change than they had.
+fn visited(
+    mounted: &Mounted,
+    wanted: &Tree,
+    directories: &[PathBuf],
+) -> Result<Vec<(NodeId, PathBuf)>> {
+    let mut found = Vec::new();
+    for below in directories
+        .iter()
+        .filter_map(|path| path.strip_prefix(&mounted.mount_point).ok())
+    {
+        let mut names = below.iter();
+        let Some(node) = names.try_fold(ROOT, |node, name| wanted.at(node, name)) else {
+            continue;
+        };
+        let now = mounted.stat(below);
+        let now = now.map_err(mounted.error("look at", below))?;
+        let was = &wanted.nodes[node];
+        if !was.of_lower && now.mtime != was.meta.stat.mtime {
+            found.push((node, below.to_owned()));
         }
     }
     Ok(found)

@@ -138,6 +138,9 @@ pub struct From<'a> {
     pub own: Option<&'a File>,
 }
 
+/// Puts a part of a content (offset and length) into a bin; returns whether its blocks can be shared.
+type Fill<'a> = dyn FnMut(&mut Bin, (u64, u64), u64, &mut Vec<u8>) -> io::Result<bool> + 'a;
+
 /// The contents of all checkpoints of a keeper.
 #[derive(Debug)]
 pub struct Store {
@@ -196,6 +199,57 @@ impl Store {
             error,
         };
         let data = data_of(from.live, size).map_err(failed)?;
+        self.keep_parts(
+            size,
+            data,
+            (device, beside),
+            &mut |bin, part, at, buffer| fill(bin, from, part, at, buffer),
+        )
+    }
+
+    /// Keeps a content of which `data`, offsets and lengths, is no hole, as `read` gives it at an offset.
+    ///
+    /// # Errors
+    ///
+    /// Refused if there is no room.
+    pub fn keep_read(
+        &mut self,
+        size: u64,
+        data: Vec<(u64, u64)>,
+        beside: (u64, &Path),
+        read: &mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>,
+    ) -> Result<Arc<Kept>> {
+        self.keep_parts(
+            size,
+            data,
+            beside,
+            &mut |bin, (offset, length), at, buffer| {
+                buffer.resize(PIECE, 0);
+                let mut done = 0;
+                while done < length {
+                    let piece = &mut buffer[..(length - done).min(PIECE as u64) as usize];
+                    read(offset + done, piece)?;
+                    bin.file.write_all_at(piece, at + done)?;
+                    done += piece.len() as u64;
+                }
+                // The blocks are not a file's yet, and can be from now on.
+                Ok(bin.shares)
+            },
+        )
+    }
+
+    fn keep_parts(
+        &mut self,
+        size: u64,
+        data: Vec<(u64, u64)>,
+        (device, beside): (u64, &Path),
+        fill: &mut Fill<'_>,
+    ) -> Result<Arc<Kept>> {
+        let failed = |error| Error::File {
+            what: "keep the content of",
+            path: PathBuf::from(format!("inode of {}", beside.display())),
+            error,
+        };
         let bytes: u64 = data.iter().map(|(_, length)| length).sum();
         if let Some(most) = self.max_bytes {
             let needed = self.used() + bytes;
@@ -224,7 +278,7 @@ impl Store {
             bin.end = (at + length).next_multiple_of(ALIGNMENT);
             kept.segments.push(Segment { offset, length, at });
             self.used.fetch_add(length, Ordering::Relaxed);
-            let filled = fill(bin, from, (offset, length), at, &mut self.buffer);
+            let filled = fill(bin, (offset, length), at, &mut self.buffer);
             match filled {
                 Ok(shared) => kept.shared &= shared,
                 Err(error) => return Err(no_room(error, &self.directory).unwrap_or_else(failed)),

@@ -132,7 +132,7 @@ impl Place {
         let mounts = files.open(self.pid(), images[to]).unwrap();
         let plans = files.plan(&mounts, images[to], &[]).unwrap();
         let put = files.execute(&mounts, images[to], &plans).unwrap();
-        files.settle(&mounts, images, to, &plans, &[]).unwrap();
+        files.settle(&mounts, images, to, &plans, &[], &[]).unwrap();
         files.rest();
         let differences = files.verify(&mounts, images[to]).unwrap();
         assert!(differences.is_empty(), "{differences:?}");

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use super::parts::{Nameless, NamelessContent};
 use super::write::Content;
+use crate::filesystem::store::{Kept, Segment};
 use crate::kernel::sparse::data_of;
 use crate::memory::{PAGE, Ranges, SharedContent, SpaceContent, Span};
 use crate::record::ObjectId;
@@ -77,14 +78,7 @@ impl<'p> NamelessPages<'p> {
     pub(super) fn ranges(&self) -> io::Result<Ranges> {
         let size = self.nameless.file.size;
         let data = match (&self.nameless.content, &self.live) {
-            (NamelessContent::Kept(kept), _) => {
-                let segments = kept.segments.iter();
-                let span = |segment: &crate::filesystem::store::Segment| Span {
-                    start: segment.offset,
-                    end: segment.offset + segment.length,
-                };
-                return Ok(whole(segments.map(span)));
-            }
+            (NamelessContent::Kept(kept), _) => return Ok(ranges_of(kept)),
             (NamelessContent::Live(_), Some(live)) => data_of(live, size)?,
             (NamelessContent::Live(_), None) => Vec::new(),
         };
@@ -109,21 +103,7 @@ impl Content for NamelessPages<'_> {
 
     fn read(&self, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
         match (&self.nameless.content, &self.live) {
-            (NamelessContent::Kept(kept), _) => read_each(spans, buffer, |offset, buffer| {
-                buffer.fill(0);
-                let end = offset + buffer.len() as u64;
-                for segment in &kept.segments {
-                    let (from, to) = (
-                        segment.offset.max(offset),
-                        (segment.offset + segment.length).min(end),
-                    );
-                    if from < to {
-                        let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
-                        kept.read_exact_at(segment, part, from)?;
-                    }
-                }
-                Ok(())
-            }),
+            (NamelessContent::Kept(kept), _) => read_kept(kept, spans, buffer),
             (NamelessContent::Live(_), Some(live)) => read_each(spans, buffer, |offset, buffer| {
                 let mut filled = 0;
                 while filled < buffer.len() {
@@ -138,6 +118,68 @@ impl Content for NamelessPages<'_> {
             (NamelessContent::Live(_), None) => Err(io::ErrorKind::NotFound.into()),
         }
     }
+}
+
+/// The content of a file as it was at the checkpoint.
+pub(super) struct KeptPages<'p> {
+    id: ObjectId,
+    kept: &'p Kept,
+}
+
+impl<'p> KeptPages<'p> {
+    pub(super) fn new(id: ObjectId, kept: &'p Kept) -> Self {
+        Self { id, kept }
+    }
+
+    /// What of it is not a hole, in whole pages.
+    pub(super) fn ranges(&self) -> Ranges {
+        ranges_of(self.kept)
+    }
+}
+
+impl Content for KeptPages<'_> {
+    fn id(&self) -> ObjectId {
+        self.id
+    }
+
+    fn name(&self) -> String {
+        format!("the content of a file, {} bytes", self.kept.size)
+    }
+
+    fn is_stable(&self) -> bool {
+        true
+    }
+
+    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
+        read_kept(self.kept, spans, buffer)
+    }
+}
+
+fn ranges_of(kept: &Kept) -> Ranges {
+    let span = |segment: &Segment| Span {
+        start: segment.offset,
+        end: segment.offset + segment.length,
+    };
+    whole(kept.segments.iter().map(span))
+}
+
+fn read_kept(kept: &Kept, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
+    read_each(spans, buffer, |offset, buffer| {
+        buffer.fill(0);
+        let end = offset + buffer.len() as u64;
+        let after = |segment: &Segment| segment.offset + segment.length <= offset;
+        let first = kept.segments.partition_point(after);
+        let inside = kept.segments[first..].iter();
+        for segment in inside.take_while(|segment| segment.offset < end) {
+            let (from, to) = (
+                segment.offset.max(offset),
+                (segment.offset + segment.length).min(end),
+            );
+            let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
+            kept.read_exact_at(segment, part, from)?;
+        }
+        Ok(())
+    })
 }
 
 /// Spans made longer to whole pages.

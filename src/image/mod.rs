@@ -9,6 +9,8 @@
 
 mod contents;
 mod error;
+mod fuzzing;
+mod inspect;
 mod layout;
 mod on_disk;
 mod open;
@@ -17,12 +19,17 @@ mod parts;
 mod persist;
 mod space;
 mod staging;
+mod view;
 mod write;
 
 #[cfg(test)]
-mod tests;
+mod damage_tests;
+#[cfg(test)]
+mod properties;
 
 pub use error::{Error, Result};
+pub use fuzzing::fuzz_one;
+pub use inspect::{FileView, Inspection, KindView, Made};
 pub use layout::{Encoding, Info, MOST_PAGES, MappedFile, NamelessFile, PagesHeader, Program, Run};
 pub use on_disk::{Durability, OnDisk, Persisting};
 pub use open::Opened;
@@ -30,6 +37,7 @@ pub use pages::StoredPages;
 pub use parts::Parts;
 pub use persist::{Options, Progress, Summary, Why, persist};
 pub use space::StoredSpace;
+pub use view::{DescriptorView, ProcessView, SpaceView, VmaView};
 
 /// The file of an image that is what the context writes out.
 pub const CONTEXT_FILE: &str = "checkpoint.img";

@@ -11,6 +11,7 @@ use super::layout::{Info, NamelessFile, Run};
 use super::pages::{Store, StoredPages};
 use super::space::StoredSpace;
 use super::{CONTEXT_FILE, Error, MEMORY_FILE, Result};
+use crate::filesystem::StoredArea;
 use crate::memory::{Segments, SharedObject, Span};
 use crate::record::{Context, Frames, Kind, ObjectId};
 
@@ -29,6 +30,8 @@ pub struct Opened {
     pub segments: Segments,
     /// Files without a name that were open or mapped; their contents are pages.
     pub nameless: BTreeMap<ObjectId, NamelessFile>,
+    /// The files that go back with the tree; contents are pages of the objects after each.
+    pub files: Vec<(ObjectId, StoredArea)>,
     store: Arc<Store>,
 }
 
@@ -108,9 +111,25 @@ impl Opened {
                 nameless.insert(frame.id(), file);
             }
         }
+        let mut files = Vec::new();
+        for frame in frames.frames() {
+            if frame.kind() == Kind::FileArea {
+                let payload = frames.payload(frame).map_err(Error::image(&path))?;
+                let area: StoredArea =
+                    serde_json::from_slice(&payload).map_err(bad(Kind::FileArea))?;
+                let told = |problem| wrong(format!("files, object {}: {problem}", frame.id()));
+                area.check().map_err(told)?;
+                files.push((frame.id(), area));
+            }
+        }
         let shared = context.records_of(Kind::SharedMemory);
         let owners = spaces.keys().chain(nameless.keys()).copied();
-        for id in owners.chain(shared.map(|record| record.id())) {
+        let contents = files.iter().flat_map(|(id, area)| {
+            let ids = id.raw() + 1..=id.raw().saturating_add(area.contents);
+            ids.filter_map(ObjectId::from_raw)
+        });
+        let shared = shared.map(|record| record.id());
+        for id in owners.chain(shared).chain(contents) {
             if store.index(id).is_none() {
                 return Err(wrong(format!("there is no page index of object {id}")));
             }
@@ -121,6 +140,7 @@ impl Opened {
             spaces,
             segments,
             nameless,
+            files,
             store: Arc::new(store),
         })
     }
@@ -168,7 +188,7 @@ impl Opened {
     ///
     /// They are damaged: which record.
     pub fn verify(&self) -> Result<()> {
-        self.store.verify()
+        self.store.problems().next().map_or(Ok(()), Err)
     }
 }
 

@@ -63,13 +63,34 @@ impl Store {
         self.indexes.get(&id).map(Vec::as_slice)
     }
 
-    /// Checks all contents.
-    pub(super) fn verify(&self) -> Result<()> {
+    /// Checks all contents: what is wrong, one after the other.
+    pub(super) fn problems(&self) -> impl Iterator<Item = Error> {
+        let mut wanted: BTreeMap<u64, u32> = BTreeMap::new();
+        for run in self.indexes.values().flatten() {
+            let end = wanted.entry(run.record).or_default();
+            *end = (*end).max(run.first + run.pages);
+        }
         let of_kind = |frame: &&crate::record::Frame| frame.kind() == Kind::Pages;
         let records = self.frames.frames().iter().filter(of_kind);
-        records
-            .map(crate::record::Frame::sequence)
-            .try_for_each(|record| self.decode(record).map(drop))
+        records.filter_map(move |frame| {
+            let end = wanted.get(&frame.sequence()).copied().unwrap_or(0);
+            match self.decode(frame.sequence()) {
+                Ok(contents) if (contents.len() as u64) < u64::from(end) * PAGE => {
+                    let at = frame.position();
+                    let problem = format!("{at}: there are fewer pages than its index says");
+                    Some(self.wrong(problem))
+                }
+                Ok(_) => None,
+                Err(error) => Some(error),
+            }
+        })
+    }
+
+    fn wrong(&self, problem: String) -> Error {
+        Error::Inconsistent {
+            path: self.path.clone(),
+            problem,
+        }
     }
 
     /// The contents of a record.
@@ -93,19 +114,16 @@ impl Store {
     }
 
     fn decode(&self, record: u64) -> Result<Vec<u8>> {
-        let wrong = |problem: String| Error::Inconsistent {
-            path: self.path.clone(),
-            problem,
-        };
         let frame = usize::try_from(record)
             .ok()
             .and_then(|number| self.frames.frames().get(number))
-            .ok_or_else(|| wrong(format!("there is no record {record}")))?;
+            .ok_or_else(|| self.wrong(format!("there is no record {record}")))?;
         let mut payload = self
             .frames
             .payload(frame)
             .map_err(Error::image(&self.path))?;
-        contents(&mut payload).map_err(|problem| wrong(format!("{}: {problem}", frame.position())))
+        contents(&mut payload)
+            .map_err(|problem| self.wrong(format!("{}: {problem}", frame.position())))
     }
 }
 

@@ -10,11 +10,11 @@ use std::time::UNIX_EPOCH;
 use super::layout::{Info, NamelessFile};
 use super::{Error, Result};
 use crate::checkpoint::Checkpoint;
+use crate::filesystem::StoredArea;
 use crate::filesystem::store::Kept;
 use crate::memory::{Segments, SharedContent, SpaceContent};
 use crate::objects;
 use crate::objects::state::State;
-use crate::outcome::Refusal;
 use crate::record::{Context, Kind, ObjectId};
 
 /// All of a checkpoint, to be written out on any thread. The checkpoint can be rolled back to meanwhile; if it is released
@@ -27,6 +27,7 @@ pub struct Parts {
     pub(super) shared: Vec<SharedContent>,
     pub(super) segments: Segments,
     pub(super) nameless: Vec<Nameless>,
+    pub(super) files: Vec<(StoredArea, Vec<Arc<Kept>>)>,
 }
 
 /// A file without a name, and what is in it.
@@ -53,29 +54,9 @@ impl Parts {
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let context = &checkpoint.context;
         let content = |image| SpaceContent::of(image, context);
-        let since = checkpoint.taken_at.duration_since(UNIX_EPOCH);
-        let files = &checkpoint.files;
         let nameless = nameless(checkpoint)?;
         Ok(Self {
-            info: Info {
-                name: checkpoint.name.clone(),
-                taken_ns: since.unwrap_or_default().as_nanos() as u64,
-                processes: checkpoint.processes,
-                threads: checkpoint.threads,
-                resident_pages: checkpoint.resident_pages,
-                page_records: 0,
-                nameless_files: 0,
-                files: files
-                    .areas
-                    .iter()
-                    .map(|area| area.area.mount_point.clone())
-                    .collect(),
-                left_out: files
-                    .left_out
-                    .iter()
-                    .map(|mount| (mount.mount_point.clone(), mount.why.clone()))
-                    .collect(),
-            },
+            info: Info::of(checkpoint),
             context: Arc::clone(context),
             spaces: checkpoint
                 .spaces
@@ -89,21 +70,13 @@ impl Parts {
                 .collect(),
             segments: checkpoint.segments.clone(),
             nameless,
+            files: checkpoint
+                .files
+                .areas
+                .iter()
+                .map(|area| area.stored())
+                .collect(),
         })
-    }
-
-    /// Refuses what can't be written yet.
-    pub(super) fn check(&self) -> Result<()> {
-        let Some(first) = self.info.files.first() else {
-            return Ok(());
-        };
-        Err(Refusal {
-            object: format!("files in {}", first.display()),
-            holder: format!("checkpoint {:?}", self.info.name),
-            remedy: "files can't be written to images yet; take the checkpoint with --no-files"
-                .into(),
-        }
-        .into())
     }
 
     /// The greatest id that the context has given out: what is numbered here is above it.
@@ -123,6 +96,29 @@ impl Parts {
             .map(inode)
             .collect::<crate::record::Result<_>>()
             .map_err(|error| Error::Memory(error.into()))
+    }
+}
+
+impl Info {
+    /// That of a checkpoint in RAM.
+    pub(super) fn of(checkpoint: &Checkpoint) -> Self {
+        let since = checkpoint.taken_at.duration_since(UNIX_EPOCH);
+        let files = &checkpoint.files;
+        let areas = files.areas.iter();
+        let left_out = files.left_out.iter();
+        Self {
+            name: checkpoint.name.clone(),
+            taken_ns: since.unwrap_or_default().as_nanos() as u64,
+            processes: checkpoint.processes,
+            threads: checkpoint.threads,
+            resident_pages: checkpoint.resident_pages,
+            page_records: 0,
+            nameless_files: 0,
+            files: areas.map(|area| area.area.mount_point.clone()).collect(),
+            left_out: left_out
+                .map(|mount| (mount.mount_point.clone(), mount.why.clone()))
+                .collect(),
+        }
     }
 }
 

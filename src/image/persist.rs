@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
-use super::contents::{NamelessPages, whole};
+use super::contents::{KeptPages, NamelessPages, whole};
 use super::layout::{Encoding, MappedFile, Program};
 use super::parts::{DELETED, Nameless, NamelessContent, Parts, describe};
 use super::staging::Staging;
@@ -118,7 +118,6 @@ pub fn persist(
 
 fn write(parts: Parts, target: &Path, options: Options, progress: &Progress) -> Result<Summary> {
     progress.check()?;
-    parts.check()?;
     let staging = Staging::begin(target)?;
     fault::point("persist.begun");
     let (path, file) = staging.create(CONTEXT_FILE)?;
@@ -205,6 +204,21 @@ fn write_memory(
         let pages = NamelessPages::open(id, nameless).map_err(failed)?;
         let ranges = pages.ranges().map_err(failed)?;
         contents.push((Box::new(pages), ranges));
+    }
+    let mut last = parts.last_id() + parts.nameless.len() as u64;
+    let mut next = || {
+        last += 1;
+        ObjectId::from_raw(last).unwrap_or(ObjectId::IMAGE)
+    };
+    for (area, kept) in &parts.files {
+        context
+            .put_json(Kind::FileArea, next(), area)
+            .map_err(Error::image(path))?;
+        for kept in kept {
+            let pages = KeptPages::new(next(), kept);
+            let ranges = pages.ranges();
+            contents.push((Box::new(pages), ranges));
+        }
     }
     let (contents, ranges): (Vec<_>, Vec<_>) = contents.into_iter().unzip();
     let total = ranges.iter().map(Ranges::bytes).sum();

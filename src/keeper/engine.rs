@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 
 use crate::engine::{self, Engine, RollbackOptions, TakeOptions, Target};
 use crate::filesystem;
-use crate::image::{Encoding, Opened, Options};
+use crate::image::{Encoding, Inspection, Opened, Options};
 use crate::keeper::Errand;
 use crate::keeper::protocol::{Change, CheckpointInfo, Failure, FileOptions, KeepOptions};
 use crate::keeper::server::Operations;
@@ -78,6 +78,10 @@ impl Operations for Engine {
     fn diff(&mut self, name: &str) -> Result<Vec<Change>, Failure> {
         let changes = Engine::diff(self, name)?;
         Ok(changes.into_iter().map(change).collect())
+    }
+
+    fn inspect(&self, name: &str) -> Result<Inspection, Failure> {
+        Ok(Engine::inspect(self, name)?)
     }
 
     fn persist(&mut self, name: &str, to: &Path, encoding: Encoding) -> Result<Work, Failure> {

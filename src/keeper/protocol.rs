@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::filesystem::ChangeKind;
-use crate::image::{Durability, Encoding, Summary};
+use crate::image::{Durability, Encoding, Inspection, Summary};
 use crate::outcome::{Refusal, Report};
 
 /// The version of this protocol. Both sides name theirs in [`Hello`]; they must be equal.
@@ -94,6 +94,11 @@ pub enum Request {
         /// The checkpoint's name.
         name: String,
     },
+    /// Tell what is in a checkpoint.
+    Inspect {
+        /// The checkpoint's name.
+        name: String,
+    },
     /// Write a checkpoint to disk. Answered by any number of [`Response::Progress`] and one that ends it; a client that hangs
     /// up before cancels it.
     Persist {
@@ -140,6 +145,11 @@ pub enum Response {
     Changes {
         /// In the order of paths.
         changes: Vec<Change>,
+    },
+    /// What is in a checkpoint.
+    Inspection {
+        /// It.
+        inspection: Box<Inspection>,
     },
     /// How far the writing of an image is.
     Progress {

@@ -19,7 +19,7 @@ use nix::unistd::{Pid, geteuid};
 use parking_lot::{Condvar, Mutex};
 
 use crate::fault;
-use crate::image::Encoding;
+use crate::image::{Encoding, Inspection};
 use crate::keeper::directory::Locked;
 use crate::keeper::protocol::{
     Change, CheckpointInfo, Failure, FileOptions, Hello, KeepOptions, Request, Response, VERSION,
@@ -58,6 +58,12 @@ pub trait Operations {
     ///
     /// Refused or failed; the tree runs as before.
     fn diff(&mut self, name: &str) -> Result<Vec<Change>, Failure>;
+    /// What is in a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name.
+    fn inspect(&self, name: &str) -> Result<Inspection, Failure>;
     /// Prepares to write a checkpoint to a directory.
     ///
     /// # Errors
@@ -549,6 +555,7 @@ fn carry_out<O: Operations>(
                 }
                 Request::Rollback { .. }
                 | Request::Diff { .. }
+                | Request::Inspect { .. }
                 | Request::Persist { .. }
                 | Request::Checkpoints => End::Never,
             };
@@ -609,6 +616,13 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
             operations.checkpoint(name, files, *keep).map(report)
         }
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
+        Request::Inspect { name } => {
+            operations
+                .inspect(name)
+                .map(|inspection| Response::Inspection {
+                    inspection: Box::new(inspection),
+                })
+        }
         Request::Restore { name, from, verify } => {
             operations.restore(name, from, *verify).map(report)
         }

@@ -15,7 +15,7 @@ use super::directory::{Found, Locked};
 use super::protocol::*;
 use super::server::serve;
 use super::*;
-use crate::image::{Encoding, Progress};
+use crate::image::{Encoding, Inspection, Progress};
 use crate::outcome::{Outcome, Refusal, Report};
 
 /// What the fake tree does. Shared by all keepers that a test starts.
@@ -109,6 +109,10 @@ impl Operations for Fake {
 
     fn diff(&mut self, _: &str) -> Result<Vec<Change>, Failure> {
         Ok(Vec::new())
+    }
+
+    fn inspect(&self, _: &str) -> Result<Inspection, Failure> {
+        Ok(Inspection::default())
     }
 
     fn persist(&mut self, name: &str, _: &Path, _: Encoding) -> Result<Work, Failure> {

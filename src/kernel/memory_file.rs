@@ -8,6 +8,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -35,6 +36,17 @@ pub fn map_memory_file(name: &CStr, len: usize) -> io::Result<MmapMut> {
     // can write to it; it is sealed, so it cannot shrink under the mapping (no SIGBUS).
     let map = unsafe { MmapOptions::new().len(len).map_mut(&file)? };
     Ok(map)
+}
+
+/// A new memory file that holds `bytes`.
+///
+/// # Errors
+///
+/// What `memfd_create(2)` and `write(2)` report.
+pub fn memory_file(name: &CStr, bytes: &[u8]) -> io::Result<File> {
+    let file = File::from(memfd_create(name, MemFdCreateFlag::MFD_CLOEXEC)?);
+    file.write_all_at(bytes, 0)?;
+    Ok(file)
 }
 
 /// A memory file that one thread fills from the front while others read what is already there.

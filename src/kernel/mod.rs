@@ -2,6 +2,7 @@
 
 pub mod anonymous;
 pub mod confined;
+pub mod credentials;
 pub mod detached;
 pub mod disposition;
 pub mod host_names;

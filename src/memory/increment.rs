@@ -8,6 +8,7 @@ use std::sync::{Arc, Weak};
 
 use nix::unistd::Pid;
 
+use crate::fault;
 use crate::freeze::{Batch, StepId, Stopped};
 use crate::kernel::pagemap::{Categories, Scan};
 use crate::kernel::{procfs, remote_memory, smaps};
@@ -250,10 +251,12 @@ impl Space {
         self.hot.all_armed();
         let written: Ranges = written.iter().map(Span::from).collect();
         self.history.armed(&written);
+        fault::point("increment.armed");
         // What ran in it since it was looked at may have written to it.
         let changed = changed.union(&written.intersection(&populated));
         pages.clear(&gone);
         self.copy_out(stopped, &changed, &mut pages)?;
+        fault::point("increment.copied");
         let described = describe(stopped, pid, guards)?;
         let pins = pins(pid, &base, &layout, &self.foothold.pins())?;
         let window = window_span(stopped, pid)?;

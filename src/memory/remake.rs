@@ -5,7 +5,7 @@
 //! program's parts are.
 
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -194,6 +194,45 @@ impl Space {
         }
         // What is kept by copy is not as the shadow has it.
         let same = same.difference(&image.source.copies());
+        plan.copy = plan.copy.difference(&same);
+        Ok(())
+    }
+
+    /// Takes pages out of what is to be copied that the process has from its parent with the very same content. To be called
+    /// when the VMAs are as in the image.
+    pub fn keep_equal(&self, stopped: &Stopped, image: &SpaceImage, plan: &mut Plan) -> Result<()> {
+        /// Bytes compared at once.
+        const PIECE: u64 = 1 << 20;
+        let member = stopped.member(self.pid)?;
+        let mut same = Ranges::new();
+        let (mut here, mut there) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
+        for span in plan.copy.pieces(PIECE) {
+            let frames = pagemap::frames(&member.pagemap, span.start, span.end)
+                .map_err(|error| system(self.pid, "look at its page frames", error))?;
+            if frames.iter().all(|frame| *frame == 0) {
+                continue;
+            }
+            let len = span.len() as usize;
+            let (here, there) = (&mut here[..len], &mut there[..len]);
+            member
+                .memory
+                .read_exact_at(here, span.start)
+                .map_err(|error| system(self.pid, "read its memory", error))?;
+            image
+                .source
+                .read(&[span], there)
+                .map_err(|error| system(self.pid, "read its recorded pages", error))?;
+            let pages = (span.start..span.end).step_by(PAGE as usize);
+            let both = here.chunks(PAGE as usize).zip(there.chunks(PAGE as usize));
+            for ((start, frame), (here, there)) in pages.zip(frames).zip(both) {
+                if frame != 0 && here == there {
+                    same.push(Span {
+                        start,
+                        end: start + PAGE,
+                    });
+                }
+            }
+        }
         plan.copy = plan.copy.difference(&same);
         Ok(())
     }

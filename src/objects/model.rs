@@ -1,6 +1,9 @@
 //! What is recorded of file tables and open file descriptions, and what is found of them later.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -237,6 +240,32 @@ impl Recorded {
             let is_memfd = file.form == crate::objects::file::Form::Memfd;
             is_memfd.then_some((description.common.inode(), file.path.as_str()))
         })
+    }
+
+    /// The inodes of plain files that are open by a name which was deleted.
+    pub fn deleted_inodes(&self) -> impl Iterator<Item = Inode> {
+        let deleted = |description: &&Description| match &description.state {
+            State::File(file) => {
+                file.form == crate::objects::file::Form::Plain && file.path.ends_with(" (deleted)")
+            }
+            _ => false,
+        };
+        let found = self.descriptions.values().filter(deleted);
+        found.map(|description| description.common.inode())
+    }
+
+    /// Directories in which unix sockets are bound, or were, as the tree sees them: where one was deleted nothing is left of
+    /// making it again but the directory's times.
+    pub fn socket_directories(&self) -> Vec<PathBuf> {
+        let path = |socket: &socket::State| {
+            let path = Path::new(OsStr::from_bytes(socket.local.unix_path()?));
+            let parent = path.parent().filter(|_| path.is_absolute());
+            parent.map(Path::to_owned)
+        };
+        let mut found: Vec<PathBuf> = self.sockets().into_values().filter_map(path).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
     }
 
     /// A refusal about a description, named by its first place.

@@ -11,12 +11,13 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, tee};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::pipe2;
+use nix::unistd::{Pid, pipe2};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::model::Place;
 use crate::kernel::anonymous::readable_bytes;
+use crate::kernel::procfs;
 
 /// An end of a pipe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,6 +247,8 @@ pub fn outside_holder(
         problem: error.to_string(),
     };
     let ourselves = std::process::id() as i32;
+    // The oldest, as the others may be children of it that are about to execute something, and will have it no more.
+    let mut oldest: Option<(u64, Place)> = None;
     for process in std::fs::read_dir("/proc").map_err(text)? {
         let name = process.map_err(text)?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
@@ -263,10 +266,14 @@ pub fn outside_holder(
             && pid != ourselves
             && !but(pid)
         {
-            return Ok(Some(Place { pid, fd }));
+            let stat = procfs::Stat::read(Pid::from_raw(pid));
+            let since = stat.map_or(u64::MAX, |stat| stat.start_time());
+            if oldest.is_none_or(|(age, _)| since < age) {
+                oldest = Some((since, Place { pid, fd }));
+            }
         }
     }
-    Ok(None)
+    Ok(oldest.map(|(_, place)| place))
 }
 
 /// A new pipe like it, with its content: the reading and the writing end.

@@ -230,34 +230,40 @@ fn bad(record: &Record<'_>, problem: &str) -> Error {
 
 /// Reads back what [`write()`] wrote; the names of the processes are others' records.
 pub fn read(context: &Context) -> Result<Recorded, Error> {
+    let (recorded, errors) = read_as_far(context);
+    errors.into_iter().next().map_or(Ok(recorded), Err)
+}
+
+/// As [`read`], as far as the records are good; and what is wrong with the others.
+pub fn read_as_far(context: &Context) -> (Recorded, Vec<Error>) {
     let mut recorded = Recorded::default();
-    for record in context.records_of(Kind::Pipe) {
-        let pipe = read_pipe(&record)?;
-        recorded.pipes.insert(pipe.inode, pipe);
-    }
-    for record in KINDS.into_iter().flat_map(|kind| context.records_of(kind)) {
-        let description = match record.kind() {
-            Kind::OpenFile | Kind::Memfd => read_file(&record)?,
-            _ => record.json()?,
+    let mut errors = Vec::new();
+    for record in context.records() {
+        let kind = record.kind();
+        let done = match kind {
+            Kind::Pipe => {
+                read_pipe(&record).map(|pipe| drop(recorded.pipes.insert(pipe.inode, pipe)))
+            }
+            Kind::OpenFile | Kind::Memfd => read_file(&record).map(|file| {
+                recorded.descriptions.insert(record.id(), file);
+            }),
+            _ if KINDS.contains(&kind) => json(&record).map(|description| {
+                recorded.descriptions.insert(record.id(), description);
+            }),
+            Kind::SystemVIpc => json(&record).map(|sysv| recorded.sysv = sysv),
+            Kind::Mounts => json(&record).map(|mounts| recorded.mounts.push(mounts)),
+            Kind::Terminal => json(&record).map(|terminal| recorded.terminals.push(terminal)),
+            Kind::FileLocks => json(&record).map(|locks| recorded.locks = locks),
+            Kind::FileTable => read_table(&record).map(|table| recorded.tables.push(table)),
+            _ => Ok(()),
         };
-        recorded.descriptions.insert(record.id(), description);
+        errors.extend(done.err());
     }
-    for record in context.records_of(Kind::SystemVIpc) {
-        recorded.sysv = record.json()?;
-    }
-    for record in context.records_of(Kind::Mounts) {
-        recorded.mounts.push(record.json()?);
-    }
-    for record in context.records_of(Kind::Terminal) {
-        recorded.terminals.push(record.json()?);
-    }
-    for record in context.records_of(Kind::FileLocks) {
-        recorded.locks = record.json()?;
-    }
-    for record in context.records_of(Kind::FileTable) {
-        recorded.tables.push(read_table(&record)?);
-    }
-    Ok(recorded)
+    (recorded, errors)
+}
+
+fn json<T: serde::de::DeserializeOwned>(record: &Record<'_>) -> Result<T, Error> {
+    Ok(record.json()?)
 }
 
 fn read_table(record: &Record<'_>) -> Result<Table<ObjectId>, Error> {

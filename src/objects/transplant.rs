@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 
 use super::Error;
 use super::capture::Capture;
+use super::epoll;
 use super::file::{self, Form};
 use super::model::{Complaint, Description, Inode, ObjectId, Recorded};
 use super::reborn::reborn;
@@ -57,6 +58,14 @@ pub fn check_transplant(context: &Context, names: &BTreeMap<i32, String>) -> Res
     if recorded.sysv.semaphores.len() + recorded.sysv.queues.len() > 0 {
         return Err(refuse("System V semaphores or message queues").into());
     }
+    if let Some(table) = recorded.tables.iter().find(|table| table.holders.len() > 1) {
+        return Err(crate::outcome::Refusal {
+            object: "its file table, which it shared with another process (CLONE_FILES)".into(),
+            holder: recorded.holder(table.pid()),
+            remedy: "it can't be made of an image yet; take the checkpoint without it".into(),
+        }
+        .into());
+    }
     if !recorded.terminals.is_empty() {
         return Err(refuse("a terminal").into());
     }
@@ -77,6 +86,9 @@ fn check(description: &Description) -> Result<(), Complaint> {
             Form::Plain | Form::Memfd | Form::Device | Form::Process(_) => Ok(()),
             Form::Terminal | Form::Master | Form::Kept => not_yet(&file.path),
         },
+        State::Pipe(pipe) if pipe.fifo.as_deref().is_some_and(is_deleted) => {
+            not_yet("a FIFO that was deleted")
+        }
         State::Inotify(inotify) if !inotify.watches.is_empty() => not_yet("an inotify instance"),
         _ => Ok(()),
     }
@@ -84,7 +96,11 @@ fn check(description: &Description) -> Result<(), Complaint> {
 
 /// Whether it has no name that could lead to it.
 fn is_nameless(file: &file::State) -> bool {
-    file.form == Form::Memfd || file.pinned || file.path.ends_with(" (deleted)")
+    file.form == Form::Memfd || file.pinned || is_deleted(&file.path)
+}
+
+fn is_deleted(path: &str) -> bool {
+    path.ends_with(" (deleted)")
 }
 
 /// Files that were made for descriptions which had none with a name: by inode as recorded, and which description is of which
@@ -95,6 +111,8 @@ pub struct Nameless<'a> {
     pub files: &'a BTreeMap<Inode, File>,
     /// The descriptions.
     pub descriptions: &'a BTreeMap<ObjectId, Inode>,
+    /// Other names of files whose descriptions were opened by a name that was deleted since.
+    pub linked: &'a BTreeMap<Inode, PathBuf>,
 }
 
 impl Nameless<'_> {
@@ -185,6 +203,7 @@ pub fn transplant(
             }
         }
     }
+    tell_watchers(&mut capture.recorded);
     for lock in &mut capture.recorded.locks {
         lock.inode = *moved.get(&lock.inode).unwrap_or(&lock.inode);
     }
@@ -197,6 +216,26 @@ pub fn transplant(
     Ok(capture)
 }
 
+/// Has epoll instances know the inodes that what they watch has now.
+fn tell_watchers(recorded: &mut Recorded) {
+    let inodes: BTreeMap<ObjectId, Inode> = recorded
+        .descriptions
+        .iter()
+        .map(|(id, description)| (*id, description.common.inode()))
+        .collect();
+    for description in recorded.descriptions.values_mut() {
+        let State::Epoll(state) = &mut description.state else {
+            continue;
+        };
+        for entry in &mut state.entries {
+            let watched = entry.watches.and_then(|id| inodes.get(&id));
+            if let Some((device, inode)) = watched {
+                entry.inode = (epoll::kernel_device(*device), *inode);
+            }
+        }
+    }
+}
+
 /// Where a description leads in the new container: `None`, it will be made; or the inode, and a pin of it.
 type Found = Result<Option<(Inode, Option<OwnedFd>)>, Complaint>;
 
@@ -207,7 +246,11 @@ fn place(
     nameless: Nameless<'_>,
     root: BorrowedFd<'_>,
 ) -> Found {
+    let linked = nameless.linked.get(&description.common.inode());
     let path = match &description.state {
+        State::File(file) if is_nameless(file) && linked.is_some() => {
+            linked.map_or_else(String::new, |path| path.to_string_lossy().into_owned())
+        }
         State::File(file) if is_nameless(file) => {
             let made = nameless.file(id, description, file);
             let found = made.and_then(|made| Ok((made.metadata()?, made)));

@@ -195,12 +195,26 @@ impl Context {
     /// [`Error::FutureFormat`], [`Error::Truncated`], [`Error::AbsurdLength`], [`Error::Checksum`], [`Error::Order`],
     /// [`Error::UnknownKind`], [`Error::FutureVersion`], [`Error::Malformed`]. [`Error::Chunk`] if memory runs out.
     pub fn load(reader: impl Read) -> Result<Context> {
+        match Context::load_damaged(reader) {
+            (context, None) => Ok(context),
+            (_, Some(error)) => Err(error),
+        }
+    }
+
+    /// As [`Context::load`], of an image that may be damaged: the records before the damage, and what that is.
+    pub fn load_damaged(reader: impl Read) -> (Context, Option<Error>) {
         let mut decoder = Decoder::new(reader);
         let (mut chunks, mut entries) = (Vec::new(), Vec::new());
-        while let Some(Decoded { entry, new_chunk }) = decoder.next()? {
-            chunks.extend(new_chunk);
-            entries.push(entry);
-        }
-        Ok(Context::loaded(Chain::read(chunks), entries))
+        let error = loop {
+            match decoder.next() {
+                Ok(Some(Decoded { entry, new_chunk })) => {
+                    chunks.extend(new_chunk);
+                    entries.push(entry);
+                }
+                Ok(None) => break None,
+                Err(error) => break Some(error),
+            }
+        };
+        (Context::loaded(Chain::read(chunks), entries), error)
     }
 }

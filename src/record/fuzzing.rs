@@ -56,7 +56,7 @@ fn check(input: &[u8]) {
 }
 
 /// The input with the checksums of all its frames and the digest of its trailers as they should be.
-pub(super) fn with_right_checksums(input: &[u8]) -> Vec<u8> {
+pub(crate) fn with_right_checksums(input: &[u8]) -> Vec<u8> {
     let mut image = input.to_vec();
     let mut digest = Digest::default();
     let Some(mut rest) = image.get_mut(Prologue::LEN..) else {

@@ -100,6 +100,9 @@ kinds! {
     /// The checkpoint that an image was made of.
     Checkpoint = 45, version 1, "checkpoint";
 
+    /// The files of a mounted file system that goes back with the tree.
+    FileArea = 46, version 1, "files";
+
     /// One descriptor table, shared by `CLONE_FILES`.
     FileTable = 48, version 1, "file table";
     /// An open file description of a regular file, a directory or a plain device.

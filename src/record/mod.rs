@@ -68,6 +68,7 @@ pub use error::{Error, Result};
 pub use frame::{ALIGNMENT, FORMAT_VERSION, ImageHeader, MAGIC, MAX_PAYLOAD, Position};
 pub use frames::{Frame, Frames};
 pub use fuzzing::fuzz_one;
+pub(crate) use fuzzing::with_right_checksums;
 pub use kind::Kind;
 pub use object::{Interned, ObjectId, ObjectKey};
 pub use read_ahead::{ReadAhead, read_ahead};

@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ffi::{CString, OsStr};
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Permissions};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::OFlag;
 use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
+use rustix::fs::{AtFlags, Mode, OFlags, openat, unlinkat};
 
 use crate::image::{NamelessFile, Opened};
-use crate::kernel::{confined, shared_map};
+use crate::kernel::{confined, credentials, shared_map};
 use crate::memory::{PAGE, Span};
 use crate::objects::{self, Nameless};
 use crate::outcome::Refusal;
@@ -29,6 +30,8 @@ pub(super) struct Contents {
     pub(super) files: BTreeMap<(u64, u64), File>,
     /// By open file description.
     pub(super) descriptions: BTreeMap<ObjectId, (u64, u64)>,
+    /// Names of files that were open by a name which was deleted.
+    pub(super) linked: BTreeMap<(u64, u64), PathBuf>,
     /// Those among them that are shared memory.
     pub(super) shared: Vec<(u64, u64)>,
 }
@@ -60,6 +63,11 @@ impl Contents {
                 made.descriptions.insert(*description, key);
             }
         }
+        for inode in recorded.deleted_inodes() {
+            let mut areas = origin.image.files.iter();
+            let found = areas.find_map(|(_, area)| area.path_of(inode));
+            made.linked.extend(found.map(|path| (inode, path)));
+        }
         Ok(made)
     }
 
@@ -68,6 +76,7 @@ impl Contents {
         Nameless {
             files: &self.files,
             descriptions: &self.descriptions,
+            linked: &self.linked,
         }
     }
 
@@ -80,7 +89,8 @@ impl Contents {
 
 /// A deleted file, with its content and metadata.
 fn again(origin: &Origin, id: ObjectId, nameless: &NamelessFile, root: &File) -> Result<File> {
-    let file = without_name(&nameless.path, root)?;
+    let owner = (nameless.uid, nameless.gid);
+    let file = credentials::acting_as(owner, || without_name(&nameless.path, root))?;
     fill(&origin.image, id, nameless.size, &file)?;
     let describe = |what: &str| system(&format!("{what} {}", nameless.path.display()));
     std::os::unix::fs::fchown(&file, Some(nameless.uid), Some(nameless.gid))
@@ -159,16 +169,15 @@ fn without_name(path: &Path, root: &File) -> Result<File> {
 
 /// A file without a name in a directory: one that had `name`, as the kernel goes on to show it, if that is free.
 fn unnamed_in(directory: &File, name: Option<&OsStr>) -> std::io::Result<File> {
-    let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(0o600);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR;
     if let Some(name) = name
-        && let Ok(file) = options.clone().create_new(true).open(path.join(name))
+        && let Ok(file) = openat(directory, name, flags | OFlags::CREATE | OFlags::EXCL, mode)
     {
-        std::fs::remove_file(path.join(name))?;
-        return Ok(file);
+        unlinkat(directory, name, AtFlags::empty())?;
+        return Ok(file.into());
     }
-    options.custom_flags(libc::O_TMPFILE).open(path)
+    Ok(openat(directory, c".", flags | OFlags::TMPFILE, mode)?.into())
 }
 
 /// Writes the content of an object of the image.

@@ -12,12 +12,16 @@ mod processes;
 pub use origin::Origin;
 
 use crate::checkpoint::{self, Checkpoint, Spaces};
-use crate::filesystem::{self, Files};
+use crate::filesystem::{self, Files, StoredArea};
 use crate::freeze::{self, OnTracerDeath, Tree};
+use crate::memory::{PAGE, Span};
 use crate::outcome::Refusal;
 use crate::phases::Phases;
+use crate::record::ObjectId;
 use crate::rollback::{self, Done, Failure};
 use crate::{fault, image, memory, objects, record, task};
+
+use nix::unistd::Pid;
 
 use processes::Work;
 
@@ -91,16 +95,38 @@ pub fn check(origin: &Origin) -> Result<()> {
         .map(|process| (process.pid().as_raw(), process.comm()))
         .collect();
     objects::check_transplant(origin.context(), &names)?;
-    origin.check_memory()?;
-    if let Some(mount) = origin.image.info.files.first() {
-        return Err(Refusal {
-            object: format!("the files in {}", mount.display()),
-            holder: "the image".into(),
-            remedy: "files can't be restored yet; take the checkpoint with --no-files".into(),
-        }
-        .into());
-    }
-    Ok(())
+    Ok(origin.check_memory()?)
+}
+
+/// Makes the files of the container what they were.
+fn restore_files(files: &mut Files, root: Pid, origin: &Origin) -> Result<filesystem::Image> {
+    let image = &origin.image;
+    let object = |area: usize, content: u64| {
+        let first = image.files[area].0.raw() + 1;
+        ObjectId::from_raw(first + content).unwrap_or(ObjectId::IMAGE)
+    };
+    let areas: Vec<StoredArea> = image.files.iter().map(|(_, area)| area.clone()).collect();
+    let mut data = |area: usize, content: u64, size: u64| {
+        let runs = image.runs(object(area, content)).iter();
+        let parts = runs.map(|run| {
+            let end = run.address + u64::from(run.pages) * PAGE;
+            (run.address, end.min(size).saturating_sub(run.address))
+        });
+        parts.filter(|(_, length)| *length > 0).collect()
+    };
+    let mut read = |area: usize, content: u64, offset: u64, buffer: &mut [u8]| {
+        let len = buffer.len();
+        let mut pages = vec![0; len.next_multiple_of(PAGE as usize)];
+        let span = Span {
+            start: offset,
+            end: offset + pages.len() as u64,
+        };
+        let read = image.read(object(area, content), &[span], &mut pages);
+        read.map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))?;
+        buffer.copy_from_slice(&pages[..len]);
+        Ok(())
+    };
+    Ok(files.restore(root, &areas, &mut data, &mut read)?)
 }
 
 /// Makes the tree below the init of a container that was created, and not started, what `origin` says, and lets it run.
@@ -118,12 +144,15 @@ pub fn run(
     phases: &mut Phases,
 ) -> Result<(Checkpoint, Done)> {
     check(origin)?;
-    let mounts = files.open(tree.root(), &filesystem::Image::default())?;
+    let image = restore_files(files, tree.root(), origin)?;
+    phases.end_running("files");
+    let mounts = files.open(tree.root(), &image)?;
     let mut stopped = tree.stop(OnTracerDeath::Die)?;
     phases.end("stop");
     fault::point("restore.stopped");
     let work = Work::new(&mut stopped, spaces, origin)?;
-    let checkpoint = work.run(name, phases)?;
+    let mut checkpoint = work.run(name, phases)?;
+    checkpoint.files = image;
     for image in &checkpoint.spaces {
         image.advice(&checkpoint.context)?;
         image.guards()?;
@@ -139,9 +168,15 @@ pub fn run(
         (0, verify),
         phases,
     )?;
+    let [mut checkpoint] = checkpoints;
+    if !checkpoint.files.areas.is_empty() {
+        // Only now are they open.
+        checkpoint.uses =
+            checkpoint::files_in_use(&stopped, &checkpoint.objects, &checkpoint.spaces)?;
+        files.expose(&checkpoint.files, &checkpoint.uses);
+    }
     fault::point("restore.resuming");
     stopped.resume()?;
     phases.end("resume");
-    let [checkpoint] = checkpoints;
     Ok((checkpoint, done))
 }

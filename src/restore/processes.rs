@@ -164,7 +164,7 @@ impl<'w, 't> Work<'w, 't> {
         if !is_root {
             task::clear(self.stopped, &recorded, pid)?;
         }
-        let plan = space.plan_remake(self.stopped, &image, context)?;
+        let mut plan = space.plan_remake(self.stopped, &image, context)?;
         space.restore_layout(self.stopped, &image, &plan)?;
         space.restore_program(self.stopped, &image, context)?;
         let process = recorded.process(pid).ok_or(freeze::Error::Gone(was))?;
@@ -173,6 +173,9 @@ impl<'w, 't> Work<'w, 't> {
             OFlag::O_PATH | OFlag::O_DIRECTORY,
         )?;
         task::settle_anew(self.stopped, &recorded, pid, &directory)?;
+        if !is_root {
+            space.keep_equal(self.stopped, &image, &mut plan)?;
+        }
         space.start_copy(self.stopped, &mut image, context, &plan)?;
         space.finish_copy(self.stopped)?;
         self.spaces.insert(pid, space);

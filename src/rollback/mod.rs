@@ -153,11 +153,17 @@ impl Writable<'_> {
     /// After all else, which may have made sockets and written to FIFOs.
     fn settle(&mut self, checkpoints: &mut [Checkpoint], to: usize) -> Result<()> {
         let uses = std::mem::take(&mut checkpoints[to].uses);
+        let directories = checkpoints[to].objects.recorded.socket_directories();
         let images = checkpoints.iter_mut().map(|other| &mut other.files);
         let mut images: Vec<&mut Image> = images.collect();
-        let settled = self
-            .files
-            .settle(self.mounts, &mut images, to, self.plans, &uses);
+        let settled = self.files.settle(
+            self.mounts,
+            &mut images,
+            to,
+            self.plans,
+            &uses,
+            &directories,
+        );
         checkpoints[to].uses = uses;
         Ok(settled?)
     }

@@ -1,1 +1,0 @@
-//! Images written and read.
