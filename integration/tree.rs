@@ -102,7 +102,9 @@ fn a_thousand_in_a_chain() {
     for turn in 0..count {
         search.step(&turn.to_string());
     }
-    assert_eq!(search.shadows(), 2, "one of each process");
+    // One of each process, and another whenever so much was copied that the first has little in common with the last.
+    let shadows = search.shadows();
+    assert!(shadows <= 2 + count / 50, "{shadows}");
     let parents = search.parents();
     assert_eq!(parents.len(), count);
     assert_eq!(parents["0"], None);
@@ -129,7 +131,7 @@ fn a_thousand_in_a_chain() {
     for name in left {
         search.back(&name, true);
     }
-    assert_eq!(search.shadows(), 2);
+    assert!(search.shadows() <= shadows);
 }
 
 /// Twenty deep, three ways at each node: paths by chance, some of them gone down again.
@@ -169,7 +171,7 @@ fn a_search_tree() {
             search.fixture.mutate();
         }
     }
-    assert_eq!(search.shadows(), 2);
+    assert!(search.shadows() <= 12, "{}", search.shadows());
 }
 
 /// Processes that have ended come back as increments have them, and others are increments of them again.
