@@ -27,4 +27,5 @@ mod revival;
 mod roots;
 mod runtime;
 mod stress;
+mod to_disk;
 mod tree;

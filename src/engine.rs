@@ -143,8 +143,8 @@ pub struct Engine {
     spaces: Spaces,
     checkpoints: Vec<Held>,
     lineage: Lineage,
-    /// It was killed in the middle of a rollback.
-    is_lost: bool,
+    /// It was killed: in the middle of a rollback, or when it was on disk.
+    is_killed: bool,
     files: Files,
     /// What is on disk of them, by their names.
     on_disk: BTreeMap<String, Arc<image::OnDisk>>,
@@ -178,7 +178,7 @@ impl Engine {
             spaces: Spaces::new(),
             checkpoints: Vec::new(),
             lineage: Lineage::default(),
-            is_lost: false,
+            is_killed: false,
             files: Files::new(files),
             on_disk: BTreeMap::new(),
             bound_to_thread: PhantomData,
@@ -207,7 +207,7 @@ impl Engine {
             &mut phases,
         );
         let (mut checkpoint, done) = restored.map_err(|error| {
-            self.is_lost = true;
+            self.is_killed = true;
             self.tree.kill();
             match error {
                 restore::Error::Refused(refusal) => Error::Refused(refusal),
@@ -281,7 +281,7 @@ impl Engine {
             Ok(done) => done,
             Err(Failure::Untouched(error)) => return Err(error.into()),
             Err(failure @ (Failure::HalfWay(_) | Failure::Different(_))) => {
-                self.is_lost = true;
+                self.is_killed = true;
                 self.tree.kill();
                 return Err(Error::Lost {
                     message: failure.to_string(),
@@ -379,9 +379,10 @@ impl Engine {
         self.free(to_free)
     }
 
-    /// Collects the deaths of shadows. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
+    /// Collects the deaths of shadows and of what was killed while it was stopped. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
     /// going on: a tree with a PID namespace of its own that is killed does not end before.
-    pub fn collect_deaths(&self) {
+    pub fn collect_deaths(&mut self) {
+        self.tree.let_stragglers_go();
         let images = self
             .checkpoints
             .iter()
@@ -408,7 +409,7 @@ impl Engine {
             .iter()
             .flat_map(|checkpoint| &checkpoint.spaces)
             .filter_map(|image| image.source.shadow());
-        !self.is_lost
+        !self.is_killed
             && self.target.cgroup.is_none()
             && self.tree.can_lose_root()
             && shadows.into_iter().any(|shadow| shadow.is_alive())

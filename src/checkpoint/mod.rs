@@ -12,7 +12,7 @@ pub use diff::diff;
 pub use release::release;
 pub(crate) use uses::find as files_in_use;
 
-use release::{discard, forget_unused};
+use release::{discard, end_shadows, forget_unused};
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
@@ -158,7 +158,17 @@ impl Checkpoint {
     }
 }
 
-/// Takes a checkpoint. `others` are the tree's other checkpoints.
+/// What becomes of a tree when its checkpoint is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// It runs on.
+    RunOn,
+    /// All its processes are killed; not an instruction of theirs is executed after the checkpoint.
+    End,
+}
+
+/// Takes a checkpoint. `others` are the tree's other checkpoints. While the tree is
+/// stopped `decide` is told of the checkpoint and says what becomes of the tree.
 pub fn take(
     tree: &mut Tree,
     spaces: &mut Spaces,
@@ -166,6 +176,7 @@ pub fn take(
     files: &mut Files,
     name: &str,
     phases: &mut Phases,
+    decide: impl FnOnce(&Checkpoint) -> Then,
 ) -> Result<Checkpoint> {
     let prepared = files.prepare(tree.root())?;
     phases.end_running("mounts");
@@ -201,6 +212,11 @@ pub fn take(
                 }
             }
             checkpoint.spaces = images;
+            if decide(&checkpoint) == Then::End {
+                end(&mut stopped, others.iter().chain([&checkpoint]))?;
+                phases.end("end");
+                return Ok(checkpoint);
+            }
             fault::point("checkpoint.resuming");
             stopped.resume()?;
             phases.end("resume");
@@ -362,4 +378,21 @@ fn check_spaces(stopped: &Stopped) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Kills a stopped tree, with the shadows of its checkpoints. The deaths of all are collected, those of whom a PID namespace's
+/// init waits for before its own.
+fn end<'c>(
+    stopped: &mut Stopped<'_>,
+    checkpoints: impl Iterator<Item = &'c Checkpoint>,
+) -> Result<()> {
+    let root = stopped.root();
+    let living = stopped.processes().filter(|process| !process.is_zombie());
+    let others: Vec<Pid> = living
+        .map(|process| process.pid)
+        .filter(|pid| *pid != root)
+        .collect();
+    stopped.kill(&others)?;
+    checkpoints.for_each(|checkpoint| end_shadows(&checkpoint.spaces));
+    Ok(stopped.kill(&[root])?)
 }

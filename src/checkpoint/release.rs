@@ -6,7 +6,7 @@ use nix::unistd::Pid;
 
 use super::{Checkpoint, Result, Spaces};
 use crate::freeze::{OnTracerDeath, Stopped, Tree};
-use crate::memory::{Space, SpaceImage};
+use crate::memory::{Shadow, Space, SpaceImage};
 use crate::task;
 
 /// Frees checkpoints that are not in `others` any more. The tree is stopped only if shadows or windows go with them.
@@ -25,10 +25,7 @@ pub fn release(
         .flat_map(|checkpoint| checkpoint.spaces)
         .collect();
     if !tree.is_alive() && !tree.can_lose_root() {
-        images
-            .iter()
-            .filter_map(|image| image.source.shadow())
-            .for_each(|shadow| shadow.kill());
+        end_shadows(&images);
         return Ok(());
     }
     let left: BTreeSet<Pid> = all(others).map(|image| image.pid).collect();
@@ -42,6 +39,12 @@ pub fn release(
     discard(spaces, Some(&mut stopped), others, images);
     forget_unused(&mut stopped, spaces, others);
     Ok(stopped.resume()?)
+}
+
+/// Ends the shadows of images of a tree that ends: without that its PID namespace does not.
+pub(super) fn end_shadows(images: &[SpaceImage]) {
+    let shadows = images.iter().filter_map(|image| image.source.shadow());
+    shadows.for_each(Shadow::kill);
 }
 
 fn all(checkpoints: &[Checkpoint]) -> impl Iterator<Item = &SpaceImage> {

@@ -1,7 +1,7 @@
 //! Taking checkpoints, and releasing those that are too many.
 
 use super::{Checkpoint, Engine, Error, Held, files_report, header_bytes};
-use crate::checkpoint;
+use crate::checkpoint::{self, Then};
 use crate::memory::PAGE;
 use crate::outcome::{Outcome, Report};
 use crate::phases::Phases;
@@ -72,6 +72,7 @@ impl Engine {
             &mut self.files,
             name,
             &mut phases,
+            |_| Then::RunOn,
         );
         let mut checkpoint = taken.inspect_err(|_| {
             self.files.forget_unused();
