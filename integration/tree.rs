@@ -261,7 +261,7 @@ fn stays_flat() {
             search.command(&["release", "--name", gone]);
             search.states.remove(gone);
         }
-        if number % 3 == 0 {
+        if number.is_multiple_of(3) {
             let names: Vec<String> = search.states.keys().cloned().collect();
             search.back(&names[dice.below(names.len())], false);
         }

@@ -180,9 +180,11 @@ pub fn take(
 ) -> Result<Checkpoint> {
     let prepared = files.prepare(tree.root())?;
     phases.end_running("mounts");
-    if spaces.is_empty() {
-        warm_up(tree, spaces, phases)?;
+    match spaces.is_empty() {
+        true => warm_up(tree, spaces, phases)?,
+        false => memory::prepare_flags(),
     }
+    phases.end_running("prepare");
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
     let unknown = task::prepare(&mut stopped)?;
     if !unknown.is_empty() {

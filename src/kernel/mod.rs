@@ -1,6 +1,7 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
 pub mod anonymous;
+mod btf;
 pub mod confined;
 pub mod credentials;
 pub mod detached;
@@ -42,4 +43,5 @@ pub mod sysv_segment;
 pub mod terminal;
 pub mod tty;
 pub mod userfaultfd;
+pub mod vma_flags;
 pub mod window;

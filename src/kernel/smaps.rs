@@ -11,6 +11,12 @@ pub struct Flags {
 }
 
 impl Flags {
+    /// The same of another VMA.
+    #[must_use]
+    pub fn at(self, start: u64, end: u64) -> Self {
+        Self { start, end, ..self }
+    }
+
     /// Without some flags.
     #[must_use]
     pub fn without(mut self, flags: &[&str]) -> Self {

@@ -11,10 +11,11 @@ use nix::unistd::Pid;
 use crate::fault;
 use crate::freeze::{Batch, StepId, Stopped};
 use crate::kernel::pagemap::{Categories, Scan};
-use crate::kernel::{procfs, remote_memory, smaps};
+use crate::kernel::{procfs, remote_memory};
 use crate::record::Context;
 
 use super::execute::blocks;
+use super::flags;
 use super::history::State;
 use super::image::SpaceImage;
 use super::layout::Layout;
@@ -353,8 +354,7 @@ fn read(pid: Pid, memory: &File, pages: &Ranges, bytes: &mut [u8]) -> std::io::R
 /// What a shadow would tell of the process otherwise.
 fn describe(stopped: &Stopped, pid: Pid, guards: Ranges) -> Result<Described> {
     let failed = |error| system(pid, "read what is known of its memory", error);
-    let flags = std::fs::read(procfs::path(pid, "smaps")).map_err(failed)?;
-    let flags = smaps::parse(&String::from_utf8_lossy(&flags)).into_iter();
+    let flags = flags::read(pid)?.into_iter();
     Ok(Described {
         // Locks are in a record.
         flags: flags

@@ -8,6 +8,7 @@ mod advice;
 mod aio;
 mod content;
 mod execute;
+mod flags;
 mod fork;
 mod history;
 mod hot;
@@ -30,6 +31,7 @@ mod store;
 mod verify;
 
 pub use content::SpaceContent;
+pub use flags::prepare_flags;
 pub use fork::{Forks, Fresh, start_shadows};
 pub use image::{AddressSpaceHeader, SpaceImage};
 pub use increment::{Answers, Changes, Inquiry};
