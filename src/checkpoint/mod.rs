@@ -168,6 +168,7 @@ pub fn take(
     let prepared = files.prepare(tree.root())?;
     phases.end_running("mounts");
     if spaces.is_empty() {
+        memory::check_room(tree.root())?;
         warm_up(tree, spaces, phases)?;
     }
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;

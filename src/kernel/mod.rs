@@ -1,6 +1,7 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
 pub mod anonymous;
+pub mod cgroup_path;
 pub mod confined;
 pub mod credentials;
 pub mod detached;
@@ -13,6 +14,7 @@ pub mod latency;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;
+pub mod memory_limit;
 pub mod mount_view;
 pub mod mountinfo;
 pub mod multicast;
