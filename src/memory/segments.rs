@@ -124,7 +124,10 @@ impl Segments {
         let us = namespaces::ipc_of_us()
             .map_err(|errno| system(Pid::this(), "look at our IPC namespace", errno))?;
         let mut attached: BTreeMap<u64, (Pid, BTreeSet<i32>)> = BTreeMap::new();
-        for image in images {
+        // The root is asked, if it is there: others may have ended when it comes to a rollback, and have lower numbers too.
+        let root = stopped.root();
+        let (first, rest): (Vec<_>, Vec<_>) = images.iter().partition(|image| image.pid == root);
+        for image in first.into_iter().chain(rest) {
             let directory = stopped.member(image.pid)?.namespaces.as_fd();
             let namespace = namespaces::ipc(directory)
                 .map_err(|errno| system(image.pid, "look at its IPC namespace", errno))?;
