@@ -181,7 +181,10 @@ pub fn take(
     let prepared = files.prepare(tree.root())?;
     phases.end_running("mounts");
     match spaces.is_empty() {
-        true => warm_up(tree, spaces, phases)?,
+        true => {
+            memory::check_room(tree.root())?;
+            warm_up(tree, spaces, phases)?;
+        }
         false => memory::prepare_flags(),
     }
     phases.end_running("prepare");

@@ -2,6 +2,7 @@
 
 pub mod anonymous;
 mod btf;
+pub mod cgroup_path;
 pub mod confined;
 pub mod credentials;
 pub mod detached;
@@ -14,6 +15,7 @@ pub mod latency;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;
+pub mod memory_limit;
 pub mod mount_view;
 pub mod mountinfo;
 pub mod multicast;
