@@ -39,9 +39,9 @@ impl Phases {
         self.running += self.last - last;
     }
 
-    /// Time since the start without the phases in which nothing is stopped.
+    /// Time from the start to the end of the last phase, without the phases in which nothing is stopped.
     pub fn stopped(&self) -> Duration {
-        self.total() - self.running
+        self.last - self.start - self.running
     }
 
     /// When it was started.

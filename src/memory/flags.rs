@@ -17,7 +17,7 @@ use super::space::system;
 
 static READER: OnceLock<Option<Reader>> = OnceLock::new();
 
-/// Prepares for [`read`], which takes some milliseconds: to be called before the tree is stopped.
+/// Prepares to read flags, which takes some milliseconds: to be called before the tree is stopped.
 pub fn prepare_flags() {
     READER.get_or_init(|| {
         let loaded = Reader::load();

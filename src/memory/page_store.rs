@@ -65,7 +65,12 @@ impl PageStore {
         drop(slots);
         let mut mapped = self.0.chunks.write();
         while mapped.len() < chunks {
-            mapped.push(Pages::map(CHUNK as usize * PAGE as usize)?);
+            let pages = Pages::map(CHUNK as usize * PAGE as usize)?;
+            // Not for the little that many processes may have.
+            if !mapped.is_empty() {
+                pages.prefer_huge();
+            }
+            mapped.push(pages);
         }
         Ok(runs)
     }
