@@ -5,6 +5,7 @@ mod areas;
 pub mod capture;
 pub mod complete;
 pub mod content;
+pub mod cut;
 pub mod diff;
 pub mod execute;
 pub mod image;
