@@ -266,24 +266,28 @@ fn files_of_the_host_stay_and_the_report_says_so() {
 }
 
 /// podman with storage of its own, on overlays. Dropped, its container and all it has are gone.
-struct Podman<'a> {
-    place: &'a Path,
+pub(crate) struct Podman<'a> {
+    /// Where all of it is.
+    pub(crate) place: &'a Path,
+    /// The runtime.
+    pub(crate) runtime: &'a str,
 }
 
 impl Podman<'_> {
-    const CONTAINER: &'static str = "snapback-test";
+    pub(crate) const CONTAINER: &'static str = "snapback-test";
 
     fn output(&self, arguments: &[&str]) -> Output {
         let configuration = self.place.join("containers.conf");
         fs::write(
             &configuration,
             "[containers]\ndefault_ulimits=[\"nofile=20000:20000\",\"nproc=32768:32768\"]\n\
-             [engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nruntime=\"runc\"\n",
+             [engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\n",
         )
         .expect("writing a file");
         Command::new("podman")
             .env("CONTAINERS_CONF", configuration)
-            .args(["--storage-driver", "overlay", "--root"])
+            .args(["--runtime", self.runtime, "--storage-driver", "overlay"])
+            .arg("--root")
             .arg(self.place.join("storage"))
             .arg("--runroot")
             .arg(self.place.join("run"))
@@ -295,11 +299,25 @@ impl Podman<'_> {
     }
 
     #[track_caller]
-    fn must(&self, arguments: &[&str]) -> String {
+    pub(crate) fn must(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments);
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "podman {arguments:?}: {error}");
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// Makes an image of the root file system of a bundle; returns its name.
+    #[track_caller]
+    pub(crate) fn import(&self, bundle: &Path) -> String {
+        let image = self.place.join("image.tar");
+        let mut tar = Command::new("tar");
+        tar.arg("-C")
+            .arg(bundle.join("rootfs"))
+            .arg("-cf")
+            .arg(&image)
+            .arg(".");
+        crate::support::session::finish(tar).expect(DONE, "tar");
+        self.must(&["import", "--quiet", text(&image)])
     }
 
     #[track_caller]
@@ -335,16 +353,11 @@ fn a_podman_container_comes_back_with_its_layer_and_its_volumes() {
     let bundle = containers.bundle("bundle", &["busybox"]);
     let place = session.scratch().join("podman");
     fs::create_dir(&place).expect("making a directory");
-    let podman = Podman { place: &place };
-    let image = place.join("image.tar");
-    let mut tar = Command::new("tar");
-    tar.arg("-C")
-        .arg(bundle.join("rootfs"))
-        .arg("-cf")
-        .arg(&image)
-        .arg(".");
-    crate::support::session::finish(tar).expect(DONE, "tar");
-    let image = podman.must(&["import", "--quiet", text(&image)]);
+    let podman = Podman {
+        place: &place,
+        runtime: "runc",
+    };
+    let image = podman.import(&bundle);
     let script = "for place in / /named /anonymous /dev/shm; do echo old >$place/kept; done; touch /ready; sleep 100000";
     podman.must(&[
         "run",

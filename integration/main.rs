@@ -27,3 +27,4 @@ mod revival;
 mod roots;
 mod runtime;
 mod stress;
+mod to_disk;

@@ -90,6 +90,46 @@ impl Server {
         self.run();
     }
 
+    /// Writes a checkpoint to disk, ends the container and wipes its files, and makes it again of the image.
+    fn move_by_image(&mut self, name: &str) {
+        let session = &self.containers.session;
+        let scratch = session.scratch();
+        let image = scratch.join(format!("image-{name}"));
+        let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
+        run(&[
+            "persist",
+            "--name",
+            name,
+            "--image-path",
+            text(&image),
+            &self.id,
+        ]);
+        run(&["delete", "--force", &self.id]);
+        for name in ["layer", "volume"] {
+            let directory = scratch.join(name);
+            std::fs::remove_dir_all(&directory).expect("removing what the container wrote");
+            std::fs::create_dir(&directory).expect("making a directory");
+        }
+        let overlay = format!("--overlay={}", text(&scratch.join("layer")));
+        let log = scratch.join("restore.log");
+        let (image, bundle) = (text(&image), text(&self.bundle));
+        let arguments = [
+            "restore",
+            "--verify",
+            "--detach",
+            "--image-path",
+            image,
+            "--bundle",
+            bundle,
+            &overlay,
+            &self.id,
+        ];
+        self.containers
+            .run_logged(&log, &arguments)
+            .expect(DONE, "restore");
+        self.pid = self.containers.pid(&self.id);
+    }
+
     fn directory(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root/pg", self.pid))
     }
@@ -296,6 +336,67 @@ fn comes_back_with_its_files(place: Place, name: &str) {
         !log.contains("PANIC") && !log.contains("invalid page"),
         "{log}"
     );
+}
+
+/// Processes and files together, to disk and back, of a moment of rest and of one of work.
+fn moves_by_image(place: Place, name: &str) {
+    let Some(programs) = programs() else {
+        skip!("no PostgreSQL");
+    };
+    let mut server = Server::start(programs, place, name);
+    server.use_tool("pgbench", &["-i", "-q", "-s", "1", "postgres"]);
+    server.use_tool("pg_amcheck", &["--all", "--install-missing"]);
+    for round in 0..rounds().min(10) {
+        let load = server.load();
+        server.goes_on();
+        let before = server.transactions();
+        server.checkpoint("busy");
+        let after = server.transactions();
+        server.goes_on();
+        drop(load);
+        server.is_quiet();
+        server.move_by_image("busy");
+        // Its clients are not there any more, but what they had asked for may still be done.
+        server.is_quiet();
+        server.check();
+        server.balances();
+        let done = server.transactions();
+        assert!(
+            (before..=after + 8).contains(&done),
+            "round {round}: {before} {done} {after}"
+        );
+
+        server.checkpoint("quiet");
+        let quiet = (server.digest(), server.balances());
+        server.wreck();
+        server.move_by_image("quiet");
+        server.check();
+        assert_eq!((server.digest(), server.balances()), quiet, "round {round}");
+        let load = server.load();
+        server.goes_on();
+        drop(load);
+        server.is_quiet();
+        server.wreck();
+        server.rollback("quiet");
+        server.check();
+        assert_eq!(
+            (server.digest(), server.balances()),
+            quiet,
+            "round {round}, rolled back"
+        );
+        server.restart();
+        server.check();
+    }
+}
+
+#[test]
+fn by_an_image_in_the_writable_layer() {
+    moves_by_image(Place::Layer, "pg-image-layer");
+}
+
+#[test]
+fn by_an_image_in_a_volume() {
+    moves_by_image(Place::Volume, "pg-image-volume");
 }
 
 #[test]

@@ -1,14 +1,16 @@
 //! Containers made of images.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use snapback::fault;
 
 use crate::containers::{PROGRAMS, bundle};
 use crate::support::container::{Containers, unique};
 use crate::support::fixture::{Fixture, real};
-use crate::support::session::{DONE, Session};
-use crate::support::{skip, wait};
+use crate::support::session::{Answer, DONE, ERROR, REFUSED, Session};
+use crate::support::{numbers, skip, wait};
 
 /// `run` in the foreground.
 fn started(session: &Session, bundle: &Path, id: &str, layer: &[&str]) -> Command {
@@ -19,7 +21,13 @@ fn started(session: &Session, bundle: &Path, id: &str, layer: &[&str]) -> Comman
 }
 
 /// `restore` in the foreground, so that commands and answers pass.
-fn restored(session: &Session, bundle: &Path, image: &Path, id: &str, layer: &[&str]) -> Command {
+pub(crate) fn restored(
+    session: &Session,
+    bundle: &Path,
+    image: &Path,
+    id: &str,
+    layer: &[&str],
+) -> Command {
     let mut command = session.command();
     command
         .arg("restore")
@@ -29,6 +37,12 @@ fn restored(session: &Session, bundle: &Path, image: &Path, id: &str, layer: &[&
         .arg(bundle);
     command.arg("--image-path").arg(image).arg(id);
     command
+}
+
+/// A number that nobody else has: containers of the same program run at the same time, and cgroups are named after them.
+fn next() -> usize {
+    static CONTAINERS: AtomicUsize = AtomicUsize::new(0);
+    CONTAINERS.fetch_add(1, Ordering::Relaxed)
 }
 
 /// A fixture program in a container: persisted, changed, killed, restored; it finds all as it was, and is rolled back twice.
@@ -66,9 +80,7 @@ fn comes_back_in(containers: &Containers, program: &str, bundle: &Path, with_fil
     let session = &containers.session;
     let image = session.scratch().join("image");
     let path = image.to_str().expect("a path in UTF-8");
-    // Containers of the same program run at the same time, and cgroups are named after them.
-    static CONTAINERS: AtomicUsize = AtomicUsize::new(0);
-    let number = CONTAINERS.fetch_add(1, Ordering::Relaxed);
+    let number = next();
     let id = unique(&format!("persisted-{program}-{number}"));
     let mut fixture = Fixture::launch(program, started(session, bundle, &id, layer));
     fixture.verify("before the checkpoint");
@@ -215,6 +227,7 @@ come_back! {
     socket_options,
     sparse_terabyte,
     stack_growth,
+    sysv_memory,
     tcp_closed,
     tcp_flooded,
     tcp_inside,
@@ -305,4 +318,155 @@ fn real_node() {
 #[test]
 fn real_java() {
     real_comes_back("Bank.java", &["/usr/bin/java", "-XX:-UsePerfData"]);
+}
+
+/// What an image holds that no container can be made with: refused by name, and none is made.
+#[track_caller]
+fn is_refused(program: &str, object: &str) {
+    let mut given = Persisted::of(program);
+    let answer = given.restore(&[]);
+    let answer = answer.expect(REFUSED, program);
+    assert!(answer.err.contains(object), "{answer:#?}");
+    given.leaves_nothing();
+    given.restore(&["--check"]).expect(REFUSED, program);
+}
+
+/// An image of a program, whose container has ended.
+struct Persisted {
+    containers: Containers,
+    bundle: PathBuf,
+    image: PathBuf,
+    id: String,
+}
+
+impl Persisted {
+    fn of(program: &str) -> Self {
+        let containers = Containers::new();
+        let session = &containers.session;
+        let bundle = bundle(&containers, program, &[]);
+        let image = session.scratch().join("image");
+        let id = unique(&format!("image-{program}-{}", next()));
+        let mut fixture = Fixture::launch(program, started(session, &bundle, &id, &[]));
+        let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
+        run(&["checkpoint", "--no-files", &id]);
+        let path = image.to_str().expect("a path in UTF-8");
+        run(&["persist", "--image-path", path, &id]);
+        run(&["kill", &id, "KILL"]);
+        wait::until("the container has ended", || {
+            matches!(fixture.family.child.try_wait(), Ok(Some(_)))
+        });
+        wait::until("it is gone", || session.run(&["list", "-q"]).out.is_empty());
+        Self {
+            containers,
+            bundle,
+            image,
+            id,
+        }
+    }
+
+    /// `restore --detach`.
+    fn restore(&mut self, more: &[&str]) -> Answer {
+        let log = self.containers.session.scratch().join("restore.log");
+        let text = |path: &Path| path.to_str().expect("a path in UTF-8").to_owned();
+        let (image, bundle) = (text(&self.image), text(&self.bundle));
+        let fixed = [
+            "restore",
+            "--detach",
+            "--image-path",
+            &image,
+            "--bundle",
+            &bundle,
+        ];
+        self.containers
+            .run_logged(&log, &[&fixed[..], more, &[&self.id]].concat())
+    }
+
+    /// No container, no keeper, no process.
+    #[track_caller]
+    fn leaves_nothing(&self) {
+        let session = &self.containers.session;
+        assert_eq!(session.run(&["list", "-q"]).out, "");
+        wait::until("the keeper has ended", || session.keepers().is_empty());
+        let named = |pid: i32| {
+            let path = format!("/proc/{pid}/cgroup");
+            std::fs::read_to_string(path).is_ok_and(|text| text.contains(&self.id))
+        };
+        wait::until("no process is left", || {
+            !numbers::processes().into_keys().any(named)
+        });
+    }
+}
+
+#[test]
+fn what_cannot_be_made_is_refused() {
+    is_refused("memory_policy", "memory policy");
+    is_refused("inotify", "inotify");
+    is_refused("stopped_child", "job control");
+    is_refused("thread_credentials", "credentials");
+    is_refused("fd_shared_table", "file table");
+    is_refused("fifo_deleted", "FIFO");
+    is_refused("aio", "AIO context");
+}
+
+/// Whatever moment the keeper is killed at, there is no container then, and the image is as good as before.
+#[test]
+fn a_killed_keeper_leaves_no_container() {
+    let points = fault::POINTS.iter();
+    for point in points.filter(|point| point.starts_with("restore.")) {
+        let mut given = Persisted::of("child_family");
+        given.containers.session.set(fault::VARIABLE, point);
+        let answer = given.restore(&[]);
+        assert_ne!(answer.status, DONE, "{point} was not reached: {answer:#?}");
+        given.leaves_nothing();
+        given.containers.session.unset(fault::VARIABLE);
+        given.restore(&["--verify"]).expect(DONE, point);
+    }
+}
+
+/// A flipped bit in contents of pages, which are read last: no container, and the message says where it is.
+#[test]
+fn a_damaged_page_leaves_no_container() {
+    let mut given = Persisted::of("dirty_pages");
+    let path = given.image.join("memory.img");
+    let mut bytes = std::fs::read(&path).expect("reading the image");
+    // Late in the file are pages, before the index.
+    let at = bytes.len() * 3 / 4;
+    bytes[at] ^= 1;
+    std::fs::write(&path, &bytes).expect("damaging the image");
+    let answer = given.restore(&[]).expect(ERROR, "restore");
+    assert!(
+        answer.err.contains("memory.img") && answer.err.contains("record"),
+        "{answer:#?}"
+    );
+    given.leaves_nothing();
+    bytes[at] ^= 1;
+    std::fs::write(&path, &bytes).expect("mending the image");
+    given.restore(&["--verify"]).expect(DONE, "restore");
+}
+
+#[test]
+fn bad_input_is_told() {
+    let mut given = Persisted::of("brk_grow");
+    let session = &given.containers.session;
+    let scratch = session.scratch().to_owned();
+    let missing = session.run(&["restore", "--image-path", "/nowhere", "x"]);
+    assert!(missing.expect(ERROR, "restore").err.contains("/nowhere"));
+    let empty = scratch.join("empty");
+    std::fs::create_dir(&empty).expect("making a directory");
+    let empty = empty.to_str().expect("a path in UTF-8").to_owned();
+    let nothing = session.run(&["restore", "--image-path", &empty, "x"]);
+    assert!(
+        nothing
+            .expect(ERROR, "restore")
+            .err
+            .contains("checkpoint.img")
+    );
+    given.leaves_nothing();
+    given.restore(&["--check"]).expect(DONE, "--check");
+    given.leaves_nothing();
+    given.restore(&[]).expect(DONE, "restore");
+    // The ID is taken now, and what has it stays.
+    let taken = given.restore(&[]).expect(ERROR, "restore");
+    assert!(taken.err.contains(&given.id), "{taken:#?}");
+    given.containers.status(&given.id);
 }

@@ -23,7 +23,7 @@ use std::time::SystemTime;
 
 use nix::unistd::Pid;
 
-use crate::checkpoint::{self, Checkpoint as Held, Spaces};
+use crate::checkpoint::{self, Checkpoint as Held, Spaces, Then};
 use crate::filesystem::{self, Files};
 use crate::freeze::{self, Tree};
 use crate::image;
@@ -128,8 +128,8 @@ pub struct Engine {
     tree: Tree,
     spaces: Spaces,
     checkpoints: Vec<Held>,
-    /// It was killed in the middle of a rollback.
-    is_lost: bool,
+    /// It was killed: in the middle of a rollback, or when it was on disk.
+    is_killed: bool,
     files: Files,
     /// What is on disk of them, by their names.
     on_disk: BTreeMap<String, Arc<image::OnDisk>>,
@@ -162,7 +162,7 @@ impl Engine {
             tree,
             spaces: Spaces::new(),
             checkpoints: Vec::new(),
-            is_lost: false,
+            is_killed: false,
             files: Files::new(files),
             on_disk: BTreeMap::new(),
             bound_to_thread: PhantomData,
@@ -191,7 +191,7 @@ impl Engine {
             &mut phases,
         );
         let (checkpoint, done) = restored.map_err(|error| {
-            self.is_lost = true;
+            self.is_killed = true;
             self.tree.kill();
             match error {
                 restore::Error::Refused(refusal) => Error::Refused(refusal),
@@ -266,6 +266,7 @@ impl Engine {
             &mut self.files,
             name,
             &mut phases,
+            |_, _, _| Then::RunOn,
         );
         let checkpoint = taken.inspect_err(|_| self.files.forget_unused())?;
         let stop_us = phases.stopped().as_micros() as u64;
@@ -326,7 +327,7 @@ impl Engine {
             Ok(done) => done,
             Err(Failure::Untouched(error)) => return Err(error.into()),
             Err(failure @ (Failure::HalfWay(_) | Failure::Different(_))) => {
-                self.is_lost = true;
+                self.is_killed = true;
                 self.tree.kill();
                 return Err(Error::Lost {
                     message: failure.to_string(),
@@ -420,9 +421,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Collects the deaths of shadows. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
+    /// Collects the deaths of shadows and of what was killed while it was stopped. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
     /// going on: a tree with a PID namespace of its own that is killed does not end before.
-    pub fn collect_deaths(&self) {
+    pub fn collect_deaths(&mut self) {
+        self.tree.let_stragglers_go();
         let images = self
             .checkpoints
             .iter()
@@ -449,7 +451,7 @@ impl Engine {
             .iter()
             .flat_map(|checkpoint| &checkpoint.spaces)
             .filter_map(|image| image.source.shadow());
-        !self.is_lost
+        !self.is_killed
             && self.target.cgroup.is_none()
             && self.tree.can_lose_root()
             && shadows.into_iter().any(|shadow| shadow.is_alive())

@@ -145,7 +145,17 @@ impl Checkpoint {
     }
 }
 
-/// Takes a checkpoint. `others` are the tree's other checkpoints, which learn what was written since.
+/// What becomes of a tree when its checkpoint is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// It runs on.
+    RunOn,
+    /// All its processes are killed; not an instruction of theirs is executed after the checkpoint.
+    End,
+}
+
+/// Takes a checkpoint. `others` are the tree's other checkpoints, which learn what was written since. While the tree is
+/// stopped `decide` is told of the checkpoint and says what becomes of the tree.
 pub fn take(
     tree: &mut Tree,
     spaces: &mut Spaces,
@@ -153,6 +163,7 @@ pub fn take(
     files: &mut Files,
     name: &str,
     phases: &mut Phases,
+    decide: impl FnOnce(&Checkpoint, &Spaces, &Tree) -> Then,
 ) -> Result<Checkpoint> {
     let prepared = files.prepare(tree.root())?;
     phases.end_running("mounts");
@@ -183,6 +194,11 @@ pub fn take(
     match captured {
         Ok(mut checkpoint) => {
             checkpoint.spaces = images;
+            if decide(&checkpoint, spaces, stopped.tree()) == Then::End {
+                end(&mut stopped, others.iter().chain([&checkpoint]))?;
+                phases.end("end");
+                return Ok(checkpoint);
+            }
             fault::point("checkpoint.resuming");
             stopped.resume()?;
             phases.end("resume");
@@ -375,11 +391,7 @@ pub fn release(
     checkpoint: Checkpoint,
 ) -> Result<()> {
     if !tree.is_alive() && !tree.can_lose_root() {
-        checkpoint
-            .spaces
-            .iter()
-            .filter_map(|image| image.source.shadow())
-            .for_each(|shadow| shadow.kill());
+        end_shadows(&checkpoint);
         return Ok(());
     }
     let mut stopped = tree.stop_remains(OnTracerDeath::RunOn)?;
@@ -389,6 +401,30 @@ pub fn release(
     }
     forget_unused(&mut stopped, spaces, others);
     Ok(stopped.resume()?)
+}
+
+/// Kills a stopped tree, with the shadows of its checkpoints. The deaths of all are collected, those of whom a PID namespace's
+/// init waits for before its own.
+fn end<'c>(
+    stopped: &mut Stopped<'_>,
+    checkpoints: impl Iterator<Item = &'c Checkpoint>,
+) -> Result<()> {
+    let root = stopped.root();
+    let living = stopped.processes().filter(|process| !process.is_zombie());
+    let others: Vec<Pid> = living
+        .map(|process| process.pid)
+        .filter(|pid| *pid != root)
+        .collect();
+    stopped.kill(&others)?;
+    checkpoints.for_each(end_shadows);
+    Ok(stopped.kill(&[root])?)
+}
+
+/// Ends the shadows of a checkpoint of a tree that ends: without that its PID namespace does not.
+fn end_shadows(checkpoint: &Checkpoint) {
+    let images = checkpoint.spaces.iter();
+    let shadows = images.filter_map(|image| image.source.shadow());
+    shadows.for_each(memory::Shadow::kill);
 }
 
 /// Takes windows and tracking away from processes that no checkpoint holds.

@@ -6,7 +6,8 @@ use std::time::Instant;
 use clap::Args;
 
 use super::target::{Target, checkpoint_name, finish, report};
-use super::{Global, Status};
+use super::to_disk::ToDisk;
+use super::{Global, Status, persist, to_disk};
 use crate::keeper::Client;
 use crate::keeper::protocol::{FileOptions, Request};
 
@@ -27,6 +28,7 @@ Examples:
   snapback checkpoint --no-files web         processes alone: files stay as they are in a rollback
   snapback checkpoint --volume /data web     with what is mounted on /data in the container
   snapback checkpoint --max-bytes 2G web     refused if more than 2 GiB of files would have to be kept
+  snapback checkpoint --image-path DIR web   to disk, and the container is ended, as runc does it
 
 Exit status: 0 done, 1 error, 2 usage, 3 refused (nothing was touched).")]
 pub(crate) struct Checkpoint {
@@ -47,6 +49,8 @@ pub(crate) struct Checkpoint {
     max_bytes: Option<u64>,
     #[command(flatten)]
     target: Target,
+    #[command(flatten)]
+    to_disk: ToDisk,
 }
 
 /// Takes the path of a mount point.
@@ -82,6 +86,14 @@ fn bytes(text: &str) -> Result<u64, String> {
 
 pub(crate) fn run(global: &Global, args: Checkpoint) -> anyhow::Result<Status> {
     let began = Instant::now();
+    if let Some(path) = &args.to_disk.image_path {
+        let ended = to_disk::write(global, &args.target, &args.to_disk, path, args.json);
+        // As runc says nothing; podman passes on what is said.
+        return match ended {
+            Ok(_) if !args.json => Ok(Status::Done),
+            ended => persist::finish(args.json, &args.name, began, ended),
+        };
+    }
     let ended = args.target.running(global).and_then(|errand| {
         let request = Request::Checkpoint {
             name: args.name.clone(),

@@ -232,8 +232,18 @@ fn records(inspection: &Inspection) -> String {
 fn files(inspection: &Inspection) -> String {
     let mut text = String::new();
     if let Some(info) = &inspection.checkpoint {
+        // Of a checkpoint in RAM their number is told by `checkpoint`.
         for mount_point in &info.files {
-            let _ = writeln!(text, "included: {}", mount_point.display());
+            let place = mount_point.display();
+            let mut areas = inspection.areas.iter();
+            let _ = match areas.find(|area| area.mount_point == *mount_point) {
+                Some(area) => writeln!(
+                    text,
+                    "included: {place}, {} files and directories, {} contents",
+                    area.files, area.contents
+                ),
+                None => writeln!(text, "included: {place}"),
+            };
         }
         for (mount_point, why) in &info.left_out {
             let _ = writeln!(text, "not included: {}: {why}", mount_point.display());

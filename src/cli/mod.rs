@@ -41,6 +41,7 @@ mod start;
 mod state;
 mod target;
 mod terminal;
+mod to_disk;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

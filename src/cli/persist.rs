@@ -1,7 +1,7 @@
 //! `snapback persist`
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -13,7 +13,7 @@ use super::target::{Target, absolute, checkpoint_name, failed, size};
 use super::{Global, Status};
 use crate::image::{Encoding, Summary};
 use crate::keeper::protocol::{Request, Response};
-use crate::keeper::{Client, Error};
+use crate::keeper::{Client, Errand, Error};
 use crate::outcome::Refusal;
 
 /// Write a checkpoint to disk while the container runs on
@@ -86,20 +86,34 @@ enum Event {
 
 pub(crate) fn run(global: &Global, args: Persist) -> anyhow::Result<Status> {
     let began = Instant::now();
-    match persist(global, &args) {
-        Ok((image_path, summary)) if args.json => json_line(&Event::Persisted {
+    let ended = args.target.known(global).and_then(|errand| {
+        let to = absolute(&args.image_path)?;
+        let summary = persist(&errand, (&args.name, None), &to, args.compress, args.json)?;
+        Ok((to, summary))
+    });
+    finish(args.json, &args.name, began, ended)
+}
+
+/// Prints how it ended.
+pub(super) fn finish(
+    json: bool,
+    name: &str,
+    began: Instant,
+    ended: anyhow::Result<(PathBuf, Summary)>,
+) -> anyhow::Result<Status> {
+    match ended {
+        Ok((image_path, summary)) if json => json_line(&Event::Persisted {
             image_path,
             summary,
             total_us: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
         })?,
         Ok((image_path, summary)) => print(&format!(
-            "persisted {:?} to {}: {} of memory, {} on disk\n",
-            args.name,
+            "persisted {name:?} to {}: {} of memory, {} on disk\n",
             image_path.display(),
             size(summary.memory_bytes),
             size(summary.image_bytes),
         ))?,
-        Err(error) if args.json => {
+        Err(error) if json => {
             json_line(&Event::Failed {
                 error: format!("{error:#}"),
                 refused: error.downcast_ref().cloned(),
@@ -111,34 +125,45 @@ pub(crate) fn run(global: &Global, args: Persist) -> anyhow::Result<Status> {
     Ok(Status::Done)
 }
 
-fn persist(global: &Global, args: &Persist) -> anyhow::Result<(PathBuf, Summary)> {
-    let errand = args.target.known(global)?;
-    let to = absolute(&args.image_path)?;
+/// Has the keeper write a checkpoint, and shows how far it is.
+pub(super) fn persist(
+    errand: &Errand,
+    (name, called): (&str, Option<&str>),
+    to: &Path,
+    compress: Compress,
+    json: bool,
+) -> anyhow::Result<Summary> {
     let request = Request::Persist {
-        name: args.name.clone(),
-        to: to.clone(),
-        encoding: args.compress.into(),
+        name: name.to_owned(),
+        to: to.to_owned(),
+        encoding: compress.into(),
+        called: called.map(str::to_owned),
     };
-    let mut shown = Shown::new(args.json);
+    let mut shown = Shown::new(json);
     let mut watch = |done, total| shown.update(done, total);
     let answer = Client::ask_and_watch(&errand.directory(), &request, &mut watch);
     shown.clear();
-    match answer? {
-        Response::Persisted { summary } => Ok((to, summary)),
+    summary(answer?)
+}
+
+/// The summary in a keeper's answer.
+pub(super) fn summary(answer: Response) -> anyhow::Result<Summary> {
+    match answer {
+        Response::Persisted { summary } => Ok(summary),
         Response::Failure(failure) => Err(failed(failure)),
         other => Err(Error::Protocol(format!("{other:?}")).into()),
     }
 }
 
 /// How progress is shown.
-pub(crate) enum Shown {
+enum Shown {
     Bar(ProgressBar),
     Json,
     Nothing,
 }
 
 impl Shown {
-    pub(crate) fn new(json: bool) -> Self {
+    fn new(json: bool) -> Self {
         match json {
             true => Self::Json,
             false if std::io::stderr().is_terminal() => {
@@ -153,7 +178,7 @@ impl Shown {
         }
     }
 
-    pub(crate) fn update(&mut self, done: u64, total: u64) {
+    fn update(&mut self, done: u64, total: u64) {
         match self {
             Self::Bar(bar) => {
                 bar.set_length(total);
@@ -165,7 +190,7 @@ impl Shown {
         }
     }
 
-    pub(crate) fn clear(&self) {
+    fn clear(&self) {
         if let Self::Bar(bar) = self {
             bar.finish_and_clear();
         }

@@ -1,5 +1,6 @@
 //! `snapback restore`
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -138,7 +139,11 @@ pub(crate) fn run(global: &Global, args: Restore) -> anyhow::Result<Status> {
         }
     };
     if args.detach {
-        return finish(args.json, &name, began, Ok(report));
+        // What a runtime prints ends in the container's log where a monitor runs it.
+        return match args.json || std::io::stdout().is_terminal() {
+            true => finish(args.json, &name, began, Ok(report)),
+            false => Ok(Status::Done),
+        };
     }
     let attended = attend(&child, &signals, None);
     let deleted = lifecycle::delete(&global.root, &args.id, attended.is_err());

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Engine, Error};
+use crate::checkpoint::{self, Then};
 use crate::image::{self, Durability, Parts, Persisting, Why};
+use crate::phases::Phases;
 
 impl Engine {
     /// Prepares to write a checkpoint to the directory `target`; [`Persisting::run`] does it, on any thread. The tree runs on,
@@ -22,6 +24,58 @@ impl Engine {
         let parts = self.parts(name)?;
         let on_disk = self.on_disk.entry(name.to_owned()).or_default();
         Ok(on_disk.begin(parts, target, options))
+    }
+
+    /// Takes a checkpoint and writes it to the directory `target` while the tree is stopped; then ends the tree. Its other
+    /// checkpoints can't be rolled back to any more.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; the tree runs on, and what was at `target` is still there.
+    pub fn move_out(
+        &mut self,
+        target: &Path,
+        options: image::Options,
+    ) -> Result<image::Summary, Error> {
+        let mut phases = Phases::start();
+        let mut written = None;
+        let taken = checkpoint::take(
+            &mut self.tree,
+            &mut self.spaces,
+            &mut self.checkpoints,
+            &mut self.files,
+            "default",
+            &mut phases,
+            |checkpoint, spaces, tree| {
+                let parts = Parts::of(checkpoint, spaces, tree);
+                let progress = image::Progress::default();
+                let done =
+                    parts.and_then(|parts| image::persist(parts, target, options, &progress));
+                let then = match done {
+                    Ok(_) => Then::End,
+                    Err(_) => Then::RunOn,
+                };
+                written = Some(done);
+                then
+            },
+        );
+        if let Some(Ok(summary)) = written {
+            self.is_killed = true;
+            if let Err(error) = taken {
+                // Dead it has to be: it must not go on after what is on disk.
+                tracing::warn!(%error, "the tree did not end well");
+                self.tree.kill();
+            }
+            return Ok(summary);
+        }
+        let checkpoint = taken.inspect_err(|_| self.files.forget_unused())?;
+        let (tree, spaces) = (&mut self.tree, &mut self.spaces);
+        checkpoint::release(tree, spaces, &self.checkpoints, checkpoint)?;
+        self.files.forget_unused();
+        match written {
+            Some(Err(error)) => Err(error.into()),
+            _ => Err(Error::Failed("the image was not written".into())),
+        }
     }
 
     /// What of a checkpoint is to be written out, or looked at.

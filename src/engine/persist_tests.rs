@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 
 use super::tests::Program;
 use super::*;
-use crate::image::{Encoding, Opened, Options, Progress, Why, persist};
+use crate::image::{Durability, Encoding, Opened, Options, Progress, Why, persist};
 use crate::memory::{PAGE, Ranges, Span};
 
 /// Compares an image with the shadows that it was written from, page by page.
@@ -62,7 +62,10 @@ fn an_image_is_as_the_checkpoint_though_the_tree_runs_on_and_goes_back() {
         let writing = std::thread::spawn(move || {
             let progress = Progress::default();
             tell.send(()).unwrap();
-            let options = Options { encoding };
+            let options = Options {
+                encoding,
+                ..Options::default()
+            };
             let summary = persist(parts, &to, options, &progress).unwrap();
             let (done, total) = progress.bytes();
             assert_eq!(done, total);
@@ -142,4 +145,76 @@ fn other_peoples_directories_are_not_replaced() {
         other => panic!("{other:?}"),
     }
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn what_is_on_disk_is_told() {
+    let mut program = Program::start();
+    program.ask("add 3");
+    let mut engine = Engine::attach(Target::of_pid(program.id())).unwrap();
+    engine.checkpoint("a").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("image");
+    let told = |engine: &Engine| engine.checkpoints()[0].durability.clone();
+    let durable = Durability::Durable { at: target.clone() };
+    assert_eq!(told(&engine), Durability::Resident);
+    let begin = |engine: &mut Engine| engine.persist("a", &target, Options::default()).unwrap();
+    let persisting = begin(&mut engine);
+    assert!(matches!(
+        told(&engine),
+        Durability::Persisting { done: 0, .. }
+    ));
+    persisting.run().unwrap();
+    assert_eq!(told(&engine), durable);
+    // One that comes to nothing takes nothing away.
+    drop(begin(&mut engine));
+    assert_eq!(told(&engine), durable);
+    let cancelled = begin(&mut engine);
+    cancelled.progress().cancel(Why::Unwanted);
+    cancelled.run().unwrap_err();
+    assert_eq!(told(&engine), durable);
+    // Another of the same name is another.
+    let replaced = begin(&mut engine);
+    engine.checkpoint("a").unwrap();
+    assert_eq!(replaced.progress().cancelled(), Some(Why::Released));
+    assert!(matches!(
+        replaced.run(),
+        Err(crate::image::Error::Cancelled(_))
+    ));
+    assert_eq!(told(&engine), Durability::Resident);
+}
+
+/// As `fixtures/images` was made: of a program that is on every machine, in no one's cgroup, without an environment.
+#[test]
+#[ignore = "writes fixtures/images anew, after a change of the format"]
+fn write_the_images() {
+    let mut program = std::process::Command::new("/usr/bin/sleep")
+        .arg("1000")
+        .env_clear()
+        .env("A", "b")
+        .current_dir("/")
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = program.id() as i32;
+    for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let procs = hierarchy.path().join("cgroup.procs");
+        let _ = std::fs::write(procs, pid.to_string());
+    }
+    let mut engine = Engine::attach(Target::of_pid(pid)).unwrap();
+    engine.checkpoint("golden").unwrap();
+    let images = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/images");
+    for (name, encoding) in [("v1-plain", Encoding::Plain), ("v1-zstd", Encoding::Zstd)] {
+        let options = Options {
+            encoding,
+            ..Options::default()
+        };
+        let persisting = engine.persist("golden", &images.join(name), options);
+        persisting.unwrap().run().unwrap();
+    }
+    engine.release(None).unwrap();
+    program.kill().unwrap();
+    program.wait().unwrap();
 }

@@ -30,7 +30,7 @@ pub use diff::{Change, ChangeKind};
 pub use execute::Put;
 pub use image::Image;
 pub use session::{Files, Mounts, Moved, Plans, Prepared};
-pub use stored::StoredArea;
+pub use stored::{Contents, StoredArea};
 pub use uses::{How, Use};
 
 #[cfg(test)]

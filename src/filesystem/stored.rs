@@ -161,6 +161,11 @@ impl StoredArea {
         os(&self.mount_point).into()
     }
 
+    /// How many files and directories there are.
+    pub fn files(&self) -> usize {
+        self.nodes.len()
+    }
+
     /// A path in the container that leads to an inode, given as the mount showed it, if that is in it.
     pub fn path_of(&self, inode: (u64, u64)) -> Option<PathBuf> {
         let wanted = self
@@ -267,11 +272,21 @@ impl StoredArea {
     }
 }
 
+/// Contents of files, named by the number of their area and their own in that.
+pub trait Contents {
+    /// What of one is no hole (offset and length), given its size.
+    fn data(&self, name: (usize, u64), size: u64) -> Vec<(u64, u64)>;
+    /// Reads one at an offset.
+    ///
+    /// # Errors
+    ///
+    /// It can't be read, or is damaged.
+    fn read(&self, name: (usize, u64), offset: u64, buffer: &mut [u8]) -> std::io::Result<()>;
+}
+
 impl Files {
     /// Makes the files of a container that was just created what an image says, and returns them as a checkpoint has them.
-    /// `root` is the container's init. Of a content, named by its area and its number, `data` tells,
-    /// given its size, what is no hole (offset and
-    /// length), and `read` reads it at an offset.
+    /// `root` is the container's init.
     ///
     /// # Errors
     ///
@@ -280,8 +295,7 @@ impl Files {
         &mut self,
         root: Pid,
         stored: &[StoredArea],
-        data: &mut dyn FnMut(usize, u64, u64) -> Vec<(u64, u64)>,
-        read: &mut dyn FnMut(usize, u64, u64, &mut [u8]) -> std::io::Result<()>,
+        contents_of: &dyn Contents,
     ) -> Result<Image> {
         self.set_options(Options {
             include: !stored.is_empty(),
@@ -321,9 +335,10 @@ impl Files {
             let mounted = Mounted::open(root, &area)?;
             let mut contents = BTreeMap::new();
             for (content, size) in stored.sizes() {
-                let data = data(number, content, size);
+                let name = (number, content);
+                let data = contents_of.data(name, size);
                 let kept = self.keep_read(&area, &mounted, size, data, &mut |offset, buffer| {
-                    read(number, content, offset, buffer)
+                    contents_of.read(name, offset, buffer)
                 })?;
                 contents.insert(content, kept);
             }
@@ -354,7 +369,10 @@ mod tests {
         assert!(serde_json::from_str::<Text>("\"\u{100}\"").is_err());
     }
 
-    fn area(nodes: &[(u32, &[(&str, usize)])]) -> StoredArea {
+    /// Type and entries of each file.
+    type Nodes<'a> = &'a [(u32, &'a [(&'a str, usize)])];
+
+    fn area(nodes: Nodes<'_>) -> StoredArea {
         let node = |(mode, entries): &(u32, &[(&str, usize)])| StoredNode {
             stat: Stat {
                 mode: *mode,
@@ -381,13 +399,13 @@ mod tests {
     #[test]
     fn what_is_no_tree_is_told() {
         let (directory, file) = (libc::S_IFDIR, libc::S_IFREG);
-        let good: &[(u32, &[(&str, usize)])] = &[
+        let good: Nodes<'_> = &[
             (directory, &[("a", 1), ("b", 2), ("c", 1)]),
             (file, &[]),
             (directory, &[]),
         ];
         assert_eq!(area(good).check(), Ok(()));
-        let bad: [&[(u32, &[(&str, usize)])]; 7] = [
+        let bad: [Nodes<'_>; 7] = [
             &[],
             &[(file, &[])],
             &[(directory, &[("..", 1)]), (file, &[])],

@@ -27,8 +27,9 @@ const THREAD: i32 = libc::CLONE_VM
 /// No process has so great a number (`PID_MAX_LIMIT` in `linux/threads.h`): to ask for it in our namespace is to ask for none.
 pub const LEAST_NO_PID: i32 = 1 << 22;
 
-/// How long others may get the number first.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long others may get the number first: where many fork all the time hundreds of attempts may fail, and without it the
+/// tree is lost.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// How long one that has it is left alone.
 const SOON: Duration = Duration::from_millis(1);
 

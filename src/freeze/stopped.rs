@@ -568,9 +568,10 @@ impl<'t> Stopped<'t> {
                 self.tree.stragglers.push(thread.tid);
                 continue;
             }
-            let result = thread.release();
-            if first_error.is_ok() {
-                first_error = result;
+            match thread.release() {
+                Ok(true) => {}
+                Ok(false) => self.tree.stragglers.push(thread.tid),
+                Err(error) => first_error = first_error.and(Err(error)),
             }
         }
         first_error

@@ -101,12 +101,17 @@ impl Thread {
         Ok(())
     }
 
-    /// Lets it run on as it is to.
-    pub(super) fn release(&mut self) -> Result<()> {
-        self.settle()?;
+    /// Lets it run on as it is to; returns whether it does. One that was killed while it was stopped is still ours, and its
+    /// death is to be collected.
+    pub(super) fn release(&mut self) -> Result<bool> {
+        let is_gone = |error: &Error| matches!(error, Error::System { error, .. } if error.raw_os_error() == Some(libc::ESRCH));
+        match self.settle() {
+            Err(error) if is_gone(&error) => return Ok(false),
+            settled => settled?,
+        }
         match ptrace::detach(self.tid, self.state.owed.take().unwrap_or(0)) {
-            // Killed while it was stopped.
-            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(Errno::ESRCH) => Ok(false),
             Err(errno) => Err(errno).context(|| format!("detach from {}", self.tid)),
         }
     }

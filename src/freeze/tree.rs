@@ -164,7 +164,8 @@ pub struct Tree {
     pub(super) members: BTreeMap<Pid, Member>,
     /// PIDs in our namespace and in theirs of processes that are ours.
     pub(super) shadows: BTreeMap<Pid, i32>,
-    /// Tasks that were asked to stop, have not yet, and are to be let go as soon as they have.
+    /// Tasks that were asked to stop, have not yet, and are to be let go as soon as they have; and those that were killed while
+    /// they were stopped, whose deaths are to be collected.
     pub(super) stragglers: Vec<Pid>,
     /// Address spaces seen so far.
     pub(super) generations: u64,

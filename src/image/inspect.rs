@@ -12,6 +12,7 @@ use super::pages::Store;
 use super::view::{DescriptorView, ProcessView, SpaceView, View};
 use super::{CONTEXT_FILE, Error, MEMORY_FILE};
 use crate::checkpoint::Checkpoint;
+use crate::filesystem::StoredArea;
 use crate::memory::PAGE;
 use crate::record::{Context, Frames, ImageHeader, Kind, Stats};
 
@@ -39,6 +40,8 @@ pub struct Inspection {
     pub shared: Vec<(String, u64)>,
     /// Descriptors.
     pub descriptors: Vec<DescriptorView>,
+    /// File systems whose files are in it.
+    pub areas: Vec<AreaView>,
     /// Files without a name whose contents are in it.
     pub nameless: Vec<NamelessFile>,
     /// What is wrong with it: file, record and offset. Empty: all of it was read and all checksums are right.
@@ -67,6 +70,17 @@ pub struct FileView {
     pub bytes: u64,
     /// Records in it that were read.
     pub records: u64,
+}
+
+/// A file system whose files are in an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AreaView {
+    /// Where it was mounted.
+    pub mount_point: PathBuf,
+    /// How many files and directories of it are in the image.
+    pub files: usize,
+    /// How many contents of files.
+    pub contents: u64,
 }
 
 /// The records of a kind.
@@ -216,7 +230,12 @@ impl Inspection {
             });
         }
         for frame in frames.frames() {
-            let wanted = [Kind::Checkpoint, Kind::NamelessFile, Kind::Program];
+            let wanted = [
+                Kind::Checkpoint,
+                Kind::NamelessFile,
+                Kind::FileArea,
+                Kind::Program,
+            ];
             if !wanted.contains(&frame.kind()) {
                 continue;
             }
@@ -235,6 +254,13 @@ impl Inspection {
                 Kind::NamelessFile => {
                     serde_json::from_slice(&payload).map(|file| self.nameless.push(file))
                 }
+                Kind::FileArea => serde_json::from_slice(&payload).map(|area: StoredArea| {
+                    self.areas.push(AreaView {
+                        mount_point: area.mount_point(),
+                        files: area.files(),
+                        contents: area.contents,
+                    });
+                }),
                 _ => serde_json::from_slice(&payload).map(|program: Program| {
                     let mut spaces = self.spaces.iter_mut();
                     if let Some(space) = spaces.find(|space| space.id == frame.id().raw()) {

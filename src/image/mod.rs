@@ -29,7 +29,7 @@ mod properties;
 
 pub use error::{Error, Result};
 pub use fuzzing::fuzz_one;
-pub use inspect::{FileView, Inspection, KindView, Made};
+pub use inspect::{AreaView, FileView, Inspection, KindView, Made};
 pub use layout::{Encoding, Info, MOST_PAGES, MappedFile, NamelessFile, PagesHeader, Program, Run};
 pub use on_disk::{Durability, OnDisk, Persisting};
 pub use open::Opened;
@@ -44,3 +44,6 @@ pub const CONTEXT_FILE: &str = "checkpoint.img";
 
 /// The file of an image that holds memory.
 pub const MEMORY_FILE: &str = "memory.img";
+
+/// A file that callers of runc, podman among them, look for before they restore. Nothing is in it.
+pub const MARK_FILE: &str = "inventory.img";

@@ -55,8 +55,21 @@ pub struct Persisting {
     parts: Parts,
     target: PathBuf,
     options: Options,
+    running: Running,
+}
+
+/// Shown as being written as long as it is there.
+#[derive(Debug)]
+struct Running {
     progress: Arc<Progress>,
     on_disk: Arc<OnDisk>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut running = self.on_disk.running.lock();
+        running.retain(|(_, other)| !Arc::ptr_eq(other, &self.progress));
+    }
 }
 
 impl OnDisk {
@@ -88,14 +101,16 @@ impl OnDisk {
     /// Begins to write to a directory.
     pub fn begin(self: &Arc<Self>, parts: Parts, target: &Path, options: Options) -> Persisting {
         let progress = Arc::new(Progress::default());
-        let running = (target.to_owned(), Arc::clone(&progress));
-        self.running.lock().push(running);
+        let shown = (target.to_owned(), Arc::clone(&progress));
+        self.running.lock().push(shown);
         Persisting {
             parts,
             target: target.to_owned(),
             options,
-            progress,
-            on_disk: Arc::clone(self),
+            running: Running {
+                progress,
+                on_disk: Arc::clone(self),
+            },
         }
     }
 }
@@ -103,7 +118,7 @@ impl OnDisk {
 impl Persisting {
     /// How far it is, and the way to cancel it.
     pub fn progress(&self) -> &Arc<Progress> {
-        &self.progress
+        &self.running.progress
     }
 
     /// Does it.
@@ -116,19 +131,16 @@ impl Persisting {
             parts,
             target,
             options,
-            progress,
-            on_disk,
+            running,
         } = self;
-        let done = persist(parts, &target, options, &progress);
+        let done = persist(parts, &target, options, &running.progress);
         if done.is_ok() {
             let identity = identity(&target);
-            *on_disk.last.lock() = identity.map(|identity| Written {
+            *running.on_disk.last.lock() = identity.map(|identity| Written {
                 directory: target,
                 identity,
             });
         }
-        let mut running = on_disk.running.lock();
-        running.retain(|(_, other)| !Arc::ptr_eq(other, &progress));
         done
     }
 }

@@ -88,6 +88,7 @@ impl Opened {
         for (kind, expected) in [
             (Kind::Pages, info.page_records),
             (Kind::NamelessFile, info.nameless_files),
+            (Kind::FileArea, info.files.len() as u64),
         ] {
             if count(kind) != expected {
                 return Err(wrong(format!(
@@ -125,7 +126,8 @@ impl Opened {
         let shared = context.records_of(Kind::SharedMemory);
         let owners = spaces.keys().chain(nameless.keys()).copied();
         let contents = files.iter().flat_map(|(id, area)| {
-            let ids = id.raw() + 1..=id.raw().saturating_add(area.contents);
+            let first = id.raw().saturating_add(1);
+            let ids = first..=id.raw().saturating_add(area.contents);
             ids.filter_map(ObjectId::from_raw)
         });
         let shared = shared.map(|record| record.id());

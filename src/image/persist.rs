@@ -17,16 +17,18 @@ use super::layout::{Encoding, MappedFile, Program};
 use super::parts::{DELETED, Nameless, NamelessContent, Parts, describe};
 use super::staging::Staging;
 use super::write::{Content, Writer};
-use super::{CONTEXT_FILE, Error, MEMORY_FILE, Result};
+use super::{CONTEXT_FILE, Error, MARK_FILE, MEMORY_FILE, Result};
 use crate::fault;
 use crate::memory::{Ranges, SpaceContent};
 use crate::record::{Context, Kind, ObjectId};
 
 /// How an image is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
     /// How pages are.
     pub encoding: Encoding,
+    /// What the checkpoint is called there, if not as in RAM.
+    pub name: Option<String>,
 }
 
 /// How far the writing of an image is; shared with who waits for it, and may cancel it.
@@ -123,6 +125,7 @@ fn write(parts: Parts, target: &Path, options: Options, progress: &Progress) -> 
     let (path, file) = staging.create(CONTEXT_FILE)?;
     let header_bytes = write_context(&parts.context, &path, file)?;
     fault::point("persist.context");
+    staging.create(MARK_FILE)?;
     let (path, file) = staging.create(MEMORY_FILE)?;
     let memory_bytes = write_memory(parts, &path, file, options, progress)?;
     fault::point("persist.memory");
@@ -230,6 +233,7 @@ fn write_memory(
     }
     let page_records = writer.records();
     let info = super::layout::Info {
+        name: options.name.unwrap_or_else(|| parts.info.name.clone()),
         page_records,
         nameless_files: parts.nameless.len() as u64,
         ..parts.info.clone()
@@ -305,5 +309,10 @@ fn write_space(
     context
         .put_list(Kind::Guards, id, space.guards()?.spans())
         .map_err(write)?;
+    if let Some(policies) = space.policies()? {
+        context
+            .append(Kind::MemoryPolicies, id, &[policies.as_bytes()])
+            .map_err(write)?;
+    }
     Ok(nameless)
 }

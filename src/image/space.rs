@@ -23,6 +23,8 @@ pub struct StoredSpace {
     pub auxv: Vec<u8>,
     /// Its guards (`MADV_GUARD_INSTALL`).
     pub guards: Ranges,
+    /// The text of its `numa_maps`, if that tells of other memory policies than the default.
+    pub policies: Option<String>,
 }
 
 impl StoredSpace {
@@ -44,7 +46,11 @@ impl StoredSpace {
         let guards = payload(Kind::Guards)?;
         let spans = spans(&guards)
             .ok_or_else(|| wrong(Kind::Guards, "not a list of spans in order".into()))?;
+        let policies = frames.find(Kind::MemoryPolicies, id);
+        let policies = policies.map(|frame| frames.payload(frame).map_err(Error::image(path)));
+        let policies = policies.transpose()?;
         Ok(Self {
+            policies: policies.map(|text| String::from_utf8_lossy(&text).into_owned()),
             program: serde_json::from_slice(&program)
                 .map_err(|error| wrong(Kind::Program, error.to_string()))?,
             smaps: String::from_utf8(smaps)

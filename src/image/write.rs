@@ -1,6 +1,7 @@
 //! Writes pages: no zeroes, and what is the same once.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::path::Path;
 
@@ -16,6 +17,26 @@ use crate::record::{Context, Kind, ObjectId};
 const PAGES: usize = 64;
 
 const LEN: usize = PAGE as usize;
+
+/// Most pages that others are compared with: what is known of them takes some 40 bytes each.
+const MOST_KNOWN: usize = 4 << 20;
+
+/// Hashes what is a checksum already.
+#[derive(Debug, Default)]
+struct Mixed(u64);
+
+impl Hasher for Mixed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("checksums are numbers")
+    }
+    fn write_u32(&mut self, value: u32) {
+        // The upper bits count, too.
+        self.0 = u64::from(value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
 
 /// What has pages.
 pub(super) trait Content {
@@ -46,7 +67,7 @@ pub(super) struct Writer<'w> {
     progress: &'w Progress,
     contents: &'w [Box<dyn Content + 'w>],
     /// By a checksum, which says only that they may be the same.
-    known: HashMap<u32, First>,
+    known: HashMap<u32, First, BuildHasherDefault<Mixed>>,
     /// Pages that wait to be written as one record.
     waiting: Vec<u8>,
     records: u64,
@@ -66,7 +87,7 @@ impl<'w> Writer<'w> {
             encoding,
             progress,
             contents,
-            known: HashMap::new(),
+            known: HashMap::default(),
             waiting: Vec::with_capacity(2 * PAGES * LEN),
             records: 0,
         }
@@ -131,10 +152,13 @@ impl<'w> Writer<'w> {
             .flat_map(|span| (span.start..span.end).step_by(LEN));
         for address in pages {
             let page = &self.waiting[from..from + LEN];
-            let (record, page) = if page.iter().all(|byte| *byte == 0) {
+            if *page == [0; LEN] {
                 from += LEN;
                 continue;
-            } else if let Some(first) = self.find(page, begin).map_err(failed)? {
+            }
+            let checksum = crc32c::crc32c(page);
+            let same = self.find(checksum, page, begin).map_err(failed)?;
+            let (record, page) = if let Some(first) = same {
                 (first.record, first.page)
             } else {
                 let first = First {
@@ -143,8 +167,8 @@ impl<'w> Writer<'w> {
                     content: number as u32,
                     address,
                 };
-                if content.is_stable() {
-                    self.known.insert(crc32c::crc32c(page), first);
+                if content.is_stable() && self.known.len() < MOST_KNOWN {
+                    self.known.insert(checksum, first);
                 }
                 self.waiting.copy_within(from..from + LEN, begin);
                 begin += LEN;
@@ -166,8 +190,8 @@ impl<'w> Writer<'w> {
     }
 
     /// Looks for the same page among those written or waiting; of the latter the first `waiting` bytes count.
-    fn find(&self, page: &[u8], waiting: usize) -> io::Result<Option<First>> {
-        let Some(first) = self.known.get(&crc32c::crc32c(page)).copied() else {
+    fn find(&self, checksum: u32, page: &[u8], waiting: usize) -> io::Result<Option<First>> {
+        let Some(first) = self.known.get(&checksum).copied() else {
             return Ok(None);
         };
         let is_same = if first.record == self.context.stats().records {

@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 
 use crate::engine::{self, Engine, RollbackOptions, Target};
 use crate::filesystem;
-use crate::image::{Encoding, Inspection, Opened, Options};
+use crate::image::{Encoding, Inspection, Opened, Options, Summary};
 use crate::keeper::Errand;
 use crate::keeper::protocol::{Change, CheckpointInfo, Failure, FileOptions};
 use crate::keeper::server::Operations;
@@ -47,18 +47,22 @@ impl From<engine::Error> for Failure {
 
 impl Operations for Engine {
     fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure> {
-        let FileOptions {
-            include,
-            volumes,
-            max_bytes,
-        } = files.clone();
-        self.set_files(filesystem::Options {
-            include,
-            volumes,
-            max_bytes,
-            ..self.files().clone()
-        });
+        choose_files(self, files);
         Ok(self.take(name)?)
+    }
+
+    fn move_out(
+        &mut self,
+        to: &Path,
+        encoding: Encoding,
+        files: &FileOptions,
+    ) -> Result<Summary, Failure> {
+        choose_files(self, files);
+        let options = Options {
+            encoding,
+            ..Options::default()
+        };
+        Ok(Engine::move_out(self, to, options)?)
     }
 
     fn rollback(&mut self, name: &str, verify: bool) -> Result<Report, Failure> {
@@ -74,8 +78,8 @@ impl Operations for Engine {
         Ok(Engine::inspect(self, name)?)
     }
 
-    fn persist(&mut self, name: &str, to: &Path, encoding: Encoding) -> Result<Work, Failure> {
-        let persisting = Engine::persist(self, name, to, Options { encoding })?;
+    fn persist(&mut self, name: &str, to: &Path, options: Options) -> Result<Work, Failure> {
+        let persisting = Engine::persist(self, name, to, options)?;
         let progress = Arc::clone(persisting.progress());
         Ok(Work {
             progress,
@@ -124,6 +128,21 @@ impl Operations for Engine {
     fn collect_deaths(&mut self) {
         Engine::collect_deaths(self);
     }
+}
+
+/// Which files go with the next checkpoint.
+fn choose_files(engine: &mut Engine, files: &FileOptions) {
+    let FileOptions {
+        include,
+        volumes,
+        max_bytes,
+    } = files.clone();
+    engine.set_files(filesystem::Options {
+        include,
+        volumes,
+        max_bytes,
+        ..engine.files().clone()
+    });
 }
 
 fn change(change: filesystem::Change) -> Change {

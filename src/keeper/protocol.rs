@@ -81,6 +81,15 @@ pub enum Request {
         /// The checkpoint's name.
         name: String,
     },
+    /// Take a checkpoint and write it to disk, and end the tree.
+    MoveOut {
+        /// The directory, absolute.
+        to: PathBuf,
+        /// How pages are written.
+        encoding: Encoding,
+        /// Which files are included.
+        files: FileOptions,
+    },
     /// Tell what is in a checkpoint.
     Inspect {
         /// The checkpoint's name.
@@ -95,6 +104,8 @@ pub enum Request {
         to: PathBuf,
         /// How pages are written.
         encoding: Encoding,
+        /// What it is called there, if not as in RAM.
+        called: Option<String>,
     },
     /// Make of the tree, a container's init that waits to be started, what an image says. The first request of a keeper.
     Restore {

@@ -19,7 +19,7 @@ use nix::unistd::{Pid, geteuid};
 use parking_lot::{Condvar, Mutex};
 
 use crate::fault;
-use crate::image::{Encoding, Inspection};
+use crate::image::{Encoding, Inspection, Options, Summary};
 use crate::keeper::directory::Locked;
 use crate::keeper::protocol::{
     Change, CheckpointInfo, Failure, FileOptions, Hello, Request, Response, VERSION, append,
@@ -53,6 +53,17 @@ pub trait Operations {
     ///
     /// Refused or failed; the tree runs as before.
     fn diff(&mut self, name: &str) -> Result<Vec<Change>, Failure>;
+    /// Takes a checkpoint, writes it to a directory, and ends the tree.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; the tree runs as before.
+    fn move_out(
+        &mut self,
+        to: &Path,
+        encoding: Encoding,
+        files: &FileOptions,
+    ) -> Result<Summary, Failure>;
     /// What is in a checkpoint.
     ///
     /// # Errors
@@ -64,7 +75,7 @@ pub trait Operations {
     /// # Errors
     ///
     /// Refused or failed; nothing was touched.
-    fn persist(&mut self, name: &str, to: &Path, encoding: Encoding) -> Result<Work, Failure>;
+    fn persist(&mut self, name: &str, to: &Path, options: Options) -> Result<Work, Failure>;
     /// Makes of the tree what an image says.
     ///
     /// # Errors
@@ -545,9 +556,10 @@ fn carry_out<O: Operations>(
             shared.gate.lock().waiting -= 1;
             let end = match request {
                 _ if has_ended(operations) => End::Now,
-                Request::Checkpoint { .. } | Request::Restore { .. } | Request::Release { .. } => {
-                    End::WithoutCheckpoints
-                }
+                Request::Checkpoint { .. }
+                | Request::MoveOut { .. }
+                | Request::Restore { .. }
+                | Request::Release { .. } => End::WithoutCheckpoints,
                 Request::Rollback { .. }
                 | Request::Diff { .. }
                 | Request::Inspect { .. }
@@ -603,12 +615,31 @@ impl Shared {
 
 fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
     let done = match request {
-        Request::Persist { name, to, encoding } => match operations.persist(name, to, *encoding) {
-            Ok(work) => return Answer::Begun(work),
-            Err(failure) => Err(failure),
-        },
+        Request::Persist {
+            name,
+            to,
+            encoding,
+            called,
+        } => {
+            let options = Options {
+                encoding: *encoding,
+                name: called.clone(),
+            };
+            match operations.persist(name, to, options) {
+                Ok(work) => return Answer::Begun(work),
+                Err(failure) => Err(failure),
+            }
+        }
         Request::Checkpoint { name, files } => operations.checkpoint(name, files).map(report),
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
+        Request::MoveOut {
+            to,
+            encoding,
+            files,
+        } => {
+            let moved = operations.move_out(to, *encoding, files);
+            moved.map(|summary| Response::Persisted { summary })
+        }
         Request::Inspect { name } => {
             operations
                 .inspect(name)

@@ -15,7 +15,7 @@ use super::directory::{Found, Locked};
 use super::protocol::*;
 use super::server::serve;
 use super::*;
-use crate::image::{Encoding, Inspection, Progress};
+use crate::image::{Encoding, Inspection, Options, Progress, Summary};
 use crate::outcome::{Outcome, Refusal, Report};
 
 /// What the fake tree does. Shared by all keepers that a test starts.
@@ -106,11 +106,16 @@ impl Operations for Fake {
         Ok(Vec::new())
     }
 
+    fn move_out(&mut self, _: &Path, _: Encoding, _: &FileOptions) -> Result<Summary, Failure> {
+        self.alive = false;
+        Ok(Summary::default())
+    }
+
     fn inspect(&self, _: &str) -> Result<Inspection, Failure> {
         Ok(Inspection::default())
     }
 
-    fn persist(&mut self, name: &str, _: &Path, _: Encoding) -> Result<Work, Failure> {
+    fn persist(&mut self, name: &str, _: &Path, _: Options) -> Result<Work, Failure> {
         // Goes on until it is cancelled, as soon as it has begun.
         let progress = Arc::new(Progress::default());
         let (begun, running) = (self.script.persisting.clone(), Arc::clone(&progress));
@@ -472,6 +477,7 @@ fn persist() -> Request {
         name: "a".into(),
         to: "/nowhere".into(),
         encoding: Encoding::Plain,
+        called: None,
     }
 }
 

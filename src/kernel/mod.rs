@@ -37,6 +37,7 @@ pub mod socket;
 pub mod socket_filter;
 pub mod sparse;
 pub mod sysv_ipc;
+pub mod sysv_segment;
 pub mod terminal;
 pub mod tty;
 pub mod userfaultfd;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -40,6 +41,13 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
 pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     let mut set = [PollFd::new(pidfd, PollFlags::POLLIN)];
     poll(&mut set, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// Waits until the process has ended with all its threads; `false` if it has not after so long.
+pub fn await_end(pidfd: BorrowedFd<'_>, patience: Duration) -> bool {
+    let mut set = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+    poll(&mut set, patience).is_ok_and(|ready| ready > 0)
 }
 
 /// Duplicates descriptor `fd` of the process (Linux 5.6): the same open file description, close-on-exec.

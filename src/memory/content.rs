@@ -152,6 +152,15 @@ impl SpaceContent {
         self.checked(self.source.smaps())
     }
 
+    /// See [`Source::policies`].
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn policies(&self) -> Result<Option<String>> {
+        self.checked(self.source.policies())
+    }
+
     /// See [`Source::guards`].
     ///
     /// # Errors

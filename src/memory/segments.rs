@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::freeze::{self, Batch, Output, Outputs, StepId, Stopped};
-use crate::kernel::namespaces;
+use crate::kernel::{namespaces, sysv_segment};
 use crate::outcome::Difference;
 
 use super::Result;
@@ -43,6 +43,26 @@ struct Segment {
     group: u32,
     mode: u32,
     size: u64,
+}
+
+impl Segments {
+    /// Those that are the tree's alone, in its one IPC namespace; `None` if there are others.
+    pub fn own(&self) -> Option<Vec<sysv_segment::Segment>> {
+        let there = match &self.0[..] {
+            [] => &[],
+            [namespace] if namespace.is_own || namespace.there.is_empty() => &namespace.there[..],
+            _ => return None,
+        };
+        let own = there.iter().map(|segment| sysv_segment::Segment {
+            id: segment.id,
+            key: segment.key,
+            user: segment.user,
+            group: segment.group,
+            mode: segment.mode,
+            size: segment.size,
+        });
+        Some(own.collect())
+    }
 }
 
 /// A PID as its number.

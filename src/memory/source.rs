@@ -112,6 +112,32 @@ impl Source {
         }
     }
 
+    /// The text of `numa_maps` (numa(7)) if it tells of another policy than the default, be it that of the task. Walks page
+    /// tables.
+    ///
+    /// # Errors
+    ///
+    /// The shadow has died.
+    pub fn policies(&self) -> Result<Option<String>> {
+        match self {
+            Self::Shadow(shadow) => {
+                let text = match std::fs::read(procfs::path(shadow.pid, "numa_maps")) {
+                    Ok(text) => text,
+                    // The kernel was built without NUMA.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+                    Err(error) => {
+                        let what = "read the memory policies of a shadow";
+                        return Err(system(shadow.pid, what, error));
+                    }
+                };
+                let text = String::from_utf8_lossy(&text).into_owned();
+                let policy = |line: &str| line.split(' ').nth(1) != Some("default");
+                Ok(text.lines().any(policy).then_some(text))
+            }
+            Self::Stored(_) => Ok(None),
+        }
+    }
+
     /// VMAs and flags, for mapping again what was there.
     pub(super) fn mapped(&self) -> Result<Mapped> {
         let vmas = match self {

@@ -103,6 +103,9 @@ kinds! {
     /// The files of a mounted file system that goes back with the tree.
     FileArea = 46, version 1, "files";
 
+    /// The NUMA policies of an address space, if any VMA has one.
+    MemoryPolicies = 47, version 1, "memory policies";
+
     /// One descriptor table, shared by `CLONE_FILES`.
     FileTable = 48, version 1, "file table";
     /// An open file description of a regular file, a directory or a plain device.

@@ -14,6 +14,7 @@ use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 use rustix::fs::{AtFlags, Mode, OFlags, openat, unlinkat};
 
 use crate::image::{NamelessFile, Opened};
+use crate::kernel::sysv_segment::{self, Segment};
 use crate::kernel::{confined, credentials, shared_map};
 use crate::memory::{PAGE, Span};
 use crate::objects::{self, Nameless};
@@ -40,12 +41,20 @@ pub(super) struct Contents {
 const PIECE: u64 = 1 << 20;
 
 impl Contents {
-    /// Makes all of them, for a container with this root directory.
-    pub(super) fn make(origin: &Origin, root: &File) -> Result<Self> {
+    /// Makes all of them, for a container with this root directory and IPC namespace.
+    pub(super) fn make(origin: &Origin, root: &File, namespace: &File) -> Result<Self> {
         let mut made = Self::default();
         let recorded = objects::records::read(origin.context())?;
         let memfds: BTreeMap<(u64, u64), &str> = recorded.memfd_names().collect();
+        let segments = origin.image.segments.own().unwrap_or_default();
         for (id, object, mapped) in origin.image.shared()? {
+            if mapped.starts_with("/SYSV") {
+                let is_it = |segment: &&Segment| segment.id as u64 == object.inode;
+                if let Some(segment) = segments.iter().find(is_it) {
+                    make_segment(origin, id, *segment, namespace)?;
+                }
+                continue;
+            }
             let name = memfds.get(&(object.device, object.inode));
             let name = name.map_or(mapped.as_str(), |name| name);
             let file = shared(name, object.size, root)?;
@@ -85,6 +94,24 @@ impl Contents {
         let files = self.shared.iter().filter_map(|key| self.files.get(key));
         files.map(|file| file.as_raw_fd())
     }
+}
+
+/// System V shared memory, with its content.
+fn make_segment(origin: &Origin, id: ObjectId, segment: Segment, namespace: &File) -> Result<()> {
+    let mut fill = |bytes: &mut [u8]| {
+        let mut pages = vec![0; bytes.len().next_multiple_of(PAGE as usize)];
+        let span = Span {
+            start: 0,
+            end: pages.len() as u64,
+        };
+        let read = origin.image.read(id, &[span], &mut pages);
+        read.map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))?;
+        bytes.copy_from_slice(&pages[..bytes.len()]);
+        Ok(())
+    };
+    let made = sysv_segment::make(namespace.as_fd(), segment, &mut fill);
+    let what = format!("make System V shared memory segment {}", segment.id);
+    Ok(made.map_err(system(&what))?)
 }
 
 /// A deleted file, with its content and metadata.

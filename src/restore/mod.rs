@@ -14,14 +14,10 @@ pub use origin::Origin;
 use crate::checkpoint::{self, Checkpoint, Spaces};
 use crate::filesystem::{self, Files, StoredArea};
 use crate::freeze::{self, OnTracerDeath, Tree};
-use crate::memory::{PAGE, Span};
 use crate::outcome::Refusal;
 use crate::phases::Phases;
-use crate::record::ObjectId;
 use crate::rollback::{self, Done, Failure};
 use crate::{fault, image, memory, objects, record, task};
-
-use nix::unistd::Pid;
 
 use processes::Work;
 
@@ -98,37 +94,6 @@ pub fn check(origin: &Origin) -> Result<()> {
     Ok(origin.check_memory()?)
 }
 
-/// Makes the files of the container what they were.
-fn restore_files(files: &mut Files, root: Pid, origin: &Origin) -> Result<filesystem::Image> {
-    let image = &origin.image;
-    let object = |area: usize, content: u64| {
-        let first = image.files[area].0.raw() + 1;
-        ObjectId::from_raw(first + content).unwrap_or(ObjectId::IMAGE)
-    };
-    let areas: Vec<StoredArea> = image.files.iter().map(|(_, area)| area.clone()).collect();
-    let mut data = |area: usize, content: u64, size: u64| {
-        let runs = image.runs(object(area, content)).iter();
-        let parts = runs.map(|run| {
-            let end = run.address + u64::from(run.pages) * PAGE;
-            (run.address, end.min(size).saturating_sub(run.address))
-        });
-        parts.filter(|(_, length)| *length > 0).collect()
-    };
-    let mut read = |area: usize, content: u64, offset: u64, buffer: &mut [u8]| {
-        let len = buffer.len();
-        let mut pages = vec![0; len.next_multiple_of(PAGE as usize)];
-        let span = Span {
-            start: offset,
-            end: offset + pages.len() as u64,
-        };
-        let read = image.read(object(area, content), &[span], &mut pages);
-        read.map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))?;
-        buffer.copy_from_slice(&pages[..len]);
-        Ok(())
-    };
-    Ok(files.restore(root, &areas, &mut data, &mut read)?)
-}
-
 /// Makes the tree below the init of a container that was created, and not started, what `origin` says, and lets it run.
 /// Returns the checkpoint of it, which is in RAM.
 ///
@@ -144,7 +109,8 @@ pub fn run(
     phases: &mut Phases,
 ) -> Result<(Checkpoint, Done)> {
     check(origin)?;
-    let image = restore_files(files, tree.root(), origin)?;
+    let areas: Vec<StoredArea> = origin.files().cloned().collect();
+    let image = files.restore(tree.root(), &areas, origin)?;
     phases.end_running("files");
     let mounts = files.open(tree.root(), &image)?;
     let mut stopped = tree.stop(OnTracerDeath::Die)?;

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use nix::unistd::Pid;
 
 use crate::checkpoint::Result;
+use crate::filesystem::{Contents, StoredArea};
 use crate::image::Opened;
 use crate::kernel::maps::{self, Vma};
-use crate::memory::AddressSpaceHeader;
+use crate::memory::{AddressSpaceHeader, PAGE, Span};
 use crate::outcome::Refusal;
 use crate::record::{Context, Error, Kind, ObjectId, Record};
 use crate::task::{self, Renamed};
@@ -75,21 +76,60 @@ impl Origin {
         Ok(found.ok_or_else(|| damaged(kind, id, "it is missing".into()))?)
     }
 
+    /// Refuses System V shared memory that can't be made.
+    fn check_segments(&self) -> Result<()> {
+        /// `SHM_LOCKED` and `SHM_HUGETLB`.
+        const SPECIAL: u32 = 0o6000;
+        let refuse = |object: String, remedy: &str| Refusal {
+            object,
+            holder: "the container".into(),
+            remedy: format!("{remedy}; it can't be made of an image yet"),
+        };
+        let segments = self.image.segments.own().ok_or_else(|| {
+            refuse(
+                "System V shared memory".into(),
+                "it was in another IPC namespace than the container's own",
+            )
+        })?;
+        let kept = self.image.shared().unwrap_or_default();
+        for segment in segments {
+            let object = || format!("System V shared memory segment {}", segment.id);
+            if segment.mode & SPECIAL != 0 {
+                return Err(refuse(object(), "it was locked in RAM or of huge pages").into());
+            }
+            let is_it =
+                |name: &str, inode: u64| name.starts_with("/SYSV") && inode == segment.id as u64;
+            if !kept
+                .iter()
+                .any(|(_, object, name)| is_it(name, object.inode))
+            {
+                return Err(refuse(object(), "no process had it attached").into());
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses memory that can't be made of an image.
     pub(super) fn check_memory(&self) -> Result<()> {
+        self.check_segments()?;
         let recorded = self.recorded(&Renamed::default())?;
         for process in recorded.processes().filter(|process| !process.is_zombie()) {
             let id = self.space_of(process.pid())?;
-            for vma in self.vmas(id)? {
-                let problem = if vma.is_segment() {
-                    "System V shared memory"
-                } else if &*vma.name == b"/[aio] (deleted)" {
-                    "an AIO context (io_setup)"
-                } else {
-                    continue;
-                };
+            let policies = self.image.spaces[&id].policies.as_deref();
+            if has_policies_of_vmas(process, policies.unwrap_or_default()) {
                 return Err(Refusal {
-                    object: format!("{problem}: {vma:?}"),
+                    object: "a memory policy (mbind)".into(),
+                    holder: format!("pid {} ({})", process.pid(), process.comm()),
+                    remedy: "it can't be made of an image yet".into(),
+                }
+                .into());
+            }
+            for vma in self.vmas(id)? {
+                if &*vma.name != b"/[aio] (deleted)" {
+                    continue;
+                }
+                return Err(Refusal {
+                    object: "an AIO context (io_setup)".into(),
                     holder: format!("pid {} ({})", process.pid(), process.comm()),
                     remedy: "it can't be made of an image yet; take the checkpoint without it"
                         .into(),
@@ -98,6 +138,59 @@ impl Origin {
             }
         }
         Ok(())
+    }
+}
+
+impl Origin {
+    /// The files that go back with the tree.
+    pub(super) fn files(&self) -> impl Iterator<Item = &StoredArea> {
+        self.image.files.iter().map(|(_, area)| area)
+    }
+
+    /// The object that is a content of a file.
+    fn content(&self, (area, number): (usize, u64)) -> ObjectId {
+        let first = self.image.files[area].0.raw() + 1;
+        ObjectId::from_raw(first + number).unwrap_or(ObjectId::IMAGE)
+    }
+}
+
+impl Contents for Origin {
+    fn data(&self, name: (usize, u64), size: u64) -> Vec<(u64, u64)> {
+        let runs = self.image.runs(self.content(name)).iter();
+        let parts = runs.map(|run| {
+            let end = run.address + u64::from(run.pages) * PAGE;
+            (run.address, end.min(size).saturating_sub(run.address))
+        });
+        parts.filter(|(_, length)| *length > 0).collect()
+    }
+
+    fn read(&self, name: (usize, u64), offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        let len = buffer.len();
+        let mut pages = vec![0; len.next_multiple_of(PAGE as usize)];
+        let span = Span {
+            start: offset,
+            end: offset + pages.len() as u64,
+        };
+        let read = self.image.read(self.content(name), &[span], &mut pages);
+        read.map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))?;
+        buffer.copy_from_slice(&pages[..len]);
+        Ok(())
+    }
+}
+
+/// Whether there are policies in a text of `numa_maps` that are not that of the task, which all VMAs show that have none.
+fn has_policies_of_vmas(process: &task::RecordedProcess<'_>, text: &str) -> bool {
+    let of_task = process.threads.get(&process.pid());
+    let is_default = of_task.is_none_or(|leader| leader.record.state.memory_policy.mode == 0);
+    let mut policies: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .collect();
+    policies.sort_unstable();
+    policies.dedup();
+    match is_default {
+        true => policies.iter().any(|policy| *policy != "default"),
+        false => policies.len() > 1,
     }
 }
 

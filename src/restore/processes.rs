@@ -17,7 +17,7 @@ use crate::checkpoint::{Checkpoint, Spaces};
 use crate::filesystem;
 use crate::freeze::{self, LEAST_NO_PID, Stopped};
 use crate::image::Program;
-use crate::kernel::{confined, last_pid, procfs};
+use crate::kernel::{confined, last_pid, procfs, sysv_segment};
 use crate::memory::{self, Segments, SharedImage, Space, SpaceImage, Stored};
 use crate::objects::{self, Made};
 use crate::outcome::Refusal;
@@ -44,6 +44,8 @@ pub(super) struct Work<'w, 't> {
     origin: &'w Origin,
     /// The root directory of the container.
     directory: File,
+    /// The container's IPC namespace.
+    namespace: File,
     /// Files that are made of the image.
     contents: Contents,
     renamed: Renamed,
@@ -62,6 +64,8 @@ impl<'w, 't> Work<'w, 't> {
         let root = stopped.root();
         let directory = File::open(procfs::path(root, "root"));
         let directory = directory.map_err(system("open the container's root directory"))?;
+        let namespace = File::open(procfs::path(root, "ns/ipc"));
+        let namespace = namespace.map_err(system("open the container's IPC namespace"))?;
         let mut renamed = Renamed::default();
         let recorded = origin.recorded(&Renamed::default())?;
         for process in recorded.processes() {
@@ -74,7 +78,8 @@ impl<'w, 't> Work<'w, 't> {
             stopped,
             spaces,
             origin,
-            contents: Contents::make(origin, &directory)?,
+            contents: Contents::make(origin, &directory, &namespace)?,
+            namespace,
             directory,
             renamed,
             numbers: BTreeSet::from([root]),
@@ -113,8 +118,21 @@ impl<'w, 't> Work<'w, 't> {
             self.zombie(recorded)?;
         }
         phases.end("processes");
+        self.remove_segments()?;
         let live = live.ok_or(freeze::Error::Gone(self.stopped.root()))?;
         self.checkpoint(name, &pids, live, phases)
+    }
+
+    /// Removes System V segments that were removed while they were attached.
+    fn remove_segments(&self) -> Result<()> {
+        let segments = self.origin.image.segments.own().unwrap_or_default();
+        let removed = segments.iter().filter(|segment| segment.is_removed());
+        let ids: Vec<i32> = removed.map(|segment| segment.id).collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let done = sysv_segment::remove(self.namespace.as_fd(), &ids);
+        Ok(done.map_err(system("remove System V shared memory"))?)
     }
 
     /// The recorded processes, parents before their children.
@@ -243,7 +261,7 @@ impl<'w, 't> Work<'w, 't> {
         let mut files = BTreeMap::new();
         for vma in self.origin.vmas(id)? {
             let key = (vma.device, vma.inode);
-            if vma.is_anonymous() || files.contains_key(&key) {
+            if vma.is_anonymous() || vma.is_segment() || files.contains_key(&key) {
                 continue;
             }
             let opened = match self.contents.files.get(&key) {
