@@ -3,6 +3,7 @@
 mod area;
 mod areas;
 pub mod capture;
+pub mod check;
 pub mod complete;
 pub mod content;
 pub mod cut;
@@ -16,6 +17,7 @@ pub mod mapped;
 pub mod meta;
 pub mod mounted;
 pub mod plan;
+pub mod rebound;
 pub mod session;
 pub mod store;
 mod stored;

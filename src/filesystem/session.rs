@@ -1,6 +1,6 @@
 //! The files of one tree, across its checkpoints.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use super::area::{Area, Found, Kind, LeftOut, Options};
 use super::areas::discover;
 use super::capture::{self, capture, keep_early, recognize};
+use super::check::{check, check_uses};
 use super::complete::complete;
 use super::diff::{Change, changes};
 use super::execute::{Put, execute, set_times};
@@ -20,16 +21,17 @@ use super::image::{AreaImage, Image};
 use super::journal::{Journal, Seen};
 use super::known::{Inodes, Read, Trust};
 use super::mapped::mapped;
-use super::meta::{APPEND, IMMUTABLE, Identity, Meta, Stat, Time};
-use super::mounted::{Mounted, descend, file_error, split};
+use super::meta::{Identity, Meta, Stat, Time};
+use super::mounted::{Mounted, descend, split};
 use super::plan::{Plan, plan};
+use super::rebound::{rebound, visited};
 use super::store::{Kept, Store};
-use super::tree::{Content, Node, NodeId, ROOT, Tree};
-use super::uses::{How, Use, exposed};
+use super::tree::{Content, Node, Tree};
+use super::uses::{Use, exposed};
 use super::verify::verify;
 use super::walk::{At, Watched, walk_changed};
 use super::{Error, Result};
-use crate::outcome::{Difference, Refusal};
+use crate::outcome::Difference;
 
 /// How often content is kept while the tree runs, at most.
 const EARLY_PASSES: usize = 3;
@@ -510,95 +512,6 @@ impl AreaImage {
     }
 }
 
-/// Sockets, FIFOs and exposed files that other parts of the rollback have made again or written to, and their directories.
-fn rebound<'a>(
-    mounted: &Mounted,
-    recorded: &'a Tree,
-    exposed: &HashSet<u64>,
-) -> Result<Vec<(&'a Node, PathBuf)>> {
-    let is_rebound = |node: &Node| {
-        let stat = &node.meta.stat;
-        matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO) || exposed.contains(&stat.ino)
-    };
-    let mut found = Vec::new();
-    if !recorded.nodes.iter().any(is_rebound) {
-        return Ok(found);
-    }
-    let mut pending = vec![(ROOT, PathBuf::new())];
-    while let Some((directory, parent)) = pending.pop() {
-        for (name, &node) in &recorded.nodes[directory].entries {
-            let was = &recorded.nodes[node];
-            if was.meta.stat.is_directory() {
-                pending.push((node, parent.join(name)));
-            } else if is_rebound(was) {
-                let path = parent.join(name);
-                let now = mounted.stat(&path);
-                let now = now.map_err(mounted.error("look at", &path))?;
-                if (now.ino, now.mtime) != (was.meta.stat.ino, was.meta.stat.mtime) {
-                    found.push((was, path));
-                    found.push((&recorded.nodes[directory], parent.clone()));
-                }
-            }
-        }
-    }
-    Ok(found)
-}
-
-/// Those of the directories, as the tree sees them, that are in the area and have another time of change than they had.
-fn visited<'a>(
-    mounted: &Mounted,
-    recorded: &'a Tree,
-    directories: &[PathBuf],
-) -> Result<Vec<(&'a Node, PathBuf)>> {
-    let mut found = Vec::new();
-    for below in directories
-        .iter()
-        .filter_map(|path| path.strip_prefix(&mounted.mount_point).ok())
-    {
-        let mut names = below.iter();
-        let Some(node) = names.try_fold(ROOT, |node, name| recorded.at(node, name)) else {
-            continue;
-        };
-        let now = mounted.stat(below);
-        let now = now.map_err(mounted.error("look at", below))?;
-        let was = &recorded.nodes[node];
-        if now.mtime != was.meta.stat.mtime {
-            found.push((was, below.to_owned()));
-        }
-    }
-    Ok(found)
-}
-
-/// Refuses what the kernel would refuse half-way: changes of what is immutable, and more content than there is room for.
-fn check(mounted: &Mounted, wanted: &Tree, live: &Tree, plan: &Plan) -> Result<()> {
-    for (node, path) in &plan.touched {
-        if live.nodes[*node].meta.stat.attributes & (IMMUTABLE | APPEND) != 0 {
-            return Err(Error::Refused(Refusal {
-                object: format!("the file {}", mounted.path(path).display()),
-                holder: format!("the mount at {}", mounted.mount_point.display()),
-                remedy: "it is immutable or append-only and can't be changed back; remove that with chattr -ia".into(),
-            }));
-        }
-    }
-    let size = |node: NodeId| match &wanted.nodes[node].content {
-        Content::Kept(kept) => kept.bytes(),
-        Content::Lower(_) => wanted.nodes[node].meta.stat.size,
-        Content::Unknown => 0,
-    };
-    let made: u64 = plan.made.iter().map(|node| size(*node)).sum();
-    let room = rustix::fs::fstatvfs(&mounted.root)
-        .map_err(|errno| file_error("statfs of", &mounted.mount_point)(errno.into()))?;
-    let room = room.f_bfree * room.f_frsize;
-    if made > room {
-        return Err(Error::Refused(Refusal {
-            object: format!("{made} bytes of files to be made again"),
-            holder: format!("the mount at {}", mounted.mount_point.display()),
-            remedy: format!("only {room} are free there; remove something"),
-        }));
-    }
-    Ok(())
-}
-
 /// A file that was made again while descriptors were open on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moved {
@@ -610,38 +523,12 @@ pub struct Moved {
     pub path: PathBuf,
 }
 
-/// Refuses if what is in use has to be made again, unless by descriptors, which can be opened again.
-fn check_uses(
-    mounted: &Mounted,
-    area: &Area,
-    wanted: &Tree,
-    plan: &Plan,
-    uses: &[Use],
-) -> Result<()> {
-    for node in &plan.made {
-        let stat = &wanted.nodes[*node].meta.stat;
-        let is_it =
-            |using: &&Use| using.how != How::Open && using.is_of(area, &wanted.nodes[*node]);
-        if stat.file_type() == libc::S_IFSOCK {
-            continue;
-        }
-        if let Some(using) = uses.iter().find(is_it) {
-            let path = plan.after.get(node).map_or(Path::new(""), PathBuf::as_path);
-            return Err(Error::Refused(Refusal {
-                object: format!("{}: {}", using.what, mounted.path(path).display()),
-                holder: using.holder.clone(),
-                remedy: "the file was deleted since the checkpoint while it was in use and would be another; keep the program from replacing it".into(),
-            }));
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 pub(super) mod tests_only {
     use std::collections::BTreeSet;
 
     use super::super::plan::Op;
+    use super::super::tree::NodeId;
     use super::*;
 
     /// The plan of the only area by all of both trees, to be called after [`Files::plan`]; and what that planned.
