@@ -69,8 +69,8 @@ impl Journal {
     }
 
     /// Watches a directory from now on; what is listed of it afterwards is up to date. One that can't be watched counts as
-    /// changed.
-    pub fn watch(&mut self, directory: BorrowedFd<'_>, key: Directory) {
+    /// changed. `opens`: a file that is opened counts as changed.
+    pub fn watch(&mut self, directory: BorrowedFd<'_>, key: Directory, opens: bool) {
         if self.watches.contains_key(&key) {
             return;
         }
@@ -78,12 +78,16 @@ impl Journal {
         let mask = WatchFlags::MODIFY
             | WatchFlags::ATTRIB
             | WatchFlags::CLOSE_WRITE
-            | WatchFlags::OPEN
             | WatchFlags::MOVED_FROM
             | WatchFlags::MOVED_TO
             | WatchFlags::CREATE
             | WatchFlags::DELETE
             | WatchFlags::ONLYDIR;
+        // Ours count too: they would be more than all others, when content is kept.
+        let mask = match opens {
+            true => mask | WatchFlags::OPEN,
+            false => mask,
+        };
         match inotify::add_watch(&self.events, path, mask) {
             Ok(watch) => {
                 self.watches.insert(key, watch);
@@ -216,7 +220,7 @@ mod tests {
         let mut journal = Journal::start().unwrap();
         assert!(!journal.changes().is_unchanged(at, one));
         let directory = File::open(place.path()).unwrap();
-        journal.watch(directory.as_fd(), at);
+        journal.watch(directory.as_fd(), at, true);
         assert!(journal.changes().is_unchanged(at, one));
         let mut file = File::create(place.path().join(one)).unwrap();
         file.write_all(b"after").unwrap();
@@ -238,7 +242,7 @@ mod tests {
         fs::create_dir(&below).unwrap();
         let was = key(&below);
         journal.clear();
-        journal.watch(File::open(&below).unwrap().as_fd(), was);
+        journal.watch(File::open(&below).unwrap().as_fd(), was, true);
         assert!(journal.changes().is_unchanged(was, one));
         fs::remove_dir(&below).unwrap();
         journal.take();

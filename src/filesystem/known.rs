@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::meta::{Meta, Stat, Time};
-use super::tree::Content;
+use super::tree::{Content, Node};
 
 /// An inode that was read.
 #[derive(Debug, Clone)]
@@ -131,6 +131,18 @@ impl Inodes {
             false => Content::Unknown,
         };
         (Some(meta), content)
+    }
+
+    /// Whether an inode that looks so is known to be what was recorded. `unchanged` as for [`Self::find`].
+    pub fn is_as(&self, stat: &Stat, unchanged: bool, recorded: &Node) -> bool {
+        let (Some(meta), content) = self.find(stat, unchanged) else {
+            return false;
+        };
+        let was = &recorded.meta;
+        meta.is_same_sort(was)
+            && meta.has_same_rights(was)
+            && meta.stat.mtime == was.stat.mtime
+            && (!stat.is_file() || content == recorded.content)
     }
 
     /// What the content was when it was read last, though it may not be any more.

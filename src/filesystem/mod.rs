@@ -3,8 +3,10 @@
 mod area;
 mod areas;
 pub mod capture;
+pub mod check;
 pub mod complete;
 pub mod content;
+pub mod cut;
 pub mod diff;
 pub mod execute;
 pub mod image;
@@ -15,6 +17,7 @@ pub mod mapped;
 pub mod meta;
 pub mod mounted;
 pub mod plan;
+pub mod rebound;
 pub mod session;
 pub mod store;
 mod stored;

@@ -1,6 +1,6 @@
 //! The files of one tree, across its checkpoints.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use super::area::{Area, Found, Kind, LeftOut, Options};
 use super::areas::discover;
 use super::capture::{self, capture, keep_early, recognize};
+use super::check::{check, check_uses};
 use super::complete::complete;
 use super::diff::{Change, changes};
 use super::execute::{Put, execute, set_times};
@@ -20,16 +21,17 @@ use super::image::{AreaImage, Image};
 use super::journal::{Journal, Seen};
 use super::known::{Inodes, Read, Trust};
 use super::mapped::mapped;
-use super::meta::{APPEND, IMMUTABLE, Identity, Meta, Stat, Time};
-use super::mounted::{Mounted, descend, file_error, split};
+use super::meta::{Identity, Meta, Stat, Time};
+use super::mounted::{Mounted, descend, split};
 use super::plan::{Plan, plan};
+use super::rebound::{rebound, visited};
 use super::store::{Kept, Store};
-use super::tree::{Content, Node, NodeId, ROOT, Tree};
-use super::uses::{How, Use, exposed};
+use super::tree::{Content, Node, Tree};
+use super::uses::{Use, exposed};
 use super::verify::verify;
-use super::walk::{Watched, walk};
+use super::walk::{At, Watched, walk_changed};
 use super::{Error, Result};
-use crate::outcome::{Difference, Refusal};
+use crate::outcome::Difference;
 
 /// How often content is kept while the tree runs, at most.
 const EARLY_PASSES: usize = 3;
@@ -252,9 +254,9 @@ impl Files {
             let known = &self.known[index].1;
             let seen = seen(&mut self.journal);
             let watched = watched(&mut self.journal, &seen);
-            let mut live = walk(mounted, known, watched, &mut |at, node| {
-                recognize(mounted, known, at, node)
-            })?;
+            let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
+            let changed = walk_changed(mounted, known, watched, &mut recognize, &area.tree);
+            let (mut wanted, mut live) = changed?;
             let is_news = |node: &&Node| {
                 !matches!(node.content, Content::Unknown)
                     && known.find(&node.meta.stat, true).1 != node.content
@@ -262,7 +264,6 @@ impl Files {
             let recognized = live.nodes.iter().filter(is_news);
             let recognized = recognized.map(|node| (Arc::clone(&node.meta), node.content.clone()));
             let recognized = recognized.collect();
-            let mut wanted = area.tree.clone();
             complete(mounted, &mut wanted, &mut live)?;
             let plan = plan(&wanted, &live);
             check(mounted, &wanted, &live, &plan)?;
@@ -290,10 +291,9 @@ impl Files {
             let known = self.known.iter().find(|(other, _)| *other == area.area);
             let known = known.map_or(&nothing, |(_, known)| known);
             // Without the journal: only checkpoints and rollbacks take from that.
-            let mut live = walk(mounted, known, Watched::Not, &mut |at, node| {
-                recognize(mounted, known, at, node)
-            })?;
-            let mut wanted = area.tree.clone();
+            let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
+            let changed = walk_changed(mounted, known, Watched::Not, &mut recognize, &area.tree);
+            let (mut wanted, mut live) = changed?;
             complete(mounted, &mut wanted, &mut live)?;
             found.extend(changes(&area.area.mount_point, &wanted, &live));
         }
@@ -379,9 +379,12 @@ impl Files {
         for (number, (mounted, todo)) in mounts.0.iter().zip(&plans.0).enumerate() {
             let area = images[to].areas[number].area.clone();
             let index = self.index(&area);
-            let mut after = todo.plan.after.clone();
+            let recorded = &images[to].areas[number].tree;
             let trust = self.known[index].1.trust();
-            let exposed = exposed(uses, &area, &todo.wanted, trust);
+            // What is as it was is in the recorded tree only, what is of lower layers in the wanted one.
+            let mut exposing = exposed(uses, &area, recorded, trust);
+            exposing.extend(exposed(uses, &area, &todo.wanted, trust));
+            let exposed = exposing;
             let read = |ino: u64| match exposed.contains(&ino) {
                 true => Read::Exposed,
                 false => Read::Stopped,
@@ -392,11 +395,14 @@ impl Files {
                 known.learn(meta, content.clone(), read(ino));
             }
             exposed.iter().for_each(|ino| known.expose(*ino));
-            let mut rebound = rebound(mounted, &todo.wanted, &exposed)?;
-            rebound.extend(visited(mounted, &todo.wanted, directories)?);
+            let mut rebound = rebound(mounted, recorded, &exposed)?;
+            rebound.extend(visited(mounted, recorded, directories)?);
+            let after = todo.plan.after.iter();
+            let after = after.map(|(node, path)| (&todo.wanted.nodes[*node], path.clone()));
+            let mut after: Vec<(&Node, PathBuf)> = after.collect();
             // The deepest first: what is done to a name changes the times of its directory only.
-            for (node, path) in &rebound {
-                let (parent, name) = split(path);
+            for (node, path) in rebound {
+                let (parent, name) = split(&path);
                 let directory = descend(mounted.root.as_fd(), parent);
                 directory
                     .and_then(|directory| {
@@ -405,17 +411,16 @@ impl Files {
                         } else {
                             name
                         };
-                        set_times(directory.as_fd(), name, &todo.wanted.nodes[*node].meta)
+                        set_times(directory.as_fd(), name, &node.meta)
                     })
-                    .map_err(mounted.error("set times of", path))?;
-                after.insert(*node, path.clone());
+                    .map_err(mounted.error("set times of", &path))?;
+                after.push((node, path));
             }
             let mut changed = HashMap::new();
-            for (node, path) in after {
+            for (was, path) in after {
                 let now = mounted
                     .stat(&path)
                     .map_err(mounted.error("look at", &path))?;
-                let was = &todo.wanted.nodes[node];
                 let meta = Arc::new(Meta {
                     stat: now,
                     ..Meta::clone(&was.meta)
@@ -512,91 +517,6 @@ impl AreaImage {
     }
 }
 
-/// Sockets, FIFOs and exposed files that other parts of the rollback have made again or written to, and their directories.
-fn rebound(
-    mounted: &Mounted,
-    wanted: &Tree,
-    exposed: &HashSet<u64>,
-) -> Result<Vec<(NodeId, PathBuf)>> {
-    let mut special = Vec::new();
-    wanted.walk(|directory, path, node| {
-        let node_of = &wanted.nodes[node];
-        let stat = &node_of.meta.stat;
-        let is_special = matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO);
-        if !node_of.of_lower && (is_special || exposed.contains(&stat.ino)) {
-            special.push((directory, path.to_owned(), node));
-        }
-    });
-    let mut found = Vec::new();
-    for (directory, path, node) in special {
-        let now = mounted
-            .stat(&path)
-            .map_err(mounted.error("look at", &path))?;
-        let was = &wanted.nodes[node].meta.stat;
-        if (now.ino, now.mtime) != (was.ino, was.mtime) {
-            let parent = split(&path).0.to_owned();
-            found.push((node, path));
-            found.push((directory, parent));
-        }
-    }
-    Ok(found)
-}
-
-/// Those of the directories, as the tree sees them, that are in the area and have another time of change than they had.
-fn visited(
-    mounted: &Mounted,
-    wanted: &Tree,
-    directories: &[PathBuf],
-) -> Result<Vec<(NodeId, PathBuf)>> {
-    let mut found = Vec::new();
-    for below in directories
-        .iter()
-        .filter_map(|path| path.strip_prefix(&mounted.mount_point).ok())
-    {
-        let mut names = below.iter();
-        let Some(node) = names.try_fold(ROOT, |node, name| wanted.at(node, name)) else {
-            continue;
-        };
-        let now = mounted.stat(below);
-        let now = now.map_err(mounted.error("look at", below))?;
-        let was = &wanted.nodes[node];
-        if !was.of_lower && now.mtime != was.meta.stat.mtime {
-            found.push((node, below.to_owned()));
-        }
-    }
-    Ok(found)
-}
-
-/// Refuses what the kernel would refuse half-way: changes of what is immutable, and more content than there is room for.
-fn check(mounted: &Mounted, wanted: &Tree, live: &Tree, plan: &Plan) -> Result<()> {
-    for (node, path) in &plan.touched {
-        if live.nodes[*node].meta.stat.attributes & (IMMUTABLE | APPEND) != 0 {
-            return Err(Error::Refused(Refusal {
-                object: format!("the file {}", mounted.path(path).display()),
-                holder: format!("the mount at {}", mounted.mount_point.display()),
-                remedy: "it is immutable or append-only and can't be changed back; remove that with chattr -ia".into(),
-            }));
-        }
-    }
-    let size = |node: NodeId| match &wanted.nodes[node].content {
-        Content::Kept(kept) => kept.bytes(),
-        Content::Lower(_) => wanted.nodes[node].meta.stat.size,
-        Content::Unknown => 0,
-    };
-    let made: u64 = plan.made.iter().map(|node| size(*node)).sum();
-    let room = rustix::fs::fstatvfs(&mounted.root)
-        .map_err(|errno| file_error("statfs of", &mounted.mount_point)(errno.into()))?;
-    let room = room.f_bfree * room.f_frsize;
-    if made > room {
-        return Err(Error::Refused(Refusal {
-            object: format!("{made} bytes of files to be made again"),
-            holder: format!("the mount at {}", mounted.mount_point.display()),
-            remedy: format!("only {room} are free there; remove something"),
-        }));
-    }
-    Ok(())
-}
-
 /// A file that was made again while descriptors were open on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moved {
@@ -608,36 +528,53 @@ pub struct Moved {
     pub path: PathBuf,
 }
 
-/// Refuses if what is in use has to be made again, unless by descriptors, which can be opened again.
-fn check_uses(
-    mounted: &Mounted,
-    area: &Area,
-    wanted: &Tree,
-    plan: &Plan,
-    uses: &[Use],
-) -> Result<()> {
-    for node in &plan.made {
-        let stat = &wanted.nodes[*node].meta.stat;
-        let is_it =
-            |using: &&Use| using.how != How::Open && using.is_of(area, &wanted.nodes[*node]);
-        if stat.file_type() == libc::S_IFSOCK {
-            continue;
-        }
-        if let Some(using) = uses.iter().find(is_it) {
-            let path = plan.after.get(node).map_or(Path::new(""), PathBuf::as_path);
-            return Err(Error::Refused(Refusal {
-                object: format!("{}: {}", using.what, mounted.path(path).display()),
-                holder: using.holder.clone(),
-                remedy: "the file was deleted since the checkpoint while it was in use and would be another; keep the program from replacing it".into(),
-            }));
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 pub(super) mod tests_only {
+    use std::collections::BTreeSet;
+
+    use super::super::plan::Op;
+    use super::super::tree::NodeId;
     use super::*;
+
+    /// The plan of the only area by all of both trees, to be called after [`Files::plan`]; and what that planned.
+    pub(crate) fn full_plan(
+        files: &mut Files,
+        mounts: &Mounts,
+        image: &Image,
+        plans: &Plans,
+    ) -> Result<[BTreeSet<String>; 2]> {
+        let (area, mounted, cut) = (&image.areas[0], &mounts.0[0], &plans.0[0]);
+        let index = files.index(&area.area);
+        let known = &files.known[index].1;
+        let seen = seen(&mut files.journal);
+        let watched = watched(&mut files.journal, &seen);
+        let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
+        let mut live = super::super::walk::walk(mounted, known, watched, &mut recognize)?;
+        let mut wanted = area.tree.clone();
+        complete(mounted, &mut wanted, &mut live)?;
+        let full = plan(&wanted, &live);
+        Ok([told(&wanted, &full), told(&cut.wanted, &cut.plan)])
+    }
+
+    /// What a plan does, without the numbers of nodes. Names are changed in an order, which is told; inodes in any.
+    fn told(wanted: &Tree, plan: &Plan) -> BTreeSet<String> {
+        let of = |node: &NodeId| wanted.nodes[*node].meta.stat.identity();
+        let ops = plan.ops.iter().enumerate().map(|(number, op)| match op {
+            Op::Stash(path, node) => format!("{number} stash {path:?} {:?}", of(node)),
+            Op::Make(path, node) => format!("{number} make {path:?} {:?}", of(node)),
+            Op::Unstash(node, path) => format!("{number} unstash {path:?} {:?}", of(node)),
+            Op::Rewrite(path, node) => format!("rewrite {path:?} {:?}", of(node)),
+            Op::Rights(path, node) => format!("rights {path:?} {:?}", of(node)),
+            Op::Times(path, node) => format!("times {path:?} {:?}", of(node)),
+            other => format!("{number} {other:?}"),
+        });
+        let after = plan.after.iter();
+        let after = after.map(|(node, path)| format!("after {path:?} {:?}", of(node)));
+        let made = plan.made.iter().map(|node| format!("made {:?}", of(node)));
+        let touched = plan.touched.values();
+        let touched = touched.map(|path| format!("touched {path:?}"));
+        ops.chain(after).chain(made).chain(touched).collect()
+    }
 
     /// Prepares areas that were not discovered.
     pub(crate) fn files_of(files: &mut Files, root: Pid, found: Found) -> Result<Prepared> {

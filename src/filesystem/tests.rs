@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::Pid;
 
-use super::session::tests_only::files_of;
+use super::session::tests_only::{files_of, full_plan};
 use super::*;
 use crate::kernel::mountinfo;
 
@@ -131,6 +131,9 @@ impl Place {
     fn rollback(&self, files: &mut Files, images: &mut [&mut Image], to: usize) -> Put {
         let mounts = files.open(self.pid(), images[to]).unwrap();
         let plans = files.plan(&mounts, images[to], &[]).unwrap();
+        // Leaving out what is the same changes nothing.
+        let [full, cut] = full_plan(files, &mounts, images[to], &plans).unwrap();
+        assert_eq!(full, cut);
         let put = files.execute(&mounts, images[to], &plans).unwrap();
         files.settle(&mounts, images, to, &plans, &[], &[]).unwrap();
         files.rest();

@@ -10,11 +10,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::cut::Same;
 use super::journal::{Directory, Journal, Seen};
-use super::known::Inodes;
+use super::known::{Inodes, Trust};
 use super::meta::{Meta, Stat, names, open_directory, path_of, stat};
 use super::mounted::Mounted;
-use super::tree::{Content, Merged, Node, NodeId, Tree};
+use super::tree::{Content, Merged, Node, NodeId, ROOT, Tree};
 use super::{Error, Result};
 use crate::outcome::Refusal;
 
@@ -62,9 +63,11 @@ pub enum Watched<'a> {
 }
 
 impl Watched<'_> {
-    fn watch(&mut self, directory: BorrowedFd<'_>, key: Directory) {
+    fn watch(&mut self, directory: BorrowedFd<'_>, key: Directory, trust: Trust) {
         match self {
-            Self::Stopped(journal, _) | Self::Running(journal) => journal.watch(directory, key),
+            Self::Stopped(journal, _) | Self::Running(journal) => {
+                journal.watch(directory, key, trust != Trust::All);
+            }
             Self::Not => {}
         }
     }
@@ -100,11 +103,37 @@ pub fn walk(
     watched: Watched<'_>,
     unknown: Unknown<'_>,
 ) -> Result<Tree> {
+    Ok(walk_but(mounted, known, watched, unknown, None)?.0)
+}
+
+/// The same, but leaves out what is as it was recorded: returns both trees without that, the recorded one first.
+pub fn walk_changed(
+    mounted: &Mounted,
+    known: &Inodes,
+    watched: Watched<'_>,
+    unknown: Unknown<'_>,
+    recorded: &Tree,
+) -> Result<(Tree, Tree)> {
+    let same = Some(Same::new(recorded));
+    let (live, same) = walk_but(mounted, known, watched, unknown, same)?;
+    let others = same.map(|same| same.others()).unwrap_or_default();
+    Ok((others, live))
+}
+
+fn walk_but<'a>(
+    mounted: &'a Mounted,
+    known: &'a Inodes,
+    watched: Watched<'a>,
+    unknown: Unknown<'a>,
+    same: Option<Same<'a>>,
+) -> Result<(Tree, Option<Same<'a>>)> {
+    let was = same.is_some().then_some(ROOT);
     let mut walker = Walker {
         mounted,
         known,
         watched,
         unknown,
+        same,
         tree: Tree::default(),
         linked: HashMap::new(),
         path: PathBuf::new(),
@@ -116,8 +145,8 @@ pub fn walk(
     node.merged = mounted.upper.as_ref().map(|_| Merged::default());
     walker.tree.nodes.push(node);
     let upper = mounted.upper.as_ref().map(|upper| upper.as_fd());
-    walker.directory(super::tree::ROOT, root, upper)?;
-    Ok(walker.tree)
+    walker.directory((ROOT, was), root, upper)?;
+    Ok((walker.tree, walker.same))
 }
 
 struct Walker<'a> {
@@ -125,11 +154,16 @@ struct Walker<'a> {
     known: &'a Inodes,
     watched: Watched<'a>,
     unknown: Unknown<'a>,
+    /// What of a recorded tree was found to be as it was.
+    same: Option<Same<'a>>,
     tree: Tree,
     /// Nodes of inodes that have more than one name.
     linked: HashMap<u64, NodeId>,
     path: PathBuf,
 }
+
+/// A directory of the live tree, and the recorded one that it is.
+type Both = (NodeId, Option<NodeId>);
 
 impl Walker<'_> {
     fn failed(&self, name: &OsStr) -> impl FnOnce(io::Error) -> Error + use<> {
@@ -138,7 +172,7 @@ impl Walker<'_> {
 
     fn directory(
         &mut self,
-        id: NodeId,
+        (id, was): Both,
         directory: BorrowedFd<'_>,
         upper: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
@@ -147,9 +181,9 @@ impl Walker<'_> {
         let found = stat(own, here).map_err(self.failed(here))?;
         let key = (found.device, found.ino);
         // Before it is listed, so that nothing can happen in between.
-        self.watched.watch(own, key);
+        self.watched.watch(own, key, self.known.trust());
         for name in names(own).map_err(self.failed(here))? {
-            let done = self.name(id, directory, upper, key, name);
+            let done = self.name((id, was), directory, upper, key, name);
             match (&self.watched, done) {
                 (Watched::Running(_), Err(Error::File { error, .. })) => {
                     tracing::debug!(%error, "passed over");
@@ -162,29 +196,34 @@ impl Walker<'_> {
 
     fn name(
         &mut self,
-        id: NodeId,
+        (id, was): Both,
         directory: BorrowedFd<'_>,
         upper: Option<BorrowedFd<'_>>,
         key: Directory,
         name: OsString,
     ) -> Result<()> {
-        let own = match upper {
-            Some(upper) => Some(stat(upper, &name).map_err(self.failed(&name))?),
-            None => None,
-        };
-        if own.as_ref().is_some_and(is_whiteout) {
+        let own = stat(upper.unwrap_or(directory), &name).map_err(self.failed(&name))?;
+        if upper.is_some() && is_whiteout(&own) {
             if let Some(merged) = &mut self.tree.nodes[id].merged {
                 merged.whiteouts.insert(name);
             }
             return Ok(());
         }
-        let found = stat(directory, &name).map_err(self.failed(&name))?;
-        let found = match own {
-            Some(own) => found.in_upper(&own),
-            None => found,
+        if let (Some(was), Some(same)) = (was, &mut self.same) {
+            let unchanged = self.watched.is_unchanged(key, &name);
+            if same.leaves_out(was, &name, self.known, &own, unchanged) {
+                return Ok(());
+            }
+        }
+        let found = match upper {
+            Some(_) => {
+                let found = stat(directory, &name).map_err(self.failed(&name))?;
+                found.in_upper(&own)
+            }
+            None => own,
         };
         let depth = self.path.components().count();
-        let done = self.entry(id, directory, upper, key, name, found);
+        let done = self.entry((id, was), directory, upper, key, name, found);
         if done.is_err() {
             self.path = self.path.components().take(depth).collect();
         }
@@ -193,7 +232,7 @@ impl Walker<'_> {
 
     fn entry(
         &mut self,
-        parent: NodeId,
+        (parent, was): Both,
         directory: BorrowedFd<'_>,
         upper: Option<BorrowedFd<'_>>,
         key: Directory,
@@ -252,9 +291,16 @@ impl Walker<'_> {
                 let is_merged = self.shows_lower(upper, &name)?;
                 self.tree.nodes[id].merged = is_merged.then(Merged::default);
             }
+            let was = match (was, &mut self.same) {
+                (Some(was), Some(same)) => {
+                    let node = &self.tree.nodes[id];
+                    same.directory(was, &name, &node.meta.stat, node.merged.as_ref())
+                }
+                _ => None,
+            };
             self.path.push(&name);
             let above = above.as_ref().map(|above| above.as_fd());
-            self.directory(id, below.as_fd(), above)?;
+            self.directory((id, was), below.as_fd(), above)?;
             self.path.pop();
         }
         self.tree.nodes[parent].entries.insert(name, id);
