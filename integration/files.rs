@@ -188,7 +188,15 @@ fn content_is_counted_limited_and_freed() {
         checkpoints.iter().map(bytes).collect()
     };
     let take = |name: &str, limit: &str| {
-        session.run(&["checkpoint", "--name", name, "--max-bytes", limit, id])
+        session.run(&[
+            "checkpoint",
+            "--pin",
+            "--name",
+            name,
+            "--max-bytes",
+            limit,
+            id,
+        ])
     };
     let refused = take("small", "1M").expect(REFUSED, "too little");
     assert!(refused.err.contains("--max-bytes"), "{refused:?}");
@@ -223,6 +231,19 @@ fn content_is_counted_limited_and_freed() {
     wait::until("the keeper has ended", || session.keepers().is_empty());
     fs::write(inside("/large"), vec![2; SIZE as usize]).unwrap();
     take("three", "4M").expect(DONE, "after the release");
+    // One that is not pinned makes room.
+    let loose = |name: &str| session.run(&["checkpoint", "--name", name, "--max-bytes", "7M", id]);
+    fs::write(inside("/large"), vec![3; SIZE as usize]).unwrap();
+    loose("four").expect(DONE, "beside the pinned one");
+    fs::write(inside("/large"), vec![4; SIZE as usize]).unwrap();
+    loose("five").expect(DONE, "in place of the loose one");
+    let listed = session.run(&["checkpoints", "--json", id]).report;
+    let names = listed["checkpoints"].as_array().unwrap().iter();
+    let names: Vec<&str> = names.map(|info| info["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["three", "five"]);
+    session
+        .run(&["release", "--all", id])
+        .expect(DONE, "release");
 }
 
 #[test]
@@ -234,7 +255,7 @@ fn options_that_make_no_sense_are_told() {
     let _ = ready(containers.start_with_layer(id, &bundle));
     for options in [
         &["--no-files", "--volume", "/tmp"][..],
-        &["--no-files", "--max-bytes", "1"],
+        &["--keep", "0"],
         &["--volume", "tmp"],
         &["--max-bytes", "much"],
     ] {

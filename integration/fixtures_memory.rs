@@ -30,6 +30,7 @@ crate::support::fixture_tests! {
     private_file_dropped,
     private_file_map,
     remap_same_address,
+    search_tree,
     shared_anon,
     sparse_terabyte,
     stack_growth,

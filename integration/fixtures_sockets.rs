@@ -20,7 +20,6 @@ crate::support::fixture_tests! {
     tcp_inside,
     tcp_listener,
     tcp_listener_later,
-    tcp_outside,
     tcp_reading_ended,
     tcp_urgent,
     udp,
@@ -35,6 +34,19 @@ crate::support::fixture_tests! {
     unix_seqpacket,
     unix_shared,
     unix_stream_queue,
+}
+
+/// Its connection is reset by the first rollback, and it looks at that no more: no other checkpoint can be taken then.
+mod tcp_outside {
+    #[test]
+    fn notices_what_is_wrecked() {
+        crate::support::fixture::control_run("tcp_outside");
+    }
+
+    #[test]
+    fn comes_back() {
+        crate::support::fixture::rollback_run("tcp_outside");
+    }
 }
 
 /// What names the socket in a refusal.

@@ -28,3 +28,4 @@ mod roots;
 mod runtime;
 mod stress;
 mod to_disk;
+mod tree;

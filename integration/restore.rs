@@ -470,3 +470,46 @@ fn bad_input_is_told() {
     assert!(taken.err.contains(&given.id), "{taken:#?}");
     given.containers.status(&given.id);
 }
+
+/// Two of one checkpoint, side by side: what one does the other does not see, and each is rolled back by itself.
+#[test]
+fn a_fork_runs_beside_the_first() {
+    let program = "child_family";
+    let containers = Containers::new();
+    let session = &containers.session;
+    let bundle = bundle(&containers, program, &[]);
+    let ids = [1, 2].map(|_| unique(&format!("fork-{program}-{}", next())));
+    let layer = ["--overlay"];
+    let mut first = Fixture::launch(program, started(session, &bundle, &ids[0], &layer));
+    let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
+    run(&["checkpoint", &ids[0]]);
+    first.mutate();
+    let mut command = session.command();
+    command.args(["fork", "--overlay", "--verify", &ids[0], &ids[1]]);
+    let mut second = Fixture::take_over(program, command);
+    wait::until("the second container runs", || {
+        session.run(&["state", &ids[1]]).out.contains("\"running\"")
+    });
+    second.verify("in the second");
+    for round in 0..2 {
+        let (this, that) = match round {
+            0 => (&ids[0], &mut second),
+            _ => (&ids[1], &mut first),
+        };
+        run(&["rollback", "--verify", this]);
+        that.verify("untouched by a rollback of the other");
+        that.run_on();
+    }
+    second.mutate();
+    first.verify("untouched by what the second does");
+    run(&["rollback", "--verify", &ids[1]]);
+    second.verify("rolled back");
+    let left = std::fs::read_dir(session.root().join(".forks")).map(Iterator::count);
+    assert_eq!(left.expect("listing"), 0, "the image between them is gone");
+    for fixture in [&mut first, &mut second] {
+        fixture.send(b"q");
+        wait::until("the container has ended", || {
+            matches!(fixture.family.child.try_wait(), Ok(Some(_)))
+        });
+    }
+}

@@ -13,7 +13,13 @@
 //! # }
 //! ```
 
+mod lineage;
 mod persist;
+mod take;
+
+pub use take::TakeOptions;
+
+use lineage::Lineage;
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -23,7 +29,7 @@ use std::time::SystemTime;
 
 use nix::unistd::Pid;
 
-use crate::checkpoint::{self, Checkpoint as Held, Spaces, Then};
+use crate::checkpoint::{self, Checkpoint as Held, Spaces};
 use crate::filesystem::{self, Files};
 use crate::freeze::{self, Tree};
 use crate::image;
@@ -76,8 +82,16 @@ pub struct CheckpointInfo {
     pub threads: usize,
     /// Bytes and counts of headers by kind.
     pub stats: Stats,
+    /// The checkpoint that it came from, if it came from one.
+    pub parent: Option<String>,
+    /// Whether the tree was equal to it last.
+    pub is_current: bool,
+    /// Whether it is released by name only.
+    pub is_pinned: bool,
     /// Populated pages when it was taken; kept copy-on-write.
     pub resident_pages: u64,
+    /// Pages that were copied when it was taken.
+    pub copied_pages: u64,
     /// Bytes of shared memory kept as a copy.
     pub shared_bytes: u64,
     /// Bytes of content of files that are kept for it, some of them perhaps for others too.
@@ -128,6 +142,7 @@ pub struct Engine {
     tree: Tree,
     spaces: Spaces,
     checkpoints: Vec<Held>,
+    lineage: Lineage,
     /// It was killed: in the middle of a rollback, or when it was on disk.
     is_killed: bool,
     files: Files,
@@ -162,6 +177,7 @@ impl Engine {
             tree,
             spaces: Spaces::new(),
             checkpoints: Vec::new(),
+            lineage: Lineage::default(),
             is_killed: false,
             files: Files::new(files),
             on_disk: BTreeMap::new(),
@@ -190,7 +206,7 @@ impl Engine {
             (name, options.verify),
             &mut phases,
         );
-        let (checkpoint, done) = restored.map_err(|error| {
+        let (mut checkpoint, done) = restored.map_err(|error| {
             self.is_killed = true;
             self.tree.kill();
             match error {
@@ -215,6 +231,7 @@ impl Engine {
             files: files_report(&checkpoint.files),
             refused: None,
         };
+        checkpoint.number = self.lineage.grow();
         self.checkpoints.push(checkpoint);
         Ok(report)
     }
@@ -229,16 +246,6 @@ impl Engine {
         self.files.set_options(options);
     }
 
-    /// Takes a checkpoint. One of the same name is replaced once the new one is there.
-    ///
-    /// # Errors
-    ///
-    /// Refused, naming the object in the way, or failed; the tree runs as before and other checkpoints are kept.
-    pub fn checkpoint(&mut self, name: &str) -> Result<Checkpoint<'_>, Error> {
-        self.take(name)?;
-        self.held(name)
-    }
-
     /// One of the checkpoints it holds.
     ///
     /// # Errors
@@ -249,59 +256,6 @@ impl Engine {
         Ok(Checkpoint {
             engine: self,
             name: name.to_owned(),
-        })
-    }
-
-    /// As [`Engine::checkpoint`]; returns what it did and took.
-    ///
-    /// # Errors
-    ///
-    /// As [`Engine::checkpoint`].
-    pub fn take(&mut self, name: &str) -> Result<Report, Error> {
-        let mut phases = Phases::start();
-        let taken = checkpoint::take(
-            &mut self.tree,
-            &mut self.spaces,
-            &mut self.checkpoints,
-            &mut self.files,
-            name,
-            &mut phases,
-            |_, _, _| Then::RunOn,
-        );
-        let checkpoint = taken.inspect_err(|_| self.files.forget_unused())?;
-        let stop_us = phases.stopped().as_micros() as u64;
-        let report = Report {
-            outcome: Outcome::Checkpointed,
-            stop_us,
-            total_us: 0,
-            phases: phases.microseconds(),
-            processes: checkpoint.processes,
-            threads: checkpoint.threads,
-            dirty_pages: checkpoint.resident_pages,
-            copied_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
-            header_bytes: header_bytes(&checkpoint),
-            killed: 0,
-            revived: 0,
-            reset_connections: 0,
-            files: files_report(&checkpoint.files),
-            refused: None,
-        };
-        let replaced = self.checkpoints.iter().position(|other| other.name == name);
-        let replaced = replaced.map(|index| self.checkpoints.remove(index));
-        self.checkpoints.push(checkpoint);
-        if let Some(replaced) = replaced {
-            self.forget_on_disk(name);
-            checkpoint::release(
-                &mut self.tree,
-                &mut self.spaces,
-                &self.checkpoints,
-                replaced,
-            )?;
-            self.files.forget_unused();
-        }
-        Ok(Report {
-            total_us: phases.total().as_micros() as u64,
-            ..report
         })
     }
 
@@ -336,6 +290,7 @@ impl Engine {
         };
         let micros = phases.total().as_micros() as u64;
         let checkpoint = &self.checkpoints[to];
+        self.lineage.go(checkpoint.number);
         let (processes, threads) = (checkpoint.processes, checkpoint.threads);
         let header_bytes = header_bytes(checkpoint);
         let checkpoints = &self.checkpoints;
@@ -380,8 +335,21 @@ impl Engine {
 
     /// The checkpoints, oldest first.
     pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
+        let names: BTreeMap<u64, &str> = self
+            .checkpoints
+            .iter()
+            .map(|checkpoint| (checkpoint.number, checkpoint.name.as_str()))
+            .collect();
+        let parent = |number| {
+            let parent = self.lineage.parent(number)?;
+            names.get(&parent).map(|name| (*name).to_owned())
+        };
         let info = |checkpoint: &Held| CheckpointInfo {
             name: checkpoint.name.clone(),
+            parent: parent(checkpoint.number),
+            is_current: self.lineage.current() == Some(checkpoint.number),
+            is_pinned: checkpoint.pinned,
+            copied_pages: checkpoint.copied_pages,
             taken_at: checkpoint.taken_at,
             processes: checkpoint.processes,
             threads: checkpoint.threads,
@@ -408,17 +376,7 @@ impl Engine {
             }
             None => std::mem::take(&mut self.checkpoints),
         };
-        for checkpoint in to_free {
-            self.forget_on_disk(&checkpoint.name);
-            checkpoint::release(
-                &mut self.tree,
-                &mut self.spaces,
-                &self.checkpoints,
-                checkpoint,
-            )?;
-        }
-        self.files.forget_unused();
-        Ok(())
+        self.free(to_free)
     }
 
     /// Collects the deaths of shadows and of what was killed while it was stopped. To be called when a child of ours has died (`SIGCHLD`) while nothing else is
@@ -531,6 +489,8 @@ mod files_tests;
 mod persist_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tree_tests;
 
 fn files_report(image: &filesystem::Image) -> outcome::Files {
     let shown = |path: &std::path::Path| path.display().to_string();

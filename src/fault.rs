@@ -13,8 +13,8 @@ use nix::unistd::Pid;
 /// The environment variable that arms a point.
 pub const VARIABLE: &str = "SNAPBACK_FAULT";
 
-/// Every point there is, in the order in which a checkpoint, its persisting and then a rollback pass them; those of `remake` only if it makes
-/// a process again.
+/// Every point there is, in the order in which a checkpoint, its persisting and then a rollback pass them; those of `increment` only after the first,
+/// those of `remake` only if it makes a process again.
 pub const POINTS: &[&str] = &[
     "keeper.locked",
     "keeper.listening",
@@ -34,6 +34,10 @@ pub const POINTS: &[&str] = &[
     "checkpoint.files",
     "checkpoint.resuming",
     "checkpoint.resumed",
+    "increment.found",
+    "increment.armed",
+    "increment.copied",
+    "increment.taken",
     "persist.begun",
     "persist.context",
     "persist.spaces",

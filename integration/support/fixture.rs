@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
 
 use super::family::Family;
-use super::session::Session;
+use super::session::{DONE, Session};
 use super::{numbers, wait};
 
 /// Where the programs are, built once per test run.
@@ -294,6 +294,50 @@ pub(crate) fn control_run(program: &str) {
 #[track_caller]
 pub(crate) fn rollback_run(program: &str) {
     comes_back(Fixture::start(program));
+}
+
+/// Wrecked and rolled back to checkpoints that are increments, in both directions and over a branch.
+#[track_caller]
+pub(crate) fn increment_run(program: &str) {
+    let mut fixture = Fixture::start(program);
+    let mut session = Session::new();
+    session.will_release(fixture.pid());
+    let pid = fixture.pid().to_string();
+    let take = |session: &Session, name: &str| {
+        session
+            .run(&["checkpoint", "--name", name, "--pid", &pid])
+            .expect(DONE, name);
+    };
+    let back = |session: &Session, fixture: &mut Fixture, name: &str| {
+        session
+            .run(&["rollback", "--verify", "--to", name, "--pid", &pid])
+            .expect(DONE, name);
+        fixture.verify(name);
+    };
+    take(&session, "a");
+    fixture.run_on();
+    take(&session, "b");
+    fixture.verify("after two checkpoints");
+    fixture.mutate();
+    back(&session, &mut fixture, "b");
+    fixture.run_on();
+    take(&session, "c");
+    back(&session, &mut fixture, "a");
+    fixture.run_on();
+    take(&session, "d");
+    fixture.mutate();
+    for name in ["c", "d", "b", "a", "c"] {
+        back(&session, &mut fixture, name);
+    }
+    for name in ["a", "c", "b"] {
+        session
+            .run(&["release", "--name", name, "--pid", &pid])
+            .expect(DONE, "release");
+    }
+    fixture.mutate();
+    back(&session, &mut fixture, "d");
+    fixture.run_on();
+    fixture.verify("at the end");
 }
 
 /// The same in a PID namespace of its own, as nobody, without any privilege: what a container's processes may do at most.

@@ -21,7 +21,8 @@ macro_rules! skip {
     }};
 }
 
-/// For every fixture program named: that it notices being wrecked, and that it comes back from that twice.
+/// For every fixture program named: that it notices being wrecked, and that it comes back from that twice, also to
+/// checkpoints that are increments of others.
 macro_rules! fixture_tests {
     ($($program:ident),* $(,)?) => {$(
         mod $program {
@@ -33,6 +34,11 @@ macro_rules! fixture_tests {
             #[test]
             fn comes_back() {
                 crate::support::fixture::rollback_run(stringify!($program));
+            }
+
+            #[test]
+            fn comes_back_by_increments() {
+                crate::support::fixture::increment_run(stringify!($program));
             }
         }
     )*};

@@ -4,10 +4,15 @@
 //! what the capture itself added: shadows and windows.
 
 mod diff;
+mod release;
+mod spaces;
 mod uses;
 
 pub use diff::diff;
+pub use release::release;
 pub(crate) use uses::find as files_in_use;
+
+use release::{discard, end_shadows, forget_unused};
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
@@ -134,6 +139,14 @@ pub struct Checkpoint {
     pub threads: usize,
     /// Pages that were populated when it was taken.
     pub resident_pages: u64,
+    /// Pages that were copied when it was taken: those written since the state that it came from.
+    pub copied_pages: u64,
+    /// Those, and all that were populated of address spaces that have a shadow of their own.
+    pub new_pages: u64,
+    /// What its owner calls it.
+    pub number: u64,
+    /// It is not released for others.
+    pub pinned: bool,
     /// [`Tree::losses`] when it was taken.
     pub losses: u64,
 }
@@ -154,22 +167,27 @@ pub enum Then {
     End,
 }
 
-/// Takes a checkpoint. `others` are the tree's other checkpoints, which learn what was written since. While the tree is
+/// Takes a checkpoint. `others` are the tree's other checkpoints. While the tree is
 /// stopped `decide` is told of the checkpoint and says what becomes of the tree.
 pub fn take(
     tree: &mut Tree,
     spaces: &mut Spaces,
-    others: &mut [Checkpoint],
+    others: &[Checkpoint],
     files: &mut Files,
     name: &str,
     phases: &mut Phases,
-    decide: impl FnOnce(&Checkpoint, &Spaces, &Tree) -> Then,
+    decide: impl FnOnce(&Checkpoint) -> Then,
 ) -> Result<Checkpoint> {
     let prepared = files.prepare(tree.root())?;
     phases.end_running("mounts");
-    if spaces.is_empty() {
-        warm_up(tree, spaces, phases)?;
+    match spaces.is_empty() {
+        true => {
+            memory::check_room(tree.root())?;
+            warm_up(tree, spaces, phases)?;
+        }
+        false => memory::prepare_flags(),
     }
+    phases.end_running("prepare");
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
     let unknown = task::prepare(&mut stopped)?;
     if !unknown.is_empty() {
@@ -181,7 +199,7 @@ pub fn take(
     phases.end("stop");
     fault::point("checkpoint.stopped");
     let mut images = Vec::new();
-    let captured = capture(&mut stopped, spaces, others, name, &mut images, phases);
+    let captured = capture(&mut stopped, spaces, name, &mut images, phases);
     let captured = captured.and_then(|mut checkpoint| {
         if !prepared.is_empty() {
             checkpoint.uses = uses::find(&stopped, &checkpoint.objects, &images)?;
@@ -193,8 +211,13 @@ pub fn take(
     });
     match captured {
         Ok(mut checkpoint) => {
+            for image in &images {
+                if let Some(space) = spaces.get_mut(&image.pid) {
+                    space.conclude(Some(image));
+                }
+            }
             checkpoint.spaces = images;
-            if decide(&checkpoint, spaces, stopped.tree()) == Then::End {
+            if decide(&checkpoint) == Then::End {
                 end(&mut stopped, others.iter().chain([&checkpoint]))?;
                 phases.end("end");
                 return Ok(checkpoint);
@@ -206,9 +229,8 @@ pub fn take(
             Ok(checkpoint)
         }
         Err(error) => {
-            for image in images {
-                Space::discard(spaces.get_mut(&image.pid), &mut stopped, image);
-            }
+            spaces.values_mut().for_each(|space| space.conclude(None));
+            discard(spaces, Some(&mut stopped), others, images);
             forget_unused(&mut stopped, spaces, others);
             stopped.resume()?;
             Err(error)
@@ -264,7 +286,6 @@ fn open_spaces(stopped: &mut Stopped, spaces: &mut Spaces) -> Result<Vec<Pid>> {
 fn capture(
     stopped: &mut Stopped,
     spaces: &mut Spaces,
-    others: &mut [Checkpoint],
     name: &str,
     images: &mut Vec<SpaceImage>,
     phases: &mut Phases,
@@ -280,48 +301,25 @@ fn capture(
     task::capture(stopped, &mut context)?;
     phases.end("tasks");
     fault::point("checkpoint.tasks");
+    let begun = spaces::begin(stopped, spaces, &living, &context)?;
+    phases.end("scan");
     // While the processes fork, their descriptors are looked at from outside.
-    let forks = memory::start_shadows(stopped, &living);
     let looked = found.look(&mut context);
     phases.end("objects");
     fault::point("checkpoint.objects");
-    let shadows = forks.finish(stopped);
+    let ready = begun.finish(stopped);
     phases.end("fork");
-    let mut shadows = living.iter().copied().zip(shadows?);
+    let ready = ready?;
     let recorded = looked.and_then(|looked| looked.record(stopped, &mut context));
     let objects = match recorded {
         Ok(objects) => objects,
         Err(error) => {
-            shadows.for_each(|(pid, shadow)| shadow.discard(stopped, pid));
+            ready.discard(stopped);
             return Err(error.into());
         }
     };
     phases.end("objects");
-    let mut resident_pages = 0;
-    while let Some((pid, shadow)) = shadows.next() {
-        let others = others
-            .iter_mut()
-            .flat_map(|other| &mut other.spaces)
-            .filter(|image| image.pid == pid);
-        let captured = match spaces.get_mut(&pid) {
-            Some(space) => space.capture(stopped, shadow, others, &mut context),
-            None => {
-                shadow.discard(stopped, pid);
-                Err(freeze::Error::Gone(pid).into())
-            }
-        };
-        match captured {
-            Ok((image, armed)) => {
-                resident_pages += armed.pages;
-                images.push(image);
-            }
-            Err(error) => {
-                shadows.for_each(|(pid, shadow)| shadow.discard(stopped, pid));
-                return Err(error.into());
-            }
-        }
-        fault::point("checkpoint.shadow");
-    }
+    let taken = ready.capture(stopped, spaces, &mut context, images)?;
     phases.end("memory");
     fault::point("checkpoint.armed");
     let segments = memory::Segments::capture(stopped, images)?;
@@ -341,7 +339,11 @@ fn capture(
         renamed: task::Renamed::default(),
         processes: stopped.processes().count(),
         threads: stopped.thread_count(),
-        resident_pages,
+        resident_pages: taken.resident,
+        copied_pages: taken.copied,
+        new_pages: taken.new,
+        number: 0,
+        pinned: false,
         losses: stopped.tree().losses(),
     })
 }
@@ -383,26 +385,6 @@ fn check_spaces(stopped: &Stopped) -> Result<()> {
     Ok(())
 }
 
-/// Frees a checkpoint that is not in `others` any more. The tree is stopped for it, if it lives.
-pub fn release(
-    tree: &mut Tree,
-    spaces: &mut Spaces,
-    others: &[Checkpoint],
-    checkpoint: Checkpoint,
-) -> Result<()> {
-    if !tree.is_alive() && !tree.can_lose_root() {
-        end_shadows(&checkpoint);
-        return Ok(());
-    }
-    let mut stopped = tree.stop_remains(OnTracerDeath::RunOn)?;
-    task::prepare(&mut stopped)?;
-    for image in checkpoint.spaces {
-        Space::discard(spaces.get_mut(&image.pid), &mut stopped, image);
-    }
-    forget_unused(&mut stopped, spaces, others);
-    Ok(stopped.resume()?)
-}
-
 /// Kills a stopped tree, with the shadows of its checkpoints. The deaths of all are collected, those of whom a PID namespace's
 /// init waits for before its own.
 fn end<'c>(
@@ -416,35 +398,6 @@ fn end<'c>(
         .filter(|pid| *pid != root)
         .collect();
     stopped.kill(&others)?;
-    checkpoints.for_each(end_shadows);
+    checkpoints.for_each(|checkpoint| end_shadows(&checkpoint.spaces));
     Ok(stopped.kill(&[root])?)
-}
-
-/// Ends the shadows of a checkpoint of a tree that ends: without that its PID namespace does not.
-fn end_shadows(checkpoint: &Checkpoint) {
-    let images = checkpoint.spaces.iter();
-    let shadows = images.filter_map(|image| image.source.shadow());
-    shadows.for_each(memory::Shadow::kill);
-}
-
-/// Takes windows and tracking away from processes that no checkpoint holds.
-fn forget_unused(stopped: &mut Stopped, spaces: &mut Spaces, checkpoints: &[Checkpoint]) {
-    let used = |pid: &Pid| {
-        checkpoints
-            .iter()
-            .flat_map(|checkpoint| &checkpoint.spaces)
-            .any(|image| image.pid == *pid)
-    };
-    spaces.retain(|pid, _| used(pid));
-    let windows: Vec<Pid> = stopped
-        .processes()
-        .map(|process| process.pid)
-        .filter(|pid| !used(pid))
-        .collect();
-    for pid in windows {
-        // Best effort: a window left behind is a mapping that nobody uses.
-        if let Err(error) = stopped.close_window(pid) {
-            tracing::debug!(%pid, %error, "the window was left in place");
-        }
-    }
 }

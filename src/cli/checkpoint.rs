@@ -9,12 +9,13 @@ use super::target::{Target, checkpoint_name, finish, report};
 use super::to_disk::ToDisk;
 use super::{Global, Status, persist, to_disk};
 use crate::keeper::Client;
-use crate::keeper::protocol::{FileOptions, Request};
+use crate::keeper::protocol::{FileOptions, KeepOptions, Request};
 
 /// Take a checkpoint in RAM while the container keeps running
 ///
 /// A keeper process is started with the first checkpoint of a container and holds its checkpoints until they are
-/// released or the container ends. A checkpoint of the same name is replaced.
+/// released or the container ends. A checkpoint of the same name is replaced. Any number can be kept: each takes memory for what
+/// has changed since the one that it came from.
 ///
 /// Files go back as well: the container's writable layer (of an overlay), its tmpfs mounts, and named and anonymous
 /// volumes of podman and Docker. The report says what is included and what is not, and why.
@@ -27,7 +28,10 @@ Examples:
   snapback checkpoint --json web             the report for programs
   snapback checkpoint --no-files web         processes alone: files stay as they are in a rollback
   snapback checkpoint --volume /data web     with what is mounted on /data in the container
-  snapback checkpoint --max-bytes 2G web     refused if more than 2 GiB of files would have to be kept
+  snapback checkpoint --name 17 --keep 50 web
+                                             one of a series of which the latest 50 are kept
+  snapback checkpoint --pin --name clean web never released to make room for others
+  snapback checkpoint --max-bytes 2G web     older ones are released until all take no more than 2 GiB
   snapback checkpoint --image-path DIR web   to disk, and the container is ended, as runc does it
 
 Exit status: 0 done, 1 error, 2 usage, 3 refused (nothing was touched).")]
@@ -39,14 +43,21 @@ pub(crate) struct Checkpoint {
     #[arg(long)]
     json: bool,
     /// Leave all files as they are in a rollback
-    #[arg(long, conflicts_with_all = ["volume", "max_bytes"])]
+    #[arg(long, conflicts_with = "volume")]
     no_files: bool,
     /// Take in what is mounted from the host on PATH, as the container sees it; may be given more than once
     #[arg(long, value_name = "PATH", value_parser = absolute)]
     volume: Vec<PathBuf>,
-    /// Keep no more than N bytes of files (or N with K, M, G), for all checkpoints of the container
+    /// Keep no more than N bytes (or N with K, M, G) of changed memory and of files for all checkpoints of the container: the
+    /// oldest are released that are not pinned; refused if files alone need more
     #[arg(long, value_name = "N", value_parser = bytes)]
     max_bytes: Option<u64>,
+    /// Keep no more than N checkpoints of the container besides pinned ones: the oldest are released
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    keep: Option<usize>,
+    /// Never release this one to make room for others
+    #[arg(long)]
+    pin: bool,
     #[command(flatten)]
     target: Target,
     #[command(flatten)]
@@ -60,6 +71,13 @@ fn absolute(text: &str) -> Result<PathBuf, String> {
     match path.is_absolute() {
         true => Ok(path),
         false => Err("it has to be absolute, as the container sees it".to_owned()),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("a number of checkpoints, at least 1".to_owned()),
     }
 }
 
@@ -101,6 +119,10 @@ pub(crate) fn run(global: &Global, args: Checkpoint) -> anyhow::Result<Status> {
                 include: !args.no_files,
                 volumes: args.volume.clone(),
                 max_bytes: args.max_bytes,
+            },
+            keep: KeepOptions {
+                pin: args.pin,
+                most: args.keep,
             },
         };
         report(Client::ask_or_start(

@@ -13,15 +13,17 @@ use crate::image::Durability;
 use crate::keeper::Error;
 use crate::keeper::protocol::{CheckpointInfo, Request, Response};
 
-/// List the checkpoints of a container: names, ages, sizes by kind
+/// List the checkpoints of a container: names, where each came from, ages, sizes by kind
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   snapback checkpoints web
   snapback checkpoints --json --pid 4711
 
+FROM is the checkpoint that one came from: the last that was taken or rolled back to before; if that was released, the one
+before it. MARK says which one the container was equal to last (`current`), and which are released by name only (`pinned`).
 HEADERS is all that a checkpoint holds besides page contents, which stay shared with the running processes until they
-are changed; SHARE compares it with the memory that was resident when the checkpoint was taken. FILES is content of files;
+are changed; PAGES were copied, since they had changed since the one it came from; SHARE compares it with the memory that was resident when the checkpoint was taken. FILES is content of files;
 what several checkpoints have in common is kept once and shown with each. WHERE is `resident` (in RAM only), `persisting` (being
 written to disk), or `durable` (on disk too), with the directory.")]
 pub(crate) struct Checkpoints {
@@ -79,7 +81,8 @@ pub(super) fn now() -> f64 {
 
 fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
     let header = [
-        "NAME", "AGE", "HEADERS", "RESIDENT", "SHARE", "FILES", "WHERE", "BY KIND",
+        "NAME", "FROM", "MARK", "AGE", "HEADERS", "PAGES", "RESIDENT", "SHARE", "FILES", "WHERE",
+        "BY KIND",
     ]
     .map(str::to_owned);
     let mut rows = vec![header];
@@ -92,8 +95,11 @@ fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
             .collect();
         [
             info.name.clone(),
+            info.parent.clone().unwrap_or_else(|| "-".to_owned()),
+            mark(info),
             age(now - info.taken_at),
             size(info.header_bytes),
+            size(info.page_bytes),
             size(info.resident_bytes),
             share(info.header_bytes, info.resident_bytes),
             size(info.file_bytes),
@@ -117,6 +123,16 @@ fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
         }
     }
     text
+}
+
+fn mark(info: &CheckpointInfo) -> String {
+    let marks = [(info.current, "current"), (info.pinned, "pinned")];
+    let marks = marks.iter().filter(|(is_so, _)| *is_so);
+    let marks: Vec<&str> = marks.map(|(_, name)| *name).collect();
+    match marks.is_empty() {
+        true => "-".to_owned(),
+        false => marks.join(","),
+    }
 }
 
 fn place(durability: &Durability) -> String {
@@ -165,14 +181,18 @@ mod tests {
             kinds: BTreeMap::from([("pipe".to_owned(), 1024), ("vma".to_owned(), 20 << 10)]),
             header_bytes: 21 << 10,
             resident_bytes: 100 << 20,
+            parent: Some("clean".into()),
+            current: true,
+            pinned: true,
+            page_bytes: 4096,
             copied_bytes: 0,
             file_bytes: 3 << 20,
             durability: Durability::Durable { at: "/i".into() },
         };
         assert_eq!(
             table(&[info], 1075.5),
-            "NAME     AGE     HEADERS   RESIDENT   SHARE              FILES    WHERE       BY KIND\n\
-             default  1m 15s  21.0 KiB  100.0 MiB  0.02% of resident  3.0 MiB  durable /i  vma 20.0 KiB, pipe 1.0 KiB\n"
+            "NAME     FROM   MARK            AGE     HEADERS   PAGES    RESIDENT   SHARE              FILES    WHERE       BY KIND\n\
+             default  clean  current,pinned  1m 15s  21.0 KiB  4.0 KiB  100.0 MiB  0.02% of resident  3.0 MiB  durable /i  vma 20.0 KiB, pipe 1.0 KiB\n"
         );
     }
 

@@ -22,6 +22,7 @@ mod exec;
 mod fault_points;
 mod features;
 mod foreground;
+mod fork;
 mod inspect;
 mod keeper;
 mod kill;
@@ -121,6 +122,7 @@ enum Command {
     Checkpoints(checkpoints::Checkpoints),
     Persist(persist::Persist),
     Restore(restore::Restore),
+    Fork(fork::Fork),
     Release(release::Release),
     Diff(diff::Diff),
     Inspect(inspect::Inspect),
@@ -153,6 +155,7 @@ fn dispatch(global: &Global, command: Command) -> anyhow::Result<Status> {
         Command::Checkpoints(args) => checkpoints::run(global, args),
         Command::Persist(args) => persist::run(global, args),
         Command::Restore(args) => restore::run(global, args),
+        Command::Fork(args) => fork::run(global, args),
         Command::Release(args) => release::run(global, args),
         Command::Diff(args) => diff::run(global, args),
         Command::Keeper(args) => keeper::run(global, args),

@@ -14,6 +14,7 @@ use super::target::{absolute, checkpoint_name, finish, report};
 use super::{Global, Status, UsageError};
 use crate::container::create::{self, Child, Options};
 use crate::container::lifecycle;
+use crate::container::overlay::Place;
 use crate::image::Opened;
 use crate::keeper::protocol::Request;
 use crate::keeper::{Client, Errand, Identity};
@@ -109,51 +110,137 @@ pub(crate) fn run(global: &Global, args: Restore) -> anyhow::Result<Status> {
         print("it can be restored\n")?;
         return Ok(Status::Done);
     }
-    if args.console_socket.is_some() && !args.detach {
-        return Err(UsageError("--console-socket makes sense only with --detach".into()).into());
-    }
-    let signals = Signals::hold()?;
-    let child = create::create(&Options {
-        root: &global.root,
+    let wanted = Wanted {
         id: &args.id,
         bundle: &args.bundle,
-        console_socket: args.console_socket.as_deref(),
+        name: &name,
+        detach: args.detach,
         pid_file: args.pid_file.as_deref(),
-        preserve_fds: 0,
+        console_socket: args.console_socket.as_deref(),
         no_pivot: args.no_pivot,
-        no_new_keyring: false,
         overlay: args.overlay.place(),
-        mask: signals.before,
-    })?;
-    let made = make(global, &args, &image_path, &name, &child);
-    let report = match (made, signals.interruption()) {
-        (Ok(report), Ok(None)) => report,
-        (made, interruption) => {
-            lifecycle::delete(&global.root, &args.id, true)?;
-            return match (made, interruption) {
-                (_, Ok(Some(signal))) => Ok(Status::Program(128 + signal as u8)),
-                (Err(error), _) => finish(args.json, &name, began, Err(error)),
-                (_, Err(error)) => Err(error),
-                (Ok(_), Ok(None)) => Ok(Status::Done),
-            };
-        }
+        verify: args.verify,
+        json: args.json,
     };
-    if args.detach {
-        // What a runtime prints ends in the container's log where a monitor runs it.
-        return match args.json || std::io::stdout().is_terminal() {
-            true => finish(args.json, &name, began, Ok(report)),
-            false => Ok(Status::Done),
-        };
+    match wanted.make(global, &image_path, began)? {
+        Made::Ended(status) => Ok(status),
+        Made::Runs(runs) => runs.attend(global, &args.id),
     }
-    let attended = attend(&child, &signals, None);
-    let deleted = lifecycle::delete(&global.root, &args.id, attended.is_err());
-    let status = attended?;
-    deleted?;
-    Ok(status)
+}
+
+/// The container that is to be made of an image.
+#[derive(Debug)]
+pub(super) struct Wanted<'a> {
+    pub(super) id: &'a str,
+    pub(super) bundle: &'a Path,
+    /// The name of its checkpoint.
+    pub(super) name: &'a str,
+    pub(super) detach: bool,
+    pub(super) pid_file: Option<&'a Path>,
+    pub(super) console_socket: Option<&'a Path>,
+    pub(super) no_pivot: bool,
+    pub(super) overlay: Option<Place<'a>>,
+    pub(super) verify: bool,
+    pub(super) json: bool,
+}
+
+/// What has become of it.
+pub(super) enum Made {
+    /// The command ends with this.
+    Ended(Status),
+    /// It runs, and is to be attended to.
+    Runs(Runs),
+}
+
+/// A container that runs.
+pub(super) struct Runs {
+    child: Child,
+    signals: Signals,
+}
+
+impl Runs {
+    /// Stays with it until it ends, then deletes it.
+    pub(super) fn attend(self, global: &Global, id: &str) -> anyhow::Result<Status> {
+        let attended = attend(&self.child, &self.signals, None);
+        let deleted = lifecycle::delete(&global.root, id, attended.is_err());
+        let status = attended?;
+        deleted?;
+        Ok(status)
+    }
+}
+
+impl Wanted<'_> {
+    /// Makes it; on an error nothing is left of it. Only from a process without threads.
+    pub(super) fn make(
+        &self,
+        global: &Global,
+        image_path: &Path,
+        began: Instant,
+    ) -> anyhow::Result<Made> {
+        if self.console_socket.is_some() && !self.detach {
+            let message = "--console-socket makes sense only with --detach";
+            return Err(UsageError(message.into()).into());
+        }
+        let signals = Signals::hold()?;
+        let child = create::create(&Options {
+            root: &global.root,
+            id: self.id,
+            bundle: self.bundle,
+            console_socket: self.console_socket,
+            pid_file: self.pid_file,
+            preserve_fds: 0,
+            no_pivot: self.no_pivot,
+            no_new_keyring: false,
+            overlay: self.overlay,
+            mask: signals.before,
+        })?;
+        let made = self.fill(global, image_path, &child);
+        let report = match (made, signals.interruption()) {
+            (Ok(report), Ok(None)) => report,
+            (made, interruption) => {
+                lifecycle::delete(&global.root, self.id, true)?;
+                let status = match (made, interruption) {
+                    (_, Ok(Some(signal))) => Status::Program(128 + signal as u8),
+                    (Err(error), _) => finish(self.json, self.name, began, Err(error))?,
+                    (_, Err(error)) => return Err(error),
+                    (Ok(_), Ok(None)) => Status::Done,
+                };
+                return Ok(Made::Ended(status));
+            }
+        };
+        if !self.detach {
+            return Ok(Made::Runs(Runs { child, signals }));
+        }
+        // What a runtime prints ends in the container's log where a monitor runs it.
+        let status = match self.json || std::io::stdout().is_terminal() {
+            true => finish(self.json, self.name, began, Ok(report))?,
+            false => Status::Done,
+        };
+        Ok(Made::Ended(status))
+    }
+
+    /// Has a keeper make of the container what the image says.
+    fn fill(&self, global: &Global, image_path: &Path, child: &Child) -> anyhow::Result<Report> {
+        let errand = Errand {
+            root: absolute(&global.root)?,
+            target: Identity::look_up(child.pid.as_raw())?,
+            cgroup: container::locate(&global.root, self.id)?.cgroup,
+            label: self.id.to_owned(),
+        };
+        let request = Request::Restore {
+            name: self.name.to_owned(),
+            from: image_path.to_owned(),
+            verify: self.verify,
+        };
+        let response = Client::ask_or_start(&errand.directory(), &errand, &request)?;
+        let report = report(response)?;
+        create::note_running(&global.root, self.id)?;
+        Ok(report)
+    }
 }
 
 /// Whether a container can be made of the image, as far as that is to be seen in it; returns the checkpoint's name.
-fn check(image_path: &Path) -> anyhow::Result<String> {
+pub(super) fn check(image_path: &Path) -> anyhow::Result<String> {
     let what = || format!("reading the image in {}", image_path.display());
     let origin = restore::Origin::new(Opened::open(image_path).with_context(what)?);
     match restore::check(&origin) {
@@ -163,29 +250,4 @@ fn check(image_path: &Path) -> anyhow::Result<String> {
         }
         Err(error) => Err(anyhow::Error::from(error).context(what())),
     }
-}
-
-fn make(
-    global: &Global,
-    args: &Restore,
-    image_path: &Path,
-    name: &str,
-    child: &Child,
-) -> anyhow::Result<Report> {
-    let pid = child.pid.as_raw();
-    let errand = Errand {
-        root: absolute(&global.root)?,
-        target: Identity::look_up(pid)?,
-        cgroup: container::locate(&global.root, &args.id)?.cgroup,
-        label: args.id.clone(),
-    };
-    let request = Request::Restore {
-        name: name.to_owned(),
-        from: image_path.to_owned(),
-        verify: args.verify,
-    };
-    let response = Client::ask_or_start(&errand.directory(), &errand, &request)?;
-    let report = report(response)?;
-    create::note_running(&global.root, &args.id)?;
-    Ok(report)
 }

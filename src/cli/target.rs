@@ -43,6 +43,14 @@ impl Target {
         self.errand(global, Must::BeKept)
     }
 
+    /// A container by its ID.
+    pub(super) fn container(id: &str) -> Self {
+        Self {
+            id: Some(id.to_owned()),
+            pid: None,
+        }
+    }
+
     /// The same for what can also be done while the container is paused.
     pub(crate) fn known(&self, global: &Global) -> anyhow::Result<Errand> {
         self.errand(global, Must::BeKnown)

@@ -12,7 +12,7 @@ use super::persist::{Compress, persist, summary};
 use super::target::{Target, absolute, ask, failed, report};
 use super::{Global, UsageError};
 use crate::image::Summary;
-use crate::keeper::protocol::{FileOptions, Request, Response};
+use crate::keeper::protocol::{FileOptions, KeepOptions, Request, Response};
 use crate::keeper::{Client, Errand, Error};
 use crate::kernel::pidfd;
 
@@ -98,6 +98,7 @@ fn copy_out(
     let request = Request::Checkpoint {
         name: PASSING.into(),
         files: FileOptions::default(),
+        keep: KeepOptions::default(),
     };
     report(Client::ask_or_start(&errand.directory(), errand, &request)?)?;
     let done = persist(errand, (PASSING, Some("default")), to, compress, json);

@@ -42,12 +42,12 @@ impl Engine {
         let taken = checkpoint::take(
             &mut self.tree,
             &mut self.spaces,
-            &mut self.checkpoints,
+            &self.checkpoints,
             &mut self.files,
             "default",
             &mut phases,
-            |checkpoint, spaces, tree| {
-                let parts = Parts::of(checkpoint, spaces, tree);
+            |checkpoint| {
+                let parts = Parts::of(checkpoint);
                 let progress = image::Progress::default();
                 let done =
                     parts.and_then(|parts| image::persist(parts, target, options, &progress));
@@ -70,7 +70,7 @@ impl Engine {
         }
         let checkpoint = taken.inspect_err(|_| self.files.forget_unused())?;
         let (tree, spaces) = (&mut self.tree, &mut self.spaces);
-        checkpoint::release(tree, spaces, &self.checkpoints, checkpoint)?;
+        checkpoint::release(tree, spaces, &self.checkpoints, vec![checkpoint])?;
         self.files.forget_unused();
         match written {
             Some(Err(error)) => Err(error.into()),
@@ -85,7 +85,7 @@ impl Engine {
     /// There is no checkpoint of that name, or its shadows are dead.
     pub fn parts(&self, name: &str) -> Result<Parts, Error> {
         let checkpoint = &self.checkpoints[self.find(name)?];
-        Ok(Parts::of(checkpoint, &self.spaces, &self.tree)?)
+        Ok(Parts::of(checkpoint)?)
     }
 
     /// What is in a checkpoint.

@@ -18,7 +18,7 @@ fn compare(engine: &Engine, name: &str, opened: &Opened) {
         assert_eq!(stored.auxv, image.source.auxv().unwrap());
         assert_eq!(&stored.guards, image.guards().unwrap());
         let populated = image.populated(&held.context).unwrap();
-        let pages = populated.difference(&stored.guards).difference(&image.kept);
+        let pages = populated.difference(&stored.guards);
         let (mut was, mut is) = (vec![0; 1 << 20], vec![0; 1 << 20]);
         let mut compared = 0;
         for span in pages.pieces(1 << 20) {
@@ -145,6 +145,23 @@ fn other_peoples_directories_are_not_replaced() {
         other => panic!("{other:?}"),
     }
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+
+    // What somebody has laid there to look into it later.
+    let target = directory.path().join("image");
+    let staging = directory.path().join(".image.persisting");
+    std::fs::create_dir(&staging).unwrap();
+    for (owner, mode) in [(1000, 0o700), (0, 0o755)] {
+        std::os::unix::fs::chown(&staging, Some(owner), None).unwrap();
+        let permissions = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(&staging, permissions).unwrap();
+        let parts = engine.parts("a").unwrap();
+        let ended = persist(parts, &target, Options::default(), &Progress::default());
+        assert!(
+            matches!(ended, Err(crate::image::Error::Refused(_))),
+            "{ended:?}"
+        );
+        assert!(!target.exists());
+    }
 }
 
 #[test]

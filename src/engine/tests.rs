@@ -17,6 +17,11 @@ for line in sys.stdin:
         for i in range(0, len(big), 40960): big[i] = state["count"] % 251
         kept.append(mmap.mmap(-1, 1 << 20))
         kept[-1][0:5] = b"hello"
+    if word[0] == "drop" and kept:
+        kept.pop(len(kept) // 2).close()
+    if word[0] == "forget" and kept:
+        kept.pop().close()
+        kept = kept[1:]
     print(state["count"], len(kept), sum(big[::4096]), flush=True)
 "#;
 

@@ -98,6 +98,11 @@ impl Files {
         };
     }
 
+    /// Whether something was refused because no more may be kept, since this was asked last.
+    pub fn take_lack(&mut self) -> bool {
+        self.store.take_lack()
+    }
+
     /// Bytes of content that are kept, for all checkpoints.
     pub fn kept_bytes(&self) -> u64 {
         self.store.used()

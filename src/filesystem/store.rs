@@ -146,6 +146,8 @@ type Fill<'a> = dyn FnMut(&mut Bin, (u64, u64), u64, &mut Vec<u8>) -> io::Result
 pub struct Store {
     directory: PathBuf,
     max_bytes: Option<u64>,
+    /// Something was refused for that.
+    lacked_room: bool,
     used: Arc<AtomicU64>,
     bins: Vec<Bin>,
     buffer: Vec<u8>,
@@ -157,11 +159,17 @@ impl Store {
         self.max_bytes = max_bytes;
     }
 
+    /// Whether something was refused because no more may be kept, since this was asked last.
+    pub fn take_lack(&mut self) -> bool {
+        std::mem::take(&mut self.lacked_room)
+    }
+
     /// An empty one. Nothing is made in `directory` before it is needed.
     pub fn new(directory: PathBuf, max_bytes: Option<u64>) -> Self {
         Self {
             directory,
             max_bytes,
+            lacked_room: false,
             used: Arc::default(),
             bins: Vec::new(),
             buffer: Vec::new(),
@@ -246,6 +254,7 @@ impl Store {
         if let Some(most) = self.max_bytes {
             let needed = self.used() + bytes;
             if needed > most {
+                self.lacked_room = true;
                 return Err(Error::Refused(Refusal {
                     object: format!("{needed} bytes of files"),
                     holder: "the checkpoint".into(),

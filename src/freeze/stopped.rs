@@ -151,6 +151,7 @@ impl<'t> Stopped<'t> {
             if fresh.is_empty() && looked_at == Some(found.len()) {
                 // All that runs was stopped before the children were listed and the births were told: both are complete.
                 // One that ended before it could be stopped may have left children, hence the look at the number.
+                self.drop_reaped();
                 self.know_all();
                 return Ok(());
             }
@@ -159,6 +160,23 @@ impl<'t> Stopped<'t> {
             looked_at = Some(found.len());
             self.add_children(&mut found)?;
             self.add_orphans(&mut found, &mut orphans);
+        }
+    }
+
+    /// Forgets zombies whose parents have reaped them before they were stopped themselves. From now on none of the tree will.
+    fn drop_reaped(&mut self) {
+        let zombies = self
+            .processes
+            .values()
+            .filter(|process| process.is_zombie());
+        let reaped = zombies.filter(|process| {
+            procfs::Stat::read(process.pid).map_or(true, |stat| {
+                stat.state != 'Z' || self.is_reaped_outside(stat.parent())
+            })
+        });
+        let reaped: Vec<Pid> = reaped.map(|process| process.pid).collect();
+        for pid in reaped {
+            self.processes.remove(&pid);
         }
     }
 

@@ -7,6 +7,7 @@
 //! Writing takes [`Parts`] from the thread that owns the checkpoint and needs it no more after that: shadows and contexts are
 //! read from another thread, while that one goes on to roll back.
 
+mod behind;
 mod contents;
 mod error;
 mod fuzzing;

@@ -9,10 +9,9 @@ use std::time::UNIX_EPOCH;
 
 use super::layout::{Info, NamelessFile};
 use super::{Error, Result};
-use crate::checkpoint::{Checkpoint, Spaces};
+use crate::checkpoint::Checkpoint;
 use crate::filesystem::StoredArea;
 use crate::filesystem::store::Kept;
-use crate::freeze::Tree;
 use crate::memory::{Segments, SharedContent, SpaceContent};
 use crate::objects;
 use crate::objects::state::State;
@@ -52,12 +51,9 @@ impl Parts {
     /// # Errors
     ///
     /// A shadow is dead, or there is not enough memory or descriptors.
-    pub fn of(checkpoint: &Checkpoint, spaces: &Spaces, tree: &Tree) -> Result<Self> {
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let context = &checkpoint.context;
-        let content = |image: &crate::memory::SpaceImage| {
-            let space = spaces.get(&image.pid).filter(|space| space.is_of(image));
-            SpaceContent::of(image, space, tree, context)
-        };
+        let content = |image| SpaceContent::of(image, context);
         let nameless = nameless(checkpoint)?;
         Ok(Self {
             info: Info::of(checkpoint),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::BufWriter;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
+use super::behind::WriteBehind;
 use super::contents::{KeptPages, NamelessPages, whole};
 use super::layout::{Encoding, MappedFile, Program};
 use super::parts::{DELETED, Nameless, NamelessContent, Parts, describe};
@@ -163,7 +164,8 @@ fn write_memory(
     let wrong = Error::image(path);
     let header = parts.context.image_header();
     let header = header.ok_or_else(|| wrong(crate::record::Error::Unfinished))?;
-    let sink = file.try_clone().map_err(failed("write"))?;
+    let sink = file.try_clone().and_then(WriteBehind::start);
+    let sink = sink.map_err(failed("write"))?;
     let mut context =
         Context::streaming_beside(Box::new(sink), header).map_err(Error::image(path))?;
     context
@@ -242,8 +244,6 @@ fn write_memory(
         .put_json(Kind::Checkpoint, ObjectId::IMAGE, &info)
         .and_then(|_| context.finish())
         .map_err(Error::image(path))?;
-    let mut file = file;
-    file.flush().map_err(failed("write"))?;
     file.sync_all().map_err(failed("sync"))?;
     Ok(context.stats().bytes)
 }

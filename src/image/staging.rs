@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::unistd::geteuid;
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::{CONTEXT_FILE, Error, Result};
@@ -150,8 +151,12 @@ fn lock(target: &Path, path: &Path) -> Result<File> {
             }
             Err(errno) => return Err(Error::file("lock", path)(errno.into())),
         }
-        // Whoever had the lock may have renamed or removed it.
         let held = directory.metadata().map_err(Error::file("look at", path))?;
+        if held.uid() != geteuid().as_raw() || held.mode() & 0o077 != 0 {
+            let remedy = "others may look into it, who would see all memory; remove it";
+            return Err(refuse("the directory", path, remedy).into());
+        }
+        // Whoever had the lock may have renamed or removed it.
         let there = fs::symlink_metadata(path);
         if there.is_ok_and(|there| (there.dev(), there.ino()) == (held.dev(), held.ino())) {
             return Ok(directory);

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use crate::engine::{self, Engine, RollbackOptions, Target};
+use crate::engine::{self, Engine, RollbackOptions, TakeOptions, Target};
 use crate::filesystem;
 use crate::image::{Encoding, Inspection, Opened, Options, Summary};
 use crate::keeper::Errand;
-use crate::keeper::protocol::{Change, CheckpointInfo, Failure, FileOptions};
+use crate::keeper::protocol::{Change, CheckpointInfo, Failure, FileOptions, KeepOptions};
 use crate::keeper::server::Operations;
 use crate::keeper::work::Work;
 use crate::outcome::Report;
@@ -46,9 +46,19 @@ impl From<engine::Error> for Failure {
 }
 
 impl Operations for Engine {
-    fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure> {
+    fn checkpoint(
+        &mut self,
+        name: &str,
+        files: &FileOptions,
+        keep: KeepOptions,
+    ) -> Result<Report, Failure> {
         choose_files(self, files);
-        Ok(self.take(name)?)
+        let options = TakeOptions {
+            pin: keep.pin,
+            keep: keep.most,
+            max_bytes: files.max_bytes,
+        };
+        Ok(self.take_with(name, options)?)
     }
 
     fn move_out(
@@ -189,6 +199,10 @@ fn info(info: engine::CheckpointInfo) -> CheckpointInfo {
             .collect(),
         header_bytes: info.stats.bytes,
         resident_bytes: info.resident_pages * PAGE,
+        parent: info.parent,
+        current: info.is_current,
+        pinned: info.is_pinned,
+        page_bytes: info.copied_pages * PAGE,
         copied_bytes: info.shared_bytes,
         file_bytes: info.file_bytes,
         durability: info.durability,

@@ -54,8 +54,18 @@ pub struct FileOptions {
     pub include: bool,
     /// Mount points, as the tree sees them, of bind mounts to be taken in.
     pub volumes: Vec<PathBuf>,
-    /// The most bytes of content to be kept, for all checkpoints of the keeper.
+    /// The most bytes to be kept by copy, of files and of memory, for all checkpoints of the keeper: older ones are released
+    /// that are not pinned; refused if files need more.
     pub max_bytes: Option<u64>,
+}
+
+/// What becomes of a checkpoint that is taken, and of older ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct KeepOptions {
+    /// It is released by name only.
+    pub pin: bool,
+    /// The most that are kept which are not pinned; older ones are released.
+    pub most: Option<usize>,
 }
 
 /// What a client asks for.
@@ -68,6 +78,9 @@ pub enum Request {
         name: String,
         /// Which files go back with it.
         files: FileOptions,
+        /// What becomes of it and of others.
+        #[serde(default)]
+        keep: KeepOptions,
     },
     /// Roll the tree back to this checkpoint.
     Rollback {
@@ -220,6 +233,18 @@ pub struct CheckpointInfo {
     pub header_bytes: u64,
     /// Bytes that were resident in the tree when it was taken.
     pub resident_bytes: u64,
+    /// The checkpoint that it came from, if it came from one that is left.
+    #[serde(default)]
+    pub parent: Option<String>,
+    /// Whether the tree was equal to it last.
+    #[serde(default)]
+    pub current: bool,
+    /// Whether it is released by name only.
+    #[serde(default)]
+    pub pinned: bool,
+    /// Bytes of memory that were copied for it when it was taken.
+    #[serde(default)]
+    pub page_bytes: u64,
     /// Bytes of shared memory, which cannot be kept copy-on-write, in a copy.
     pub copied_bytes: u64,
     /// Bytes of content of files, some of which may be kept for other checkpoints too.

@@ -22,8 +22,8 @@ use crate::fault;
 use crate::image::{Encoding, Inspection, Options, Summary};
 use crate::keeper::directory::Locked;
 use crate::keeper::protocol::{
-    Change, CheckpointInfo, Failure, FileOptions, Hello, Request, Response, VERSION, append,
-    receive, send,
+    Change, CheckpointInfo, Failure, FileOptions, Hello, KeepOptions, Request, Response, VERSION,
+    append, receive, send,
 };
 use crate::keeper::work::{Work, Works};
 use crate::keeper::{Error, Identity, StateDirectory};
@@ -40,7 +40,12 @@ pub trait Operations {
     /// # Errors
     ///
     /// Refused or failed; the tree runs as before.
-    fn checkpoint(&mut self, name: &str, files: &FileOptions) -> Result<Report, Failure>;
+    fn checkpoint(
+        &mut self,
+        name: &str,
+        files: &FileOptions,
+        keep: KeepOptions,
+    ) -> Result<Report, Failure>;
     /// Rolls the tree back.
     ///
     /// # Errors
@@ -630,7 +635,9 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
                 Err(failure) => Err(failure),
             }
         }
-        Request::Checkpoint { name, files } => operations.checkpoint(name, files).map(report),
+        Request::Checkpoint { name, files, keep } => {
+            operations.checkpoint(name, files, *keep).map(report)
+        }
         Request::Rollback { name, verify } => operations.rollback(name, *verify).map(report),
         Request::MoveOut {
             to,

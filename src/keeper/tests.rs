@@ -67,7 +67,12 @@ fn refusal() -> Refusal {
 }
 
 impl Operations for Fake {
-    fn checkpoint(&mut self, name: &str, _: &FileOptions) -> Result<Report, Failure> {
+    fn checkpoint(
+        &mut self,
+        name: &str,
+        _: &FileOptions,
+        _: KeepOptions,
+    ) -> Result<Report, Failure> {
         if name == "refused" {
             return Err(Failure::Refused { refusal: refusal() });
         }
@@ -146,6 +151,10 @@ impl Operations for Fake {
 
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
         let info = |name: &String| CheckpointInfo {
+            parent: None,
+            current: false,
+            pinned: false,
+            page_bytes: 0,
             name: name.clone(),
             taken_at: 1.5,
             kinds: BTreeMap::from([("pipe".to_owned(), 64)]),
@@ -258,6 +267,7 @@ impl Setting {
         let request = Request::Checkpoint {
             name: name.to_owned(),
             files: FileOptions::default(),
+            keep: KeepOptions::default(),
         };
         Client::ask_or_start_with(&self.directory(), |locked| self.start(locked), &request)
     }
@@ -291,6 +301,10 @@ fn messages_survive_the_wire() {
         Request::Checkpoint {
             name: "ä\n\"b\"".into(),
             files: FileOptions::default(),
+            keep: KeepOptions {
+                pin: true,
+                most: Some(3),
+            },
         },
         Request::Rollback {
             name: "x".into(),

@@ -1,6 +1,8 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
 pub mod anonymous;
+mod btf;
+pub mod cgroup_path;
 pub mod confined;
 pub mod credentials;
 pub mod detached;
@@ -13,11 +15,13 @@ pub mod latency;
 pub mod loopback;
 pub mod maps;
 pub mod memory_file;
+pub mod memory_limit;
 pub mod mount_view;
 pub mod mountinfo;
 pub mod multicast;
 pub mod namespaces;
 pub mod pagemap;
+pub mod pages;
 pub mod pidfd;
 pub mod pids_limit;
 pub mod probe;
@@ -41,4 +45,5 @@ pub mod sysv_segment;
 pub mod terminal;
 pub mod tty;
 pub mod userfaultfd;
+pub mod vma_flags;
 pub mod window;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::Pid;
 
-use super::{mountinfo, procfs};
+use super::cgroup_path;
 
 /// Room for more tasks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,42 +23,9 @@ pub struct Room {
 ///
 /// Those of reading `/proc`.
 pub fn room(pid: Pid) -> io::Result<Option<Room>> {
-    let text = fs::read_to_string(procfs::path(pid, "cgroup"))?;
-    let mut least: Option<Room> = None;
-    for mount in mountinfo::read_own()? {
-        let line = match mount.file_system.as_str() {
-            "cgroup" if mount.option("pids").next().is_some() => path_of(&text, "pids"),
-            "cgroup2" => path_of(&text, ""),
-            _ => continue,
-        };
-        let Some(Ok(below)) = line.map(|path| Path::new(path).strip_prefix(&mount.root)) else {
-            continue;
-        };
-        let directory = mount.mount_point.join(below);
-        let ancestors = directory.ancestors();
-        for directory in ancestors.take_while(|directory| directory.starts_with(&mount.mount_point))
-        {
-            let room = room_in(directory);
-            if let Some(room) = room
-                && least.as_ref().is_none_or(|least| room.tasks < least.tasks)
-            {
-                least = Some(room);
-            }
-        }
-    }
-    Ok(least)
-}
-
-/// The path of a hierarchy, the one with this controller, in the text of `/proc/PID/cgroup`.
-fn path_of<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
-    text.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let mut controllers = fields.next()?.split(',');
-        controllers
-            .any(|name| name == controller)
-            .then(|| fields.next())
-            .flatten()
-    })
+    let rooms = cgroup_path::directories(pid, "pids")?;
+    let rooms = rooms.iter().filter_map(|directory| room_in(directory));
+    Ok(rooms.min_by_key(|room| room.tasks))
 }
 
 fn room_in(directory: &Path) -> Option<Room> {
@@ -76,15 +43,6 @@ fn room_in(directory: &Path) -> Option<Room> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hierarchies_are_told_apart() {
-        let text = "4:cpu,cpuacct:/a\n3:pids:/b:c\n0::/d\n";
-        assert_eq!(path_of(text, "pids"), Some("/b:c"));
-        assert_eq!(path_of(text, "cpuacct"), Some("/a"));
-        assert_eq!(path_of(text, ""), Some("/d"));
-        assert_eq!(path_of(text, "memory"), None);
-    }
 
     #[test]
     fn the_room_is_what_is_left() {

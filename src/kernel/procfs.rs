@@ -176,6 +176,19 @@ pub fn resident_bytes(pid: Pid) -> io::Result<u64> {
     Ok(pages.unwrap_or(0) * 4096)
 }
 
+/// Memory that a process shares with no other, in bytes. Walks its page tables.
+pub fn own_bytes(pid: Pid) -> io::Result<u64> {
+    let text = fs::read_to_string(path(pid, "smaps_rollup"))?;
+    let sizes = ["Private_Clean", "Private_Dirty"].map(|key| {
+        let line = status_line(&text, key).unwrap_or_default();
+        let number = line.split_ascii_whitespace().next();
+        number
+            .and_then(|word| word.parse::<u64>().ok())
+            .unwrap_or(0)
+    });
+    Ok(sizes.iter().sum::<u64>() * 1024)
+}
+
 /// Opens a file or directory below a directory of procfs that is held open, to read.
 pub fn open_below(directory: &fs::File, name: &str) -> io::Result<fs::File> {
     let flags = nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_CLOEXEC;

@@ -11,6 +11,20 @@ pub struct Flags {
 }
 
 impl Flags {
+    /// The same of another VMA.
+    #[must_use]
+    pub fn at(self, start: u64, end: u64) -> Self {
+        Self { start, end, ..self }
+    }
+
+    /// Without some flags.
+    #[must_use]
+    pub fn without(mut self, flags: &[&str]) -> Self {
+        self.flags
+            .retain(|of| !flags.iter().any(|flag| flag.as_bytes() == of));
+        self
+    }
+
     /// Whether the two-letter flag is set.
     pub fn has(&self, flag: &str) -> bool {
         self.flags.iter().any(|of| of == flag.as_bytes())
@@ -43,6 +57,20 @@ pub fn parse(text: &str) -> Vec<Flags> {
     found
 }
 
+/// The text that [`parse`] reads these from.
+pub fn text(of: &[Flags]) -> String {
+    let lines = of.iter().map(|Flags { start, end, flags }| {
+        let flags = flags
+            .iter()
+            .map(|flag| format!(" {}", String::from_utf8_lossy(flag)));
+        format!(
+            "{start:x}-{end:x} \nVmFlags:{}\n",
+            flags.collect::<String>()
+        )
+    });
+    lines.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,5 +85,8 @@ mod tests {
             .find(|flags| flags.start <= here && here < flags.end)
             .unwrap();
         assert!(mine.has("wr") && !mine.has("ex"));
+        assert_eq!(parse(&super::text(&flags)), flags);
+        let less = mine.clone().without(&["wr"]);
+        assert!(!less.has("wr") && less.has("rd"));
     }
 }

@@ -14,12 +14,12 @@ use crate::kernel::pidfd;
 use crate::kernel::procfs::{self, Bounds};
 use crate::record::{Context, ObjectId};
 
+use super::Result;
 use super::image::SpaceImage;
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
 use super::source::Source;
-use super::space::{Space, system};
-use super::{PAGE, Result};
+use super::space::system;
 
 /// What an image has of an address space, apart from the image. It can be read as long as the shadow lives; after that
 /// everything is an error, also if another process has got its PID.
@@ -33,24 +33,16 @@ pub struct SpaceContent {
     /// Of the shadow, by which it is told that it was that which was read.
     pidfd: Option<OwnedFd>,
     populated: Ranges,
-    /// Pages that the shadow lacks, and their bytes.
-    kept: Ranges,
-    pages: Vec<u8>,
-    pins: BTreeMap<(u64, u64), File>,
+    pins: BTreeMap<(u64, u64), Arc<File>>,
 }
 
 impl SpaceContent {
-    /// Takes it from an image; `space` is that which the image is of, if the tree still has it.
+    /// Takes it from an image.
     ///
     /// # Errors
     ///
-    /// The shadow is dead, or pages that it lacks went with the process.
-    pub fn of(
-        image: &SpaceImage,
-        space: Option<&Space>,
-        tree: &freeze::Tree,
-        context: &Context,
-    ) -> Result<Self> {
+    /// The shadow is dead.
+    pub fn of(image: &SpaceImage, context: &Context) -> Result<Self> {
         let failed = |what: &str, error: io::Error| system(image.pid, what, error);
         let pidfd = match image.source.shadow() {
             None => None,
@@ -59,24 +51,13 @@ impl SpaceContent {
             ),
             Some(_) => return Err(freeze::Error::Gone(image.pid).into()),
         };
-        let pages = match (image.kept.is_empty(), space) {
-            (true, _) => Vec::new(),
-            (false, Some(space)) => space.kept(tree, image)?,
-            (false, None) => return Err(freeze::Error::Gone(image.pid).into()),
-        };
-        let pins = image.pins.iter();
-        let pins = pins.map(|(inode, pin)| Ok((*inode, pin.try_clone()?)));
         Ok(Self {
             id: image.id,
             layout: image.layout.clone(),
             source: Arc::clone(&image.source),
             pidfd,
             populated: image.populated(context)?,
-            kept: image.kept.clone(),
-            pages,
-            pins: pins
-                .collect::<io::Result<_>>()
-                .map_err(|error| failed("hold a mapped file", error))?,
+            pins: image.pins.clone(),
         })
     }
 
@@ -95,32 +76,8 @@ impl SpaceContent {
     ///
     /// The shadow has died.
     pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
-        if !spans.iter().any(|span| self.kept.touches(*span)) {
-            self.source.read(spans, buffer)?;
-            return self.check();
-        }
-        let mut rest = buffer;
-        for page in Ranges::from_iter(spans.iter().copied()).pieces(PAGE) {
-            let (here, after) = rest.split_at_mut(PAGE as usize);
-            match self.place(page.start) {
-                Some(place) => here.copy_from_slice(&self.pages[place..place + PAGE as usize]),
-                None => self.source.read(&[page], here)?,
-            }
-            rest = after;
-        }
+        self.source.read(spans, buffer)?;
         self.check()
-    }
-
-    /// Where a page is among those that were kept.
-    fn place(&self, page: u64) -> Option<usize> {
-        let mut before = 0;
-        for span in self.kept.spans() {
-            if span.start <= page && page < span.end {
-                return Some((before + page - span.start) as usize);
-            }
-            before += span.len();
-        }
-        None
     }
 
     /// Fails if it was not the shadow that answered.
@@ -228,11 +185,11 @@ impl SpaceContent {
             return pin.try_clone();
         }
         let file = match &*self.source {
-            Source::Shadow(shadow) => {
+            Source::Resident(resident) => {
                 let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
                 let mut path = File::options();
                 path.read(true).custom_flags(libc::O_PATH);
-                path.open(procfs::path(shadow.pid, &name))?
+                path.open(procfs::path(resident.base.shadow.pid, &name))?
             }
             Source::Stored(stored) => match stored.open_mapped(vma) {
                 Some(opened) => opened?,

@@ -296,16 +296,8 @@ impl Space {
         if pages.is_empty() || self.hot.leaves(pages.pages()) {
             return Ok(());
         }
-        let blocks: Ranges = pages
-            .spans()
-            .iter()
-            .map(|span| Span {
-                start: span.start & !(BLOCK - 1),
-                end: span.end.next_multiple_of(BLOCK),
-            })
-            .collect();
         let mut found = Vec::new();
-        for block in blocks.spans() {
+        for block in blocks(pages).spans() {
             let pagemap = &stopped.member(self.pid)?.pagemap;
             image
                 .layout
@@ -315,59 +307,20 @@ impl Space {
         Ok(())
     }
 
-    /// Reads pages that an image keeps in the store because its shadow lacks them.
-    pub(super) fn read_kept(
-        &self,
-        stopped: &Stopped,
-        image: &SpaceImage,
-        span: Span,
-        buffer: &mut [u8],
-    ) -> Result<()> {
-        self.read_slots(stopped.member(self.pid)?, image, span, buffer)
-    }
-
-    fn read_slots(
-        &self,
-        member: &freeze::Member,
-        image: &SpaceImage,
-        span: Span,
-        buffer: &mut [u8],
-    ) -> Result<()> {
-        let window = member
-            .window
-            .as_ref()
-            .ok_or(freeze::Error::Gone(self.pid))?;
-        for (page, bytes) in (span.start..span.end)
-            .step_by(PAGE as usize)
-            .zip(buffer.chunks_mut(PAGE as usize))
-        {
-            let slot = image
-                .slots
-                .get(&page)
-                .ok_or(freeze::Error::Gone(self.pid))?;
-            window.window.read(Self::slot_offset(*slot), bytes);
-        }
-        Ok(())
-    }
-
-    /// A copy of the pages that an image keeps in the store, one after the other. The process may run meanwhile.
-    pub fn kept(&self, tree: &freeze::Tree, image: &SpaceImage) -> Result<Vec<u8>> {
-        let gone = freeze::Error::Gone(self.pid);
-        let member = tree.member(self.pid).ok_or(gone)?;
-        let mut pages = vec![0; image.kept.bytes() as usize];
-        let mut rest = &mut pages[..];
-        for span in image.kept.spans() {
-            let (here, after) = rest.split_at_mut(span.len() as usize);
-            self.read_slots(member, image, *span, here)?;
-            rest = after;
-        }
-        Ok(pages)
-    }
-
     /// Bytes of pre-images in the page store.
     pub fn store_bytes(&self) -> u64 {
         self.store.bytes()
     }
+}
+
+/// The blocks that have these pages.
+pub(super) fn blocks(pages: &Ranges) -> Ranges {
+    let spans = pages.spans().iter();
+    let blocks = spans.map(|span| Span {
+        start: span.start & !(BLOCK - 1),
+        end: span.end.next_multiple_of(BLOCK),
+    });
+    blocks.collect()
 }
 
 /// Copies pages from where they are kept straight into a process, by several threads if they are many.
@@ -435,10 +388,8 @@ fn map(
     vma: &Vma,
     mapped: &Mapped,
 ) -> Result<()> {
-    let of_shadow = mapped
-        .vmas
-        .iter()
-        .find(|candidate| candidate.start <= vma.start && candidate.end > vma.start);
+    let is_same_file = |of: &&Vma| (of.device, of.inode) == (vma.device, vma.inode);
+    let of_shadow = mapped.vmas.iter().find(is_same_file);
     let flags = mapped
         .flags
         .iter()
@@ -540,7 +491,7 @@ fn open_mapped(image: &SpaceImage, vma: &Vma, of_shadow: Option<&Vma>) -> Result
         system(image.pid, &what, error)
     };
     let shadow = match &*image.source {
-        Source::Shadow(shadow) => shadow.pid,
+        Source::Resident(resident) => resident.base.shadow.pid,
         Source::Stored(stored) => {
             let opened = stored.open_mapped(vma);
             return opened

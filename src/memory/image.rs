@@ -49,15 +49,12 @@ pub struct SpaceImage {
     pub source: Arc<Source>,
     /// The VMA list, as the `VmaList` record has it.
     pub layout: Layout,
-    /// Pages that may differ from the image though they were not written since the tracking was last armed.
-    pub stale: Ranges,
-    /// Pages that are in the store and not in the shadow.
-    pub kept: Ranges,
+    /// Pages that are in the store of the window, so that they need not be fetched again.
     pub(super) slots: Slots,
     pub(super) advice: OnceCell<Vec<Advised>>,
     guards: OnceCell<Ranges>,
     /// Files of VMAs that are not in the shadow: `O_PATH` descriptors, by device and inode.
-    pub(super) pins: BTreeMap<(u64, u64), File>,
+    pub(super) pins: BTreeMap<(u64, u64), Arc<File>>,
     /// As in its header.
     pub(super) locks_future: u64,
     /// The text of the VMA list once the process was made again: its window is another.
@@ -80,8 +77,6 @@ impl SpaceImage {
             pid,
             source: Arc::new(source),
             layout,
-            stale: Ranges::new(),
-            kept: Ranges::new(),
             slots: Slots::default(),
             advice: OnceCell::new(),
             guards: OnceCell::new(),
@@ -92,9 +87,9 @@ impl SpaceImage {
         }
     }
 
-    /// The shadow that has its pages; refused if they are only on disk.
+    /// The shadow that has pages of it; refused if they are only on disk.
     pub fn shadow(&self) -> Result<&Shadow> {
-        self.source.resident(self.pid)
+        Ok(&self.source.resident(self.pid)?.base.shadow)
     }
 
     /// The image of an address space that a context has the records of, and that is stored elsewhere: of a process that

@@ -50,6 +50,7 @@ pub(super) fn read(pid: Pid) -> Result<Vec<Locked>> {
 }
 
 /// Asks whether what is mapped next will be locked (`MCL_FUTURE`), which nothing tells: a page is mapped for the time.
+#[derive(Debug)]
 pub(super) struct Question {
     mapped: StepId,
     synchronized: StepId,

@@ -1,5 +1,7 @@
 //! What an address space is like now, as far as it can have changed.
 
+use nix::unistd::Pid;
+
 use crate::freeze::Stopped;
 use crate::kernel::pagemap::{self, Backing, Region, Scan};
 use crate::kernel::procfs;
@@ -38,9 +40,20 @@ impl Observed {
         layout: Option<Layout>,
         populated: &Ranges,
     ) -> Result<Self> {
-        let pagemap = &stopped.member(image.pid)?.pagemap;
-        let failed = |errno| system(image.pid, "scan its pages", errno);
         let live = layout.as_ref().unwrap_or(&image.layout);
+        let observed = Self::look_at_pages(stopped, image.pid, live, populated)?;
+        Ok(Self { layout, ..observed })
+    }
+
+    /// Looks at the pages of an address space that has these VMAs.
+    pub(super) fn look_at_pages(
+        stopped: &Stopped,
+        pid: Pid,
+        live: &Layout,
+        populated: &Ranges,
+    ) -> Result<Self> {
+        let pagemap = &stopped.member(pid)?.pagemap;
+        let failed = |errno| system(pid, "scan its pages", errno);
         let mut suspect = Vec::new();
         live.scan(pagemap, Scan::Suspect, Span::ALL, &mut suspect)
             .map_err(failed)?;
@@ -60,7 +73,7 @@ impl Observed {
             pagemap::scan(pagemap, what, span.start, span.end, &mut of_files).map_err(failed)?;
         }
         Ok(Self {
-            layout,
+            layout: None,
             brk: None,
             suspect,
             of_files,

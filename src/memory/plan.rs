@@ -33,16 +33,6 @@ pub struct Plan {
     pub remade: bool,
 }
 
-impl Plan {
-    /// Pages that are not known any more to be as another image of the same address space has them.
-    pub fn stale_in_others(&self) -> &Ranges {
-        match self.remade {
-            true => &self.arm,
-            false => &self.copy,
-        }
-    }
-}
-
 /// What the image says, as the plan needs it.
 #[derive(Debug, Clone, Copy)]
 pub struct Recorded<'a> {
@@ -78,38 +68,9 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
                     .into(),
         });
     }
-    let replaced: Ranges = layout
-        .iter()
-        .filter_map(|change| match change {
-            LayoutChange::Unmap(span) => Some(*span),
-            LayoutChange::Map(vma) => Some(Span::from(vma)),
-            LayoutChange::Protect(..) => None,
-        })
-        .collect();
-
-    let mut seen = Seen::default();
-    for_each_part(live, &observed.suspect, |vma, span, categories| {
-        seen.take(vma, span, categories);
-    });
-    let mut clean_in_files = Ranges::new();
-    for_each_part(live, &observed.of_files, |vma, span, categories| {
-        if vma.is_anonymous() {
-            return;
-        }
-        if is_clean_in_file(categories) {
-            clean_in_files.push(span);
-        }
-        if categories.is_populated() {
-            seen.there_in_files.push(span);
-        }
-    });
-    let files: Ranges = recorded
-        .layout
-        .private()
-        .filter(|vma| !vma.is_anonymous())
-        .map(Span::from)
-        .collect();
-    let suspect = seen.suspect.union(&files.difference(&clean_in_files));
+    let replaced = replaced(&layout);
+    let seen = sort(live, observed);
+    let suspect = seen.suspect_in(recorded.layout);
     let private: Ranges = recorded.layout.private().map(Span::from).collect();
     let copy = recorded
         .populated
@@ -144,23 +105,73 @@ pub fn plan(recorded: Recorded<'_>, observed: &Observed) -> Result<Plan, Refusal
     })
 }
 
-/// What the suspect pages are.
+/// Where changes put other memory.
+pub(super) fn replaced(changes: &[LayoutChange]) -> Ranges {
+    let replaced = changes.iter().filter_map(|change| match change {
+        LayoutChange::Unmap(span) => Some(*span),
+        LayoutChange::Map(vma) => Some(Span::from(vma)),
+        LayoutChange::Protect(..) => None,
+    });
+    replaced.collect()
+}
+
+/// Sorts what was seen of pages by what it means.
+pub(super) fn sort(live: &Layout, observed: &Observed) -> Seen {
+    let mut seen = Seen::default();
+    for_each_part(live, &observed.suspect, |vma, span, categories| {
+        seen.take(vma, span, categories);
+    });
+    for_each_part(live, &observed.of_files, |vma, span, categories| {
+        if vma.is_anonymous() {
+            return;
+        }
+        if is_clean_in_file(categories) {
+            seen.clean_in_files.push(span);
+        }
+        if categories.is_populated() {
+            seen.there_in_files.push(span);
+        }
+    });
+    seen
+}
+
+/// What the pages are that were seen.
 #[derive(Default)]
-struct Seen {
+pub(super) struct Seen {
     /// Anonymous memory that may have changed.
     suspect: Ranges,
-    /// Anonymous memory that is there.
+    /// Anonymous memory that is there and suspect.
     there: Ranges,
+    /// Anonymous memory that is not there.
+    holes: Ranges,
     /// The program's own pages of files' VMAs that are there.
     there_in_files: Ranges,
+    /// Those of them that have not changed.
+    clean_in_files: Ranges,
     /// Page cache.
     cache: Ranges,
-    guards: Ranges,
+    pub(super) guards: Ranges,
     /// What can't be tracked yet.
-    unregistered: Ranges,
+    pub(super) unregistered: Ranges,
 }
 
 impl Seen {
+    /// Pages of the private VMAs of a layout that may have changed, those of files among them that were not looked at.
+    pub(super) fn suspect_in(&self, layout: &Layout) -> Ranges {
+        let files = layout.private().filter(|vma| !vma.is_anonymous());
+        let files: Ranges = files.map(Span::from).collect();
+        self.suspect.union(&files.difference(&self.clean_in_files))
+    }
+
+    /// The program's own pages, in the layout that was looked at.
+    pub(super) fn populated(&self, layout: &Layout) -> Ranges {
+        let anonymous = layout.private().filter(|vma| vma.is_anonymous());
+        let anonymous: Ranges = anonymous.map(Span::from).collect();
+        anonymous
+            .difference(&self.holes)
+            .union(&self.there_in_files)
+    }
+
     fn take(&mut self, vma: &Vma, span: Span, categories: Categories) {
         if !categories.has(Categories::WP_ALLOWED) {
             self.unregistered.push(span);
@@ -177,8 +188,9 @@ impl Seen {
         if !is_swapped(categories) {
             self.suspect.push(span);
         }
-        if categories.is_populated() {
-            self.there.push(span);
+        match categories.is_populated() {
+            true => self.there.push(span),
+            false => self.holes.push(span),
         }
     }
 }

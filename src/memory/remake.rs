@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use zerocopy::IntoBytes;
 
-use crate::freeze::{self, Batch, STORE_OFFSET, Stopped, TargetWindow};
+use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
 use crate::kernel::maps::Vma;
 use crate::kernel::program_map::{PR_SET_MM_MAP, ProgramMap};
 use crate::kernel::{pagemap, procfs};
@@ -28,15 +28,8 @@ use super::{PAGE, Result};
 
 /// Why the address space of an image can't be made again from a copy of its parent's, if it can't. Refuses if the shadow of
 /// the image is gone.
-pub fn obstacle(
-    stopped: &Stopped,
-    image: &SpaceImage,
-    maker: &SpaceImage,
-) -> Result<Option<&'static str>> {
+pub fn obstacle(image: &SpaceImage, maker: &SpaceImage) -> Result<Option<&'static str>> {
     check_shadow(image)?;
-    if !image.kept.is_empty() && old_window(stopped, image).is_none() {
-        return Ok(Some("what fork does not copy of its memory is lost"));
-    }
     if super::aio::any(&image.layout) {
         return Ok(Some(
             "it had an AIO context (io_setup), which only itself could make",
@@ -88,13 +81,6 @@ pub fn execute_program(
 /// Gives a process a descriptor, close-on-exec, of the program of a source, and returns its number.
 fn pass_program(stopped: &mut Stopped, pid: Pid, source: &Source) -> Result<i32> {
     Ok(stopped.pass_descriptor(pid, source.program()?.as_fd())?)
-}
-
-/// The window into the address space of an image, if that is the one the process had last.
-fn old_window<'s>(stopped: &'s Stopped, image: &SpaceImage) -> Option<&'s TargetWindow> {
-    let member = stopped.tree().member(image.pid)?;
-    let window = member.window.as_ref();
-    window.filter(|_| member.generation == image.generation)
 }
 
 /// The kernel's own mappings that each address space has at a place of its own.
@@ -206,6 +192,8 @@ impl Space {
                 }
             }
         }
+        // What is kept by copy is not as the shadow has it.
+        let same = same.difference(&image.source.copies());
         plan.copy = plan.copy.difference(&same);
         Ok(())
     }
@@ -328,43 +316,15 @@ impl Space {
 }
 
 impl SpaceImage {
-    /// Takes the window into its address space, if that is the one the process had last.
-    pub fn take_window(&self, stopped: &mut Stopped) -> Option<TargetWindow> {
-        let member = stopped.tree_mut().member_mut(self.pid)?;
-        match member.generation == self.generation {
-            true => member.window.take(),
-            false => None,
-        }
-    }
-
-    /// Makes it the image of the address space of a process that was made again, into which the window is open. `old` is
-    /// the window that has the pages that its shadow lacks.
-    pub fn move_to(
-        &mut self,
-        stopped: &mut Stopped,
-        space: &mut Space,
-        old: Option<&TargetWindow>,
-    ) -> Result<()> {
-        let pid = space.pid;
-        let member = stopped.tree_mut().member_mut(pid);
-        let member = member.ok_or(freeze::Error::Gone(pid))?;
-        let window = member.window.as_mut().ok_or(freeze::Error::Gone(pid))?;
-        let slots = std::mem::take(&mut self.slots);
-        for page in self.kept.spans() {
-            for at in (page.start..page.end).step_by(PAGE as usize) {
-                let (Some(old), Some(slot)) = (old, slots.get(&at)) else {
-                    return Err(freeze::Error::Gone(pid).into());
-                };
-                let new = space.store.take().ok_or(freeze::Error::Gone(pid))?;
-                let offset = Space::slot_offset(new);
-                let page = window.window.store_mut(offset, PAGE as usize);
-                old.window.read(Space::slot_offset(*slot), page);
-                self.slots.insert(at, new);
-            }
-        }
-        self.pid = pid;
-        self.generation = member.generation;
+    /// Makes it the image of the address space of a process that was made again, into which the window is open.
+    pub fn move_to(&mut self, stopped: &Stopped, space: &mut Space) -> Result<()> {
+        self.slots.clear();
+        self.pid = space.pid;
+        self.generation = stopped.member(space.pid)?.generation;
         self.new_text = None;
+        if let Some(resident) = self.source.in_ram() {
+            space.pages = resident.pages.store().clone();
+        }
         Ok(())
     }
 

@@ -1,10 +1,11 @@
-//! Where an address space is kept as it was: in a shadow, or in an image on disk.
+//! Where an address space is kept as it was: in a shadow and in copies of pages, or in an image on disk.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use nix::unistd::Pid;
 
@@ -13,19 +14,122 @@ use crate::kernel::pagemap::Scan;
 use crate::kernel::procfs::{self, Bounds};
 use crate::kernel::smaps;
 
-use super::Result;
 use super::layout::Layout;
+use super::page_map::PageMap;
 use super::ranges::{Ranges, Span};
 use super::shadow::Shadow;
 use super::space::{refuse, system};
+use super::{PAGE, Result};
 
 /// What holds the pages of an image, and what else of the address space no record tells.
 #[derive(Debug)]
 pub enum Source {
-    /// A process that is a copy of it.
-    Shadow(Shadow),
+    /// In RAM.
+    Resident(Resident),
     /// An image that was persisted.
     Stored(Stored),
+}
+
+/// An address space in RAM: a shadow, and pages that are not in it as they were. Of a full image those are what fork does not
+/// copy, of an increment also all that was written since the shadow was made.
+#[derive(Debug)]
+pub struct Resident {
+    pub(super) base: Arc<Base>,
+    pub(super) pages: PageMap,
+    /// What the shadow has otherwise; `None`: it is of the same state.
+    pub(super) described: Option<Described>,
+}
+
+/// A shadow, which images may have in common.
+#[derive(Debug)]
+pub(super) struct Base {
+    /// The shadow.
+    pub(super) shadow: Shadow,
+    /// Names it.
+    pub(super) id: u64,
+    /// What else than memory it has of the process, as who made it tells: only one that has the same can share it.
+    pub(super) standing: Vec<u8>,
+    vmas: OnceLock<Vec<Vma>>,
+}
+
+/// What an address space was like besides its pages and VMAs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Described {
+    /// What was set on its VMAs, but for locks.
+    pub(super) flags: Vec<smaps::Flags>,
+    pub(super) guards: Ranges,
+    pub(super) bounds: Bounds,
+    pub(super) auxv: Vec<u8>,
+}
+
+impl Base {
+    pub(super) fn new(shadow: Shadow, standing: Vec<u8>) -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self {
+            shadow,
+            id: LAST.fetch_add(1, Ordering::Relaxed) + 1,
+            standing,
+            vmas: OnceLock::new(),
+        }
+    }
+
+    /// Its VMAs, which never change.
+    pub(super) fn vmas(&self) -> Result<&[Vma]> {
+        if let Some(vmas) = self.vmas.get() {
+            return Ok(vmas);
+        }
+        let pid = self.shadow.pid;
+        let text = std::fs::read(procfs::path(pid, "maps"))
+            .map_err(|error| system(pid, "read the map of a shadow", error))?;
+        let vmas = maps::parse(&text).unwrap_or_default();
+        Ok(self.vmas.get_or_init(|| vmas))
+    }
+}
+
+impl Resident {
+    /// Reads pages: those that are not kept by copy from the shadow, all in one go.
+    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
+        let mut of_shadow: Vec<(usize, Span)> = Vec::new();
+        let mut at = 0;
+        for span in spans {
+            let mut next = span.start;
+            let part = |start, end, of_shadow: &mut Vec<(usize, Span)>| {
+                if start < end {
+                    of_shadow.push((at + (start - span.start) as usize, Span { start, end }));
+                }
+            };
+            self.pages.each_in(*span, |page, slot| {
+                part(next, page, &mut of_shadow);
+                let place = at + (page - span.start) as usize;
+                let store = self.pages.store();
+                store.look(slot, |bytes| {
+                    buffer[place..place + bytes.len()].copy_from_slice(bytes);
+                });
+                next = page + PAGE;
+            });
+            part(next, span.end, &mut of_shadow);
+            at += span.len() as usize;
+        }
+        let shadow = &self.base.shadow;
+        if let [(0, whole)] = of_shadow[..]
+            && whole.len() as usize == at
+        {
+            return shadow.read(&[whole], &mut buffer[..at]);
+        }
+        if of_shadow.is_empty() {
+            return Ok(());
+        }
+        let parts: Vec<Span> = of_shadow.iter().map(|(_, span)| *span).collect();
+        let mut bytes = vec![0; parts.iter().map(Span::len).sum::<u64>() as usize];
+        shadow.read(&parts, &mut bytes)?;
+        let mut rest = &bytes[..];
+        for (place, span) in of_shadow {
+            let (part, after) = rest.split_at(span.len() as usize);
+            buffer[place..place + part.len()].copy_from_slice(part);
+            rest = after;
+        }
+        Ok(())
+    }
 }
 
 /// An address space as an image on disk has it.
@@ -65,17 +169,17 @@ pub(super) struct Mapped {
 }
 
 impl Source {
-    /// The shadow, if that is what it is.
-    pub fn shadow(&self) -> Option<&Shadow> {
+    /// What it is in RAM, if it is.
+    pub(super) fn in_ram(&self) -> Option<&Resident> {
         match self {
-            Self::Shadow(shadow) => Some(shadow),
+            Self::Resident(resident) => Some(resident),
             Self::Stored(_) => None,
         }
     }
 
-    /// The shadow of the address space of `pid`, or a refusal.
-    pub(super) fn resident(&self, pid: Pid) -> Result<&Shadow> {
-        self.shadow().ok_or_else(|| {
+    /// As [`Source::in_ram`], or a refusal.
+    pub(super) fn resident(&self, pid: Pid) -> Result<&Resident> {
+        self.in_ram().ok_or_else(|| {
             refuse(
                 pid,
                 "its memory",
@@ -84,28 +188,58 @@ impl Source {
         })
     }
 
-    /// Reads ranges of the address space as they were, one after the other, into `buffer`.
+    /// The shadow that has pages of it, if there is one: its own, or that of a checkpoint which came before.
+    pub fn shadow(&self) -> Option<&Shadow> {
+        self.in_ram().map(|resident| &resident.base.shadow)
+    }
+
+    /// Whether another has the same shadow.
+    pub fn shares_shadow(&self, other: &Self) -> bool {
+        match (self.in_ram(), other.in_ram()) {
+            (Some(one), Some(other)) => Arc::ptr_eq(&one.base, &other.base),
+            _ => false,
+        }
+    }
+
+    /// Pages that are kept by copy.
+    pub(super) fn copies(&self) -> Ranges {
+        let pages = self.in_ram().map(|resident| resident.pages.pages());
+        pages.unwrap_or_default()
+    }
+
+    fn described(&self) -> Option<&Described> {
+        self.in_ram()
+            .and_then(|resident| resident.described.as_ref())
+    }
+
+    /// Reads ranges of whole pages of the address space as they were, one after the other, into `buffer`.
     ///
     /// # Errors
     ///
     /// The shadow or the image can't be read.
     pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
         match self {
-            Self::Shadow(shadow) => shadow.read(spans, buffer),
+            Self::Resident(resident) => resident.read(spans, buffer),
             Self::Stored(stored) => stored.pages.read(spans, buffer),
         }
     }
 
-    /// The text of `smaps` (proc_pid_smaps(5)). Walks page tables, so that it takes time.
+    /// The text of `smaps` (proc_pid_smaps(5)), or the part of it that tells flags. Of a shadow it walks page tables, so that
+    /// it takes time.
     ///
     /// # Errors
     ///
     /// The shadow has died.
     pub fn smaps(&self) -> Result<String> {
         match self {
-            Self::Shadow(shadow) => {
-                let text = std::fs::read(procfs::path(shadow.pid, "smaps"))
-                    .map_err(|error| system(shadow.pid, "read the flags of a shadow", error))?;
+            Self::Resident(Resident {
+                described: Some(described),
+                ..
+            }) => Ok(smaps::text(&described.flags)),
+            Self::Resident(Resident { base, .. }) => {
+                let pid = base.shadow.pid;
+                let text = std::fs::read(procfs::path(pid, "smaps"))
+                    .map_err(|error| system(pid, "read the flags of a shadow", error))?;
                 Ok(String::from_utf8_lossy(&text).into_owned())
             }
             Self::Stored(stored) => Ok(stored.smaps.clone()),
@@ -113,14 +247,15 @@ impl Source {
     }
 
     /// The text of `numa_maps` (numa(7)) if it tells of another policy than the default, be it that of the task. Walks page
-    /// tables.
+    /// tables. An increment has those of its shadow.
     ///
     /// # Errors
     ///
     /// The shadow has died.
     pub fn policies(&self) -> Result<Option<String>> {
         match self {
-            Self::Shadow(shadow) => {
+            Self::Resident(Resident { base, .. }) => {
+                let shadow = &base.shadow;
                 let text = match std::fs::read(procfs::path(shadow.pid, "numa_maps")) {
                     Ok(text) => text,
                     // The kernel was built without NUMA.
@@ -141,11 +276,7 @@ impl Source {
     /// VMAs and flags, for mapping again what was there.
     pub(super) fn mapped(&self) -> Result<Mapped> {
         let vmas = match self {
-            Self::Shadow(shadow) => {
-                let text = std::fs::read(procfs::path(shadow.pid, "maps"))
-                    .map_err(|error| system(shadow.pid, "read the map of a shadow", error))?;
-                maps::parse(&text).unwrap_or_default()
-            }
+            Self::Resident(resident) => resident.base.vmas()?.to_vec(),
             Self::Stored(_) => Vec::new(),
         };
         let flags = smaps::parse(&self.smaps()?);
@@ -158,8 +289,12 @@ impl Source {
     ///
     /// The shadow has died.
     pub fn guards(&self, layout: &Layout) -> Result<Ranges> {
+        if let Some(described) = self.described() {
+            return Ok(described.guards.clone());
+        }
         match self {
-            Self::Shadow(shadow) => {
+            Self::Resident(Resident { base, .. }) => {
+                let shadow = &base.shadow;
                 let mut found = Vec::new();
                 layout
                     .scan(&shadow.pagemap, Scan::Guards, Span::ALL, &mut found)
@@ -176,10 +311,13 @@ impl Source {
     ///
     /// The shadow has died.
     pub fn bounds(&self) -> Result<Bounds> {
+        if let Some(described) = self.described() {
+            return Ok(described.bounds);
+        }
         match self {
-            Self::Shadow(shadow) => procfs::Stat::read(shadow.pid)
+            Self::Resident(Resident { base, .. }) => procfs::Stat::read(base.shadow.pid)
                 .map(|stat| stat.bounds())
-                .map_err(|error| system(shadow.pid, "read the stat of a shadow", error)),
+                .map_err(|error| system(base.shadow.pid, "read the stat of a shadow", error)),
             Self::Stored(stored) => Ok(stored.bounds),
         }
     }
@@ -190,22 +328,31 @@ impl Source {
     ///
     /// The shadow has died.
     pub fn auxv(&self) -> Result<Vec<u8>> {
+        if let Some(described) = self.described() {
+            return Ok(described.auxv.clone());
+        }
         match self {
-            Self::Shadow(shadow) => std::fs::read(procfs::path(shadow.pid, "auxv"))
-                .map_err(|error| system(shadow.pid, "read the auxv of a shadow", error)),
+            Self::Resident(Resident { base, .. }) => {
+                let pid = base.shadow.pid;
+                std::fs::read(procfs::path(pid, "auxv"))
+                    .map_err(|error| system(pid, "read the auxv of a shadow", error))
+            }
             Self::Stored(stored) => Ok(stored.auxv.clone()),
         }
     }
 
-    /// The program's file, open for reading.
+    /// The program's file, open for reading. An increment has that of its shadow.
     ///
     /// # Errors
     ///
     /// The shadow has died, or we may open no more files.
     pub fn program(&self) -> Result<File> {
         match self {
-            Self::Shadow(shadow) => File::open(procfs::path(shadow.pid, "exe"))
-                .map_err(|error| system(shadow.pid, "open the program of a shadow", error)),
+            Self::Resident(Resident { base, .. }) => {
+                let pid = base.shadow.pid;
+                File::open(procfs::path(pid, "exe"))
+                    .map_err(|error| system(pid, "open the program of a shadow", error))
+            }
             Self::Stored(stored) => reopened(&stored.program, false)
                 .map_err(|error| system(nix::unistd::getpid(), "open a recorded program", error)),
         }
@@ -214,7 +361,9 @@ impl Source {
     /// Device and inode of the program's file, if that can be had.
     pub(super) fn program_inode(&self) -> Option<(u64, u64)> {
         let metadata = match self {
-            Self::Shadow(shadow) => std::fs::metadata(procfs::path(shadow.pid, "exe")),
+            Self::Resident(Resident { base, .. }) => {
+                std::fs::metadata(procfs::path(base.shadow.pid, "exe"))
+            }
             Self::Stored(stored) => stored.program.metadata(),
         };
         metadata

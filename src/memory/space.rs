@@ -1,9 +1,10 @@
 //! Capturing an address space, and what is kept of it as long as any checkpoint of it lives.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -15,16 +16,20 @@ use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
 use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
 use crate::kernel::{pidfd, procfs};
 use crate::outcome::Refusal;
-use crate::record::{Context, Kind};
+use crate::record::{Context, Kind, ObjectId};
 
 use super::fork::{self, Fresh};
+use super::history::{History, State};
 use super::hot::Hot;
 use super::image::{AddressSpaceHeader, SpaceImage};
+use super::increment::{Changes, Foothold};
 use super::layout::Layout;
 use super::locks;
+use super::page_map::PageMap;
+use super::page_store::PageStore;
+use super::plan::Plan;
 use super::ranges::{Ranges, Span};
-use super::shadow::Shadow;
-use super::source::Source;
+use super::source::{Base, Resident, Source};
 use super::store::Store;
 use super::{PAGE, Result};
 
@@ -40,6 +45,26 @@ pub struct Space {
     pub(super) tracker: WriteTracker,
     pub(super) store: Store,
     pub(super) hot: Hot,
+    /// What it has been, as far as checkpoints have it.
+    pub(super) history: History,
+    /// Where pages are kept by copy.
+    pub(super) pages: PageStore,
+    /// What the next increment begins with.
+    pub(super) foothold: Foothold,
+    /// What a checkpoint that is being taken has of it.
+    pub(super) taken: Option<Taken>,
+}
+
+/// What a checkpoint has of an address space, before it is known whether it comes about.
+#[derive(Debug)]
+pub(super) struct Taken {
+    pub(super) state: State,
+    /// Pages in which it may differ from the state before, if it has a shadow of its own. `None`: any may.
+    pub(super) differing: Option<Ranges>,
+    /// It has the shadow of the state before.
+    pub(super) is_increment: bool,
+    /// Pages that were armed and are not in the state.
+    pub(super) besides: Ranges,
 }
 
 /// How much a rollback or checkpoint of an address space did.
@@ -96,6 +121,10 @@ impl Space {
             tracker,
             store: Store::new(store),
             hot: Hot::default(),
+            history: History::default(),
+            pages: PageStore::default(),
+            foothold: Foothold::default(),
+            taken: None,
         })
     }
 
@@ -206,11 +235,9 @@ impl Space {
     }
 
     /// Takes an image of the address space of which a shadow was made just now: VMA list, populated pages; and arms the
-    /// tracking. On failure the shadow is gone.
-    ///
-    /// Pages written since it was last armed are added to the stale set of `others`, the images of the same space
-    /// in other checkpoints.
-    pub fn capture<'i>(
+    /// tracking. On failure the shadow is gone. `before` tells how it differs from what it was equal to last, `standing` of the
+    /// process what the shadow has of it.
+    pub fn capture(
         &mut self,
         stopped: &mut Stopped,
         Fresh {
@@ -218,64 +245,31 @@ impl Space {
             brk,
             locks_future,
         }: Fresh,
-        others: impl Iterator<Item = &'i mut SpaceImage>,
+        before: Option<Changes>,
+        standing: Vec<u8>,
+        context: &mut Context,
+    ) -> Result<(SpaceImage, Copied)> {
+        let of_shadow = shadow.pid;
+        let base = Arc::new(Base::new(shadow, standing));
+        let captured = self.capture_whole(stopped, base, (brk, locks_future), before, context);
+        captured.inspect_err(|_| fork::end(stopped, self.pid, of_shadow))
+    }
+
+    fn capture_whole(
+        &mut self,
+        stopped: &mut Stopped,
+        base: Arc<Base>,
+        asked: (u64, u64),
+        before: Option<Changes>,
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
         let pid = self.pid;
-        let of_shadow = shadow.pid;
-        let capture = || {
-            let generation = stopped.member(pid)?.generation;
-            let (header_id, layout, armed, populated) =
-                self.finish(stopped, others, context, &shadow, (brk, locks_future))?;
-            let mut image = SpaceImage::new(
-                header_id,
-                pid,
-                generation,
-                Source::Shadow(shadow),
-                layout,
-                locks_future,
-            );
-            super::aio::check(pid, &image.layout)?;
-            let saved = self.save_what_the_shadow_lacks(stopped, &mut image, &populated);
-            let image = match saved {
-                Ok(bytes) => (
-                    image,
-                    Copied {
-                        pages: armed,
-                        bytes,
-                    },
-                ),
-                Err(error) => {
-                    self.forget(&image);
-                    return Err(error);
-                }
-            };
-            Ok(image)
-        };
-        capture().inspect_err(|_| fork::end(stopped, pid, of_shadow))
-    }
-
-    fn finish<'i>(
-        &mut self,
-        stopped: &mut Stopped,
-        others: impl Iterator<Item = &'i mut SpaceImage>,
-        context: &mut Context,
-        shadow: &Shadow,
-        (brk, locks_future): (u64, u64),
-    ) -> Result<(crate::record::ObjectId, Layout, u64, Ranges)> {
-        let pid = self.pid;
         let member = stopped.member(pid)?;
+        let generation = member.generation;
         let window = window_span(stopped, pid)?;
         let text = read_maps(member)?;
         let layout = parse_map(pid, &text, window)?;
-        if let Some(huge) = layout.private().find(|vma| vma.is_of_huge_pages()) {
-            // A shadow would use up as many again, and the program be killed for want of one.
-            return Err(refuse(
-                pid,
-                format!("memory {huge:?}"),
-                "huge pages of hugetlbfs can't be taken yet; let it use transparent ones",
-            ));
-        }
+        check_layout(pid, &layout)?;
         self.register(&layout)?;
         let failed = |errno| system(pid, "scan its pages", errno);
         let mut written = Vec::new();
@@ -285,107 +279,187 @@ impl Space {
         self.hot.all_armed();
         let written: Ranges = written.iter().map(Span::from).collect();
         let populated = layout.populated(&member.pagemap).map_err(failed)?;
-        for other in others.filter(|image| self.is_of(image)) {
-            other.stale = other.stale.union(&written);
-        }
+        let differing = before.map(|before| before.differing(&written));
+        self.history.armed(&written);
 
-        let id = context.new_object();
-        let header = AddressSpaceHeader {
-            pid: pid.as_raw() as u32,
-            shadow: shadow.pid.as_raw() as u32,
-            brk,
-            window_start: window.start,
-            window_end: window.end,
-            locks_future,
+        let id = append(context, pid, &base, (&text, window), &populated, asked)?;
+        super::aio::check(pid, &layout)?;
+        let mut pages = PageMap::new(self.pages.clone());
+        let lacking = lacking(&base, &layout, &populated)?;
+        self.copy_out(stopped, &lacking, &mut pages)?;
+        let pins = pins(pid, &base, &layout, &BTreeMap::new())?;
+        self.taken = Some(Taken {
+            state: State {
+                base: base.id,
+                pages: pages.clone(),
+                populated: populated.clone(),
+                layout: layout.clone(),
+            },
+            differing,
+            is_increment: false,
+            besides: Ranges::new(),
+        });
+        let source = Source::Resident(Resident {
+            base,
+            pages,
+            described: None,
+        });
+        let mut image = SpaceImage::new(id, pid, generation, source, layout, asked.1);
+        image.pins = pins;
+        let armed = Copied {
+            pages: populated.pages(),
+            bytes: lacking.bytes(),
         };
-        context.append(Kind::VmaList, id, &[&text])?;
-        context.put_list(Kind::PopulatedRanges, id, populated.spans())?;
-        context.put(
-            Kind::AddressSpace,
-            id,
-            &header,
-            locks::read(pid)?.as_bytes(),
-        )?;
-        Ok((id, layout, populated.pages(), populated))
+        Ok((image, armed))
     }
 
-    /// Copies pages that fork does not give to a child (`MADV_DONTFORK`, `MADV_WIPEONFORK`) into the page store.
-    fn save_what_the_shadow_lacks(
-        &mut self,
-        stopped: &mut Stopped,
-        image: &mut SpaceImage,
-        populated: &Ranges,
-    ) -> Result<u64> {
-        let pid = self.pid;
-        let lacking = lacking(image, populated)?;
-        image.pins = pins(image)?;
-        let member = stopped.tree_mut().member_mut(pid);
-        let member = member.ok_or(freeze::Error::Gone(pid))?;
-        let (window, memory) = (member.window.as_mut(), &member.memory);
-        let target = window.ok_or(freeze::Error::Gone(pid))?;
-        for span in lacking.spans() {
-            let mut at = span.start;
-            while at < span.end {
-                let slot = self.store.take().ok_or_else(|| {
-                    refuse(
-                        pid,
-                        "its MADV_DONTFORK memory",
-                        "it holds more of it than the page store has room for",
-                    )
-                })?;
-                let page = target
-                    .window
-                    .store_mut(Self::slot_offset(slot), PAGE as usize);
-                // Not process_vm_readv(2), which obeys PROT_NONE.
-                memory
-                    .read_exact_at(page, at)
-                    .map_err(|error| system(pid, "read a page", error))?;
-                image.slots.insert(at, slot);
-                at += PAGE;
+    /// The checkpoint that was being taken has come about, with this image, or it has not.
+    pub fn conclude(&mut self, image: Option<&SpaceImage>) {
+        let (Some(taken), Some(image)) = (self.taken.take(), image) else {
+            return;
+        };
+        self.foothold = Foothold::on(image);
+        match (taken.is_increment, taken.differing) {
+            (true, _) => self.history.settle(taken.state),
+            (false, Some(differing)) => self.history.rebase(taken.state, &differing),
+            (false, None) => {
+                self.history = History::default();
+                self.history.settle(taken.state);
             }
         }
-        image.kept = lacking;
-        Ok(image.kept.bytes())
+        self.history.armed(&taken.besides);
     }
 
-    /// Gives up an image: its shadow and its slots. The process must be stopped for its shadow to be reaped; one
-    /// that is gone leaves that to its init.
-    pub fn discard(space: Option<&mut Self>, stopped: &mut Stopped, image: SpaceImage) {
-        if let Some(shadow) = image.source.shadow() {
+    /// It is equal to an image.
+    pub fn settle(&mut self, image: &SpaceImage, context: &Context) -> Result<()> {
+        let resident = image.source.resident(image.pid)?;
+        self.foothold = Foothold::on(image);
+        self.history.settle(State {
+            base: resident.base.id,
+            pages: resident.pages.clone(),
+            populated: image.populated(context)?,
+            layout: image.layout.clone(),
+        });
+        Ok(())
+    }
+
+    /// Pages in which it may differ from an image though they were not written since the tracking was last armed.
+    pub fn stale(&self, image: &SpaceImage, populated: &Ranges) -> Ranges {
+        let of_image = image.source.in_ram().filter(|_| self.is_of(image));
+        let differing = of_image.and_then(|resident| {
+            self.history
+                .differing(resident.base.id, &resident.pages, populated)
+        });
+        differing.unwrap_or_else(|| image.layout.private().map(Span::from).collect())
+    }
+
+    /// Gives up an image: what only it has, and its shadow, unless others have it too (`is_shared`). The process must be
+    /// stopped for the shadow to be reaped; one that is gone leaves that to its init.
+    pub fn discard(
+        space: Option<&mut Self>,
+        stopped: Option<&mut Stopped>,
+        image: SpaceImage,
+        is_shared: bool,
+    ) {
+        let resident = image.source.in_ram();
+        let base = resident.map(|resident| resident.base.id);
+        let shadow = image.source.shadow().filter(|_| !is_shared);
+        if let (Some(shadow), Some(stopped)) = (shadow, stopped) {
             // That of a process which has ended since is another's child.
             let parent = procfs::Stat::read(shadow.pid).map_or(image.pid, |stat| stat.parent());
             shadow.kill();
             fork::reap(stopped, parent, shadow.pid);
             stopped.tree_mut().remove_shadow(shadow.pid);
         }
-        if let Some(space) = space {
-            space.forget(&image);
+        let Some(space) = space else {
+            return;
+        };
+        if !is_shared && let Some(base) = base {
+            space.history.forget_base(base);
         }
+        let mut image = image;
+        if space.is_of(&image) {
+            space.empty_cache(&mut image);
+        }
+        drop(image);
+        space.history.forget_pages();
     }
 
-    /// Gives back the slots of an image.
-    fn forget(&mut self, image: &SpaceImage) {
-        image
-            .slots
-            .values()
-            .for_each(|slot| self.store.give_back(*slot));
+    /// Gives back what the store of the window has of an image.
+    pub fn empty_cache(&mut self, image: &mut SpaceImage) {
+        std::mem::take(&mut image.slots)
+            .into_values()
+            .for_each(|slot| self.store.give_back(slot));
+    }
+
+    /// Whether the store of the window has room for all that is to be copied.
+    pub fn has_room(&self, plan: &Plan) -> bool {
+        self.store.room() >= plan.copy.pages()
+    }
+
+    /// Where pages are kept by copy.
+    pub fn page_store(&self) -> &PageStore {
+        &self.pages
     }
 }
 
-/// The populated pages that fork has not given to the shadow of an image.
+/// Refuses what can't be kept.
+pub(super) fn check_layout(pid: Pid, layout: &Layout) -> Result<()> {
+    match layout.private().find(|vma| vma.is_of_huge_pages()) {
+        // A shadow would use up as many again, and the program be killed for want of one.
+        Some(huge) => Err(refuse(
+            pid,
+            format!("memory {huge:?}"),
+            "huge pages of hugetlbfs can't be taken yet; let it use transparent ones",
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Writes the records of an image.
+pub(super) fn append(
+    context: &mut Context,
+    pid: Pid,
+    base: &Base,
+    (text, window): (&[u8], Span),
+    populated: &Ranges,
+    (brk, locks_future): (u64, u64),
+) -> Result<ObjectId> {
+    let id = context.new_object();
+    let header = AddressSpaceHeader {
+        pid: pid.as_raw() as u32,
+        shadow: base.shadow.pid.as_raw() as u32,
+        brk,
+        window_start: window.start,
+        window_end: window.end,
+        locks_future,
+    };
+    context.append(Kind::VmaList, id, &[text])?;
+    context.put_list(Kind::PopulatedRanges, id, populated.spans())?;
+    context.put(
+        Kind::AddressSpace,
+        id,
+        &header,
+        locks::read(pid)?.as_bytes(),
+    )?;
+    Ok(id)
+}
+
+/// The populated pages that fork has not given to a shadow.
 ///
 /// `MADV_DONTFORK` leaves out the VMA, `MADV_WIPEONFORK` all pages of it, as does a VMA that was only read, which has but
 /// the zero page: so the first page of each tells of the rest.
-fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
-    let shadow = image.shadow()?;
-    let in_shadow = vmas_of_shadow(image)?;
+fn lacking(base: &Base, layout: &Layout, populated: &Ranges) -> Result<Ranges> {
+    let shadow = &base.shadow;
+    let in_shadow = base.vmas()?;
     let mut lacking = Ranges::new();
-    for vma in image.layout.private() {
+    for vma in layout.private() {
         let pages = populated.intersection(&Ranges::from_iter([Span::from(vma)]));
         let Some(first) = pages.spans().first() else {
             continue;
         };
-        let has_it = in_shadow.at(first.start).is_some() && {
+        let is_there = |vma: &Vma| vma.start <= first.start && first.start < vma.end;
+        let has_it = in_shadow.iter().any(is_there) && {
             let what = Scan::Populated(Backing::Nothing);
             let mut found = Vec::new();
             let end = first.start + PAGE;
@@ -400,33 +474,41 @@ fn lacking(image: &SpaceImage, populated: &Ranges) -> Result<Ranges> {
     Ok(lacking)
 }
 
-/// Pins of the files behind VMAs that fork has not given to the shadow of an image: nothing else may lead there later.
-fn pins(image: &SpaceImage) -> Result<BTreeMap<(u64, u64), File>> {
-    let pid = image.pid;
-    let in_shadow = vmas_of_shadow(image)?;
+/// Pins of the files that are mapped and not in a shadow: nothing else may lead there later. Those that are pinned already
+/// stay so.
+pub(super) fn pins(
+    pid: Pid,
+    base: &Base,
+    layout: &Layout,
+    before: &BTreeMap<(u64, u64), Arc<File>>,
+) -> Result<BTreeMap<(u64, u64), Arc<File>>> {
+    let in_shadow: BTreeSet<(u64, u64)> = base.vmas()?.iter().map(inode).collect();
     let mut pins = BTreeMap::new();
-    let files = image
-        .layout
+    let files = layout
         .vmas
         .iter()
         .filter(|vma| !vma.is_anonymous() && !vma.is_special());
-    for vma in files.filter(|vma| in_shadow.at(vma.start).is_none()) {
+    for vma in files.filter(|vma| !in_shadow.contains(&inode(vma))) {
+        if pins.contains_key(&inode(vma)) {
+            continue;
+        }
         let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
-        let pin = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH)
-            .open(procfs::path(pid, &name))
-            .map_err(|error| system(pid, &format!("pin the file mapped at {vma:?}"), error))?;
-        pins.insert((vma.device, vma.inode), pin);
+        let pin = match before.get(&inode(vma)) {
+            Some(pin) => Arc::clone(pin),
+            None => OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_PATH)
+                .open(procfs::path(pid, &name))
+                .map(Arc::new)
+                .map_err(|error| system(pid, &format!("pin the file mapped at {vma:?}"), error))?,
+        };
+        pins.insert(inode(vma), pin);
     }
     Ok(pins)
 }
 
-fn vmas_of_shadow(image: &SpaceImage) -> Result<Layout> {
-    let shadow = image.shadow()?.pid;
-    let text = std::fs::read(procfs::path(shadow, "maps"))
-        .map_err(|error| system(shadow, "read the memory map of a shadow", error))?;
-    Ok(Layout::parse(&text, None).unwrap_or_default())
+fn inode(vma: &Vma) -> (u64, u64) {
+    (vma.device, vma.inode)
 }
 
 /// Where the window of a process is in its address space.

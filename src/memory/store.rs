@@ -54,6 +54,11 @@ impl Store {
         self.free.pop()
     }
 
+    /// Number of slots that can be taken.
+    pub(super) fn room(&self) -> u64 {
+        u64::from(self.capacity - self.unused) + self.free.len() as u64
+    }
+
     /// Gives a slot back.
     pub(super) fn give_back(&mut self, slot: u32) {
         self.free.push(slot);
@@ -154,7 +159,9 @@ mod tests {
             (Some(0), Some(1), None)
         );
         store.give_back(1);
+        assert_eq!(store.room(), 1);
         assert_eq!(store.take(), Some(1));
+        assert_eq!(store.room(), 0);
         assert_eq!(store.bytes(), 2 * PAGE);
     }
 }

@@ -14,7 +14,7 @@ use super::advice;
 use super::image::SpaceImage;
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
-use super::space::{Space, system, window_span};
+use super::space::{system, window_span};
 use super::{Result, USER_END};
 
 /// Most bytes compared at once.
@@ -22,8 +22,7 @@ const PIECE: u64 = 1 << 20;
 
 /// Compares VMA list and every page, byte for byte. `ignored` are bytes that the kernel writes whenever it likes.
 pub fn verify(
-    stopped: &mut Stopped,
-    space: &Space,
+    stopped: &Stopped,
     image: &SpaceImage,
     context: &Context,
     ignored: &Ranges,
@@ -75,9 +74,7 @@ pub fn verify(
     }
 
     // Where neither has an anonymous page both show zeroes or the same file.
-    let mut pages = image.kept.clone();
-    let mut guards = Vec::new();
-    for of in [pid, image.shadow()?.pid] {
+    let scan = |of: nix::unistd::Pid| -> Result<(Ranges, Ranges)> {
         let mut regions = Vec::new();
         pagemap::scan(
             open(of, "pagemap")?,
@@ -88,16 +85,23 @@ pub fn verify(
         )
         .map_err(|errno| system(of, "scan its pages", errno))?;
         let is_guard = |region: &&Region| region.categories.has(Categories::GUARD);
-        guards.push(
-            regions
-                .iter()
-                .filter(is_guard)
-                .map(Span::from)
-                .collect::<Ranges>(),
-        );
-        let there = regions.iter().map(Span::from).collect();
-        pages = pages.union(&there);
-    }
+        let guards = regions.iter().filter(is_guard).map(Span::from).collect();
+        Ok((regions.iter().map(Span::from).collect(), guards))
+    };
+    let (there, guards) = scan(pid)?;
+    let resident = image.source.resident(pid)?;
+    let (pages, guards) = match resident.described {
+        None => {
+            let (expected, of_shadow) = scan(resident.base.shadow.pid)?;
+            let copies = resident.pages.pages();
+            (there.union(&expected).union(&copies), [guards, of_shadow])
+        }
+        // The shadow is of another state.
+        Some(_) => {
+            let expected = image.populated(context)?;
+            (there.union(&expected), [guards, image.guards()?.clone()])
+        }
+    };
     if let [found, expected] = &guards[..]
         && found != expected
     {
@@ -112,30 +116,21 @@ pub fn verify(
         .fold(pages, |pages, guards| pages.difference(guards));
     let ours: Ranges = live.private().map(Span::from).collect();
     let pages = pages.intersection(&ours);
-    let (memory, shadow) = (open(pid, "mem")?, open(image.shadow()?.pid, "mem")?);
+    let memory = open(pid, "mem")?;
     let (mut found, mut expected) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
-    for (span, is_kept) in [
-        (pages.difference(&image.kept), false),
-        (pages.intersection(&image.kept), true),
-    ]
-    .iter()
-    .flat_map(|(pages, is_kept)| pages.pieces(PIECE).map(move |span| (span, *is_kept)))
-    {
+    for span in pages.pieces(PIECE) {
         let len = span.len() as usize;
         memory
             .read_exact_at(&mut found[..len], span.start)
             .map_err(|error| {
                 system(pid, &format!("read its memory at {:#x}", span.start), error)
             })?;
-        if is_kept {
-            space.read_kept(stopped, image, span, &mut expected[..len])?;
-        } else {
-            shadow
-                .read_exact_at(&mut expected[..len], span.start)
-                .map_err(|error| {
-                    system(pid, &format!("read its shadow at {:#x}", span.start), error)
-                })?;
-        }
+        image
+            .source
+            .read(&[span], &mut expected[..len])
+            .map_err(|error| {
+                system(pid, &format!("read its shadow at {:#x}", span.start), error)
+            })?;
         let differs = |at: &usize| {
             let address = span.start + *at as u64;
             found[*at] != expected[*at] && !ignored.contains(address)

@@ -189,10 +189,14 @@ fn open_flags(path: &str, flags: i32) -> Result<OwnedFd, Errno> {
         .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
 }
 
-fn own(errno: Errno) -> Error {
-    Error::Own {
-        call: "open",
-        errno,
+/// An error of opening a path again.
+fn at(path: &str) -> impl Fn(Errno) -> Error {
+    move |errno| {
+        let leads_to = std::fs::read_link(path).unwrap_or_default();
+        Error::Text {
+            path: format!("{path} ({})", leads_to.display()),
+            problem: format!("open: {errno}"),
+        }
     }
 }
 
@@ -222,7 +226,7 @@ pub fn locate(pid: i32, path: &str, common: &Common) -> Option<OwnedFd> {
 /// Opens anew what an `O_PATH` descriptor (ours) or a descriptor of the tree refers to, at `path` in `/proc`.
 pub fn reopen(path: &str, common: &Common) -> Result<OwnedFd, Error> {
     if common.flags & libc::O_PATH != 0 {
-        return open_flags(path, libc::O_PATH).map_err(own);
+        return open_flags(path, libc::O_PATH).map_err(at(path));
     }
     // Only a name makes them mean something; O_TMPFILE has O_DIRECTORY in it.
     let not = libc::O_CREAT
@@ -235,7 +239,7 @@ pub fn reopen(path: &str, common: &Common) -> Result<OwnedFd, Error> {
         path,
         (common.flags & !not) | libc::O_NOCTTY | libc::O_NONBLOCK,
     )
-    .map_err(own)
+    .map_err(at(path))
 }
 
 impl State {

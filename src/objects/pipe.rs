@@ -206,7 +206,10 @@ pub fn open(path: &str, access: i32) -> Result<OwnedFd, Error> {
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open(path)
             .map(OwnedFd::from)
-            .map_err(io("open"))
+            .map_err(|error| Error::Text {
+                path: path.to_owned(),
+                problem: format!("open: {error}"),
+            })
     };
     let _reader = if access == libc::O_WRONLY {
         Some(open(libc::O_RDONLY)?)

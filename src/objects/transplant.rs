@@ -21,7 +21,7 @@ use super::state::State;
 use super::sysv::Sysv;
 use crate::freeze::LEAST_NO_PID;
 use crate::kernel::confined;
-use crate::record::Context;
+use crate::record::{self, Context, Kind};
 
 /// A recorded process that was made.
 #[derive(Debug, Clone)]
@@ -45,6 +45,7 @@ const NO_PIPE: u64 = 1 << 63;
 pub fn check_transplant(context: &Context, names: &BTreeMap<i32, String>) -> Result<(), Error> {
     let mut recorded = records::read(context)?;
     recorded.names = names.clone();
+    check_references(&recorded)?;
     for (id, description) in &recorded.descriptions {
         if let Err(complaint) = check(description) {
             return Err(recorded.refuse(*id, complaint).into());
@@ -68,6 +69,43 @@ pub fn check_transplant(context: &Context, names: &BTreeMap<i32, String>) -> Res
     }
     if !recorded.terminals.is_empty() {
         return Err(refuse("a terminal").into());
+    }
+    Ok(())
+}
+
+/// Whether what refers to descriptions and processes refers to some that there are.
+fn check_references(recorded: &Recorded) -> Result<(), Error> {
+    let damaged = |kind, id, problem: String| record::Error::Payload { kind, id, problem };
+    for table in &recorded.tables {
+        let mut last = -1;
+        for slot in &table.slots {
+            if !recorded.descriptions.contains_key(&slot.description) {
+                let problem = format!("fd {} leads to it, and there is none", slot.fd);
+                return Err(damaged(Kind::FileTable, slot.description, problem).into());
+            }
+            if slot.fd <= last {
+                let problem = format!("fd {} after fd {last}", slot.fd);
+                return Err(damaged(Kind::FileTable, slot.description, problem).into());
+            }
+            last = slot.fd;
+        }
+        let is_known = |pid: &&i32| recorded.names.contains_key(pid);
+        if let Some(pid) = table.holders.iter().find(|pid| !is_known(pid)) {
+            let problem = format!("a table of process {pid}, and there is none");
+            return Err(damaged(Kind::FileTable, ObjectId::IMAGE, problem).into());
+        }
+    }
+    for (id, description) in &recorded.descriptions {
+        let State::Epoll(epoll) = &description.state else {
+            continue;
+        };
+        for entry in &epoll.entries {
+            let watched = entry.watches;
+            if watched.is_none_or(|watched| !recorded.descriptions.contains_key(&watched)) {
+                let problem = format!("what it watches as fd {} is none", entry.fd);
+                return Err(damaged(Kind::Epoll, *id, problem).into());
+            }
+        }
     }
     Ok(())
 }

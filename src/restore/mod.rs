@@ -84,6 +84,7 @@ fn system(what: &str) -> impl Fn(std::io::Error) -> freeze::Error + use<> {
 ///
 /// Refused by name; or a record is damaged.
 pub fn check(origin: &Origin) -> Result<()> {
+    origin.check_numbers()?;
     let recorded = origin.recorded(&task::Renamed::default())?;
     task::check_transplant(&recorded)?;
     let names = recorded
@@ -146,3 +147,6 @@ pub fn run(
     phases.end("resume");
     Ok((checkpoint, done))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,13 @@
 //! What a container is made of: an image.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use nix::unistd::Pid;
 
 use crate::checkpoint::Result;
 use crate::filesystem::{Contents, StoredArea};
+use crate::freeze::LEAST_NO_PID;
 use crate::image::Opened;
 use crate::kernel::maps::{self, Vma};
 use crate::memory::{AddressSpaceHeader, PAGE, Span};
@@ -37,6 +39,40 @@ impl Origin {
     /// The processes and threads in its records.
     pub(super) fn recorded(&self, renamed: &Renamed) -> Result<task::Recorded<'_>> {
         Ok(task::Recorded::read(&self.image.context, renamed)?)
+    }
+
+    /// Whether the numbers and parents of processes and threads can be such.
+    pub(super) fn check_numbers(&self) -> Result<()> {
+        let recorded = self.recorded(&Renamed::default())?;
+        let mut seen = BTreeSet::new();
+        for process in recorded.processes() {
+            let identity = &process.identity;
+            let problem = format!("process {} and its threads", identity.pid);
+            let damaged = |what: &str| {
+                let problem = format!("{problem}: {what}");
+                Err(damaged(Kind::Process, ObjectId::IMAGE, problem).into())
+            };
+            let numbers = process.threads.keys().map(|tid| tid.as_raw());
+            let mut numbers = numbers.chain([identity.pid, identity.namespace_pid]);
+            if numbers.any(|number| !(1..LEAST_NO_PID).contains(&number)) {
+                return damaged("no number of a process");
+            }
+            let mut tids = process.threads.keys().filter(|tid| **tid != process.pid());
+            if !seen.insert(process.pid()) || tids.any(|tid| !seen.insert(*tid)) {
+                return damaged("the number of another, too");
+            }
+            let mut at = process.parent();
+            for _ in recorded.processes() {
+                match recorded.process(at) {
+                    Some(parent) => at = parent.parent(),
+                    None => break,
+                }
+            }
+            if recorded.process(at).is_some() {
+                return damaged("it is below itself");
+            }
+        }
+        Ok(())
     }
 
     /// The address space of a recorded process.

@@ -177,7 +177,7 @@ impl<'w, 't> Work<'w, 't> {
             memory::execute_program(self.stopped, pid, &image, kept)?;
         }
         let mut space = Space::reopen(self.stopped, pid, &image, context)?;
-        image.move_to(self.stopped, &mut space, None)?;
+        image.move_to(self.stopped, &mut space)?;
         let recorded = self.origin.recorded(&self.renamed)?;
         if !is_root {
             task::clear(self.stopped, &recorded, pid)?;
@@ -348,9 +348,11 @@ impl<'w, 't> Work<'w, 't> {
         let mut resident_pages = 0;
         for (pid, shadow) in pids.iter().zip(shadows) {
             let space = spaces.get_mut(pid).ok_or(freeze::Error::Gone(*pid))?;
-            let captured = space.capture(stopped, shadow, std::iter::empty(), &mut context)?;
-            resident_pages += captured.1.pages;
-            images.push(captured.0);
+            // Nothing is known of its standing yet that a later checkpoint could compare.
+            let (image, armed) = space.capture(stopped, shadow, None, Vec::new(), &mut context)?;
+            space.conclude(Some(&image));
+            resident_pages += armed.pages;
+            images.push(image);
         }
         let segments = Segments::capture(stopped, &images)?;
         let shared: Vec<_> = contents.shared().map(|fd| (Pid::this(), fd)).collect();
@@ -375,6 +377,10 @@ impl<'w, 't> Work<'w, 't> {
             processes,
             threads,
             resident_pages,
+            copied_pages: 0,
+            new_pages: resident_pages,
+            number: 0,
+            pinned: false,
             losses,
         })
     }

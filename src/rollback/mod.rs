@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use crate::checkpoint::{Checkpoint, Error, Result, Spaces};
 use crate::filesystem::{self, Files, Image, Mounts, Plans};
 use crate::freeze::{OnTracerDeath, Stopped, Tree};
-use crate::memory::{self, Copied, Ranges, Span};
+use crate::memory::{self, Copied, Span};
 use crate::outcome::{Difference, Refusal};
 use crate::phases::Phases;
 use crate::{fault, objects, task};
@@ -102,7 +102,7 @@ pub(crate) fn bring_back(
     phases: &mut Phases,
 ) -> std::result::Result<Done, Failure> {
     let untouched = |error: Error| Failure::Untouched(error);
-    let mut plan = observe(stopped, &checkpoints[to], phases).map_err(untouched)?;
+    let mut plan = observe(stopped, spaces, &checkpoints[to], phases).map_err(untouched)?;
     let plans = files
         .plan(mounts, &checkpoints[to].files, &checkpoints[to].uses)
         .map_err(|error| untouched(error.into()))?;
@@ -123,21 +123,13 @@ pub(crate) fn bring_back(
         phases,
     )
     .map_err(Failure::HalfWay)?;
-    for other in checkpoints
-        .iter_mut()
-        .enumerate()
-        .filter(|(index, _)| *index != to)
-        .map(|(_, other)| other)
-    {
-        for image in &mut other.spaces {
-            if let Some((_, plan)) = plan.memory.iter().find(|(pid, _)| *pid == image.pid) {
-                image.stale = image.stale.union(plan.stale_in_others());
-            }
-        }
+    for image in &checkpoints[to].spaces {
+        space(spaces, image.pid)
+            .and_then(|space| Ok(space.settle(image, &checkpoints[to].context)?))
+            .map_err(Failure::HalfWay)?;
     }
     if verify {
-        let mut differences =
-            compare(stopped, spaces, &checkpoints[to]).map_err(Failure::HalfWay)?;
+        let mut differences = compare(stopped, &checkpoints[to]).map_err(Failure::HalfWay)?;
         let found = writable.files.verify(mounts, &checkpoints[to].files);
         differences.extend(found.map_err(|error| Failure::HalfWay(error.into()))?);
         if !differences.is_empty() {
@@ -227,6 +219,7 @@ fn execute(
         phases.end("remake");
     }
     fault::point("rollback.revived");
+    make_room(spaces, checkpoints, to, plan)?;
     let checkpoint = &mut checkpoints[to];
     let recorded = task::Recorded::read(&checkpoint.context, &checkpoint.renamed)?;
     task::loosen(stopped, &recorded, &plan.tasks)?;
@@ -260,7 +253,6 @@ fn execute(
     fault::point("rollback.copied");
     for (image, (pid, plan)) in checkpoint.spaces.iter_mut().zip(&plan.memory) {
         space(spaces, *pid)?.rearm(stopped, image, &plan.arm)?;
-        image.stale = Ranges::new();
         if remade.contains(pid) {
             image.learn_map(stopped)?;
         }
@@ -284,6 +276,29 @@ fn execute(
     })
 }
 
+/// Where the windows have no room for what is to be copied, other checkpoints' copies of pages there are given up.
+fn make_room(
+    spaces: &mut Spaces,
+    checkpoints: &mut [Checkpoint],
+    to: usize,
+    plan: &Plan,
+) -> Result<()> {
+    for (pid, plan) in &plan.memory {
+        let space = space(spaces, *pid)?;
+        if plan.remade || space.has_room(plan) {
+            continue;
+        }
+        let others = checkpoints.iter_mut().enumerate();
+        let others = others.filter(|(index, _)| *index != to);
+        for image in others.flat_map(|(_, other)| &mut other.spaces) {
+            if space.is_of(image) {
+                space.empty_cache(image);
+            }
+        }
+    }
+    Ok(())
+}
+
 fn recorded(checkpoint: &Checkpoint) -> Result<task::Recorded<'_>> {
     Ok(task::Recorded::read(
         &checkpoint.context,
@@ -291,21 +306,15 @@ fn recorded(checkpoint: &Checkpoint) -> Result<task::Recorded<'_>> {
     )?)
 }
 
-fn compare(
-    stopped: &mut Stopped,
-    spaces: &mut Spaces,
-    checkpoint: &Checkpoint,
-) -> Result<Vec<Difference>> {
+fn compare(stopped: &mut Stopped, checkpoint: &Checkpoint) -> Result<Vec<Difference>> {
     let recorded = recorded(checkpoint)?;
     let mut differences = Vec::new();
     // Memory first: the others run code in the tree, upon which the kernel writes to the threads' rseq areas.
     let areas = recorded.rseq_areas();
     let ignored = areas.map(|(start, end)| Span { start, end }).collect();
     for image in &checkpoint.spaces {
-        let space = space(spaces, image.pid)?;
         differences.extend(memory::verify(
             stopped,
-            space,
             image,
             &checkpoint.context,
             &ignored,

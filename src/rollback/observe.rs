@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use nix::unistd::Pid;
 
-use crate::checkpoint::{Checkpoint, Result};
+use crate::checkpoint::{Checkpoint, Result, Spaces};
 use crate::freeze::{Batch, Outputs, StepId, Stopped};
-use crate::memory::{self, Observed, Ranges, SpaceImage};
+use crate::memory::{self, Observed, Ranges, SpaceImage, Span};
 use crate::outcome::Refusal;
 use crate::phases::Phases;
 use crate::task::Lost;
@@ -45,6 +45,7 @@ fn check_complete(stopped: &Stopped, checkpoint: &Checkpoint) -> Result<()> {
 /// Observes the stopped tree and plans, or refuses. Nothing is touched.
 pub(super) fn observe(
     stopped: &mut Stopped,
+    spaces: &Spaces,
     checkpoint: &Checkpoint,
     phases: &mut Phases,
 ) -> Result<Plan> {
@@ -61,7 +62,7 @@ pub(super) fn observe(
             lost.complete(&recorded);
             check_lost(stopped, checkpoint, &recorded, &lost)?;
         }
-        match look(stopped, checkpoint, &recorded, lost, phases)? {
+        match look(stopped, spaces, checkpoint, &recorded, lost, phases)? {
             Seen::All(plan) => return Ok(*plan),
             Seen::MoreLost(known) => lost = known,
         }
@@ -76,6 +77,7 @@ enum Seen {
 
 fn look(
     stopped: &mut Stopped,
+    spaces: &Spaces,
     checkpoint: &Checkpoint,
     recorded: &task::Recorded<'_>,
     mut lost: Lost,
@@ -134,7 +136,7 @@ fn look(
     task::check_room(stopped, recorded, &lost, &tasks)?;
     phases.end("check");
     fault::point("rollback.observed");
-    let memory = plan_memory(stopped, checkpoint, &images, &observed, &populated)?;
+    let memory = plan_memory(stopped, spaces, checkpoint, &images, &observed, &populated)?;
     let asked = std::mem::take(&mut questions.segments);
     let found = asked
         .into_iter()
@@ -189,16 +191,14 @@ fn check_lost(
             .and_then(|maker| Some((maker, checkpoint.space_of(maker.pid())?)));
         let obstacle = match maker {
             None => Some("nothing is known of its parent's memory"),
-            Some((maker, _)) if maker.pid() == image.pid => {
-                match memory::obstacle(stopped, image, image)? {
-                    None if !image.shadow()?.keeps_time => {
-                        Some("its children live in another time namespace")
-                    }
-                    None => task::shadow_obstacle(maker, image.shadow()?.pid),
-                    obstacle => obstacle,
+            Some((maker, _)) if maker.pid() == image.pid => match memory::obstacle(image, image)? {
+                None if !image.shadow()?.keeps_time => {
+                    Some("its children live in another time namespace")
                 }
-            }
-            Some((maker, of_maker)) => match memory::obstacle(stopped, image, of_maker)? {
+                None => task::shadow_obstacle(maker, image.shadow()?.pid),
+                obstacle => obstacle,
+            },
+            Some((maker, of_maker)) => match memory::obstacle(image, of_maker)? {
                 None if !memory::same_program(image, of_maker)
                     && !task::may_set_program(maker)
                     && !task::keeps_rights(maker) =>
@@ -270,6 +270,7 @@ impl Questions {
 
 fn plan_memory(
     stopped: &Stopped,
+    spaces: &Spaces,
     checkpoint: &Checkpoint,
     images: &[&SpaceImage],
     observed: &[Observed],
@@ -283,12 +284,16 @@ fn plan_memory(
             plans.push((image.pid, memory::Plan::default()));
             continue;
         };
+        let stale = match spaces.get(&image.pid) {
+            Some(space) => space.stale(image, populated),
+            None => image.layout.private().map(Span::from).collect(),
+        };
         let recorded = memory::Recorded {
             header: image.header(&checkpoint.context)?,
             layout: &image.layout,
             populated,
             guards: image.guards()?,
-            stale: &image.stale,
+            stale: &stale,
         };
         let plan = memory::plan(recorded, observed).map_err(|refusal| Refusal {
             holder: stopped

@@ -81,7 +81,6 @@ fn process(
     let mut images = checkpoints[to].spaces.iter();
     let index = images.position(|image| image.pid == was).ok_or(gone)?;
     let image = &checkpoints[to].spaces[index];
-    let window = image.take_window(stopped);
     let shadow = Some(image.shadow()?.pid);
     let is = task::make(stopped, &recorded(&checkpoints[to])?, was, shadow, avoid)?;
     let pid = Pid::from_raw(is.pid);
@@ -95,7 +94,7 @@ fn process(
     let mut space = Space::reopen(stopped, pid, image, &checkpoint.context)?;
     let images = checkpoints.iter_mut().flat_map(|other| &mut other.spaces);
     for image in images.filter(|image| image.generation() == generation) {
-        image.move_to(stopped, &mut space, window.as_ref())?;
+        image.move_to(stopped, &mut space)?;
     }
 
     fault::point("remake.opened");

@@ -46,6 +46,7 @@ mod revive;
 mod rights;
 mod room;
 mod settings;
+mod standing;
 mod steps;
 mod transplant;
 mod verify;
@@ -67,6 +68,7 @@ pub use revive::revive;
 pub use rights::{has_rights_of, keeps_rights, may_set_program};
 pub use room::check_room;
 pub use settings::Settings;
+pub use standing::Standing;
 pub use transplant::{check_transplant, transplant};
 pub use verify::verify;
 
