@@ -3,7 +3,7 @@
 
 use std::io;
 
-use memmap2::{Advice, MmapMut, UncheckedAdvice};
+use memmap2::{MmapMut, UncheckedAdvice};
 
 /// Anonymous memory, zero until it is written to. It takes no more than what was written.
 #[derive(Debug)]
@@ -17,13 +17,6 @@ impl Pages {
     /// Those of mmap(2).
     pub fn map(len: usize) -> io::Result<Self> {
         Ok(Self(MmapMut::map_anon(len)?))
-    }
-
-    /// Asks for huge pages, which are filled faster; where there are none it stays as it is.
-    pub fn prefer_huge(&self) {
-        if let Err(error) = self.0.advise(Advice::HugePage) {
-            tracing::debug!(%error, "no huge pages");
-        }
     }
 
     /// Bytes, whose pages are made when they are first looked at.

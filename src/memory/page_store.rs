@@ -65,12 +65,7 @@ impl PageStore {
         drop(slots);
         let mut mapped = self.0.chunks.write();
         while mapped.len() < chunks {
-            let pages = Pages::map(CHUNK as usize * PAGE as usize)?;
-            // Not for the little that many processes may have.
-            if !mapped.is_empty() {
-                pages.prefer_huge();
-            }
-            mapped.push(pages);
+            mapped.push(Pages::map(CHUNK as usize * PAGE as usize)?);
         }
         Ok(runs)
     }
