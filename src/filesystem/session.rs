@@ -532,9 +532,9 @@ pub struct Moved {
 pub(super) mod tests_only {
     use std::collections::BTreeSet;
 
-    use super::super::plan::Op;
-    use super::super::tree::NodeId;
     use super::*;
+    use crate::filesystem::plan::Op;
+    use crate::filesystem::tree::NodeId;
 
     /// The plan of the only area by all of both trees, to be called after [`Files::plan`]; and what that planned.
     pub(crate) fn full_plan(
@@ -549,7 +549,7 @@ pub(super) mod tests_only {
         let seen = seen(&mut files.journal);
         let watched = watched(&mut files.journal, &seen);
         let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
-        let mut live = super::super::walk::walk(mounted, known, watched, &mut recognize)?;
+        let mut live = crate::filesystem::walk::walk(mounted, known, watched, &mut recognize)?;
         let mut wanted = area.tree.clone();
         complete(mounted, &mut wanted, &mut live)?;
         let full = plan(&wanted, &live);
