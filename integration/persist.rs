@@ -319,6 +319,20 @@ fn a_full_disk_leaves_the_image_that_was_there() {
     setting.fixture.verify("a full disk");
 }
 
+/// The same command, which ends by `SIGINT` though we may ignore it: what a shell starts in the background does.
+fn interruptible(command: Command) -> Command {
+    let mut again = Command::new("env");
+    again.arg("--default-signal=INT");
+    again.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => again.env(name, value),
+            None => again.env_remove(name),
+        };
+    }
+    again
+}
+
 /// A program whose memory takes a while to be written, as it can't be compressed.
 const LARGE: &str = r#"
 import os, sys
@@ -347,7 +361,7 @@ fn an_interrupted_client_cancels() {
     let begun = setting.target.with_file_name(".one.persisting");
     // The keeper is held in the middle, so that the client hangs up before all is written; it may have been too quick.
     let was_cancelled = (0..20).any(|_| {
-        let mut command = setting.session.command();
+        let mut command = interruptible(setting.session.command());
         command.args(["persist", "--compress", "zstd", "--pid", &pid]);
         command.arg("--image-path").arg(&setting.target);
         let mut child = command.stdout(Stdio::null()).spawn().expect("starting");
