@@ -247,6 +247,18 @@ impl Server {
         self.use_tool("psql", &["-qc", "checkpoint", "postgres"]);
     }
 
+    /// Waits for the eight sessions of pgbench to end; what each had in hand may still be done.
+    fn ends_what_was_in_hand(&self, before: u64, after: u64, round: u32) {
+        self.is_quiet();
+        self.check();
+        self.balances();
+        let done = self.transactions();
+        assert!(
+            (before..=after + 8).contains(&done),
+            "round {round}: {before} {done} {after}"
+        );
+    }
+
     /// pg_amcheck reads every page of every table and index.
     fn check(&self) {
         self.use_tool("pg_amcheck", &["--all", "--heapallindexed"]);
@@ -307,14 +319,7 @@ fn comes_back_with_its_files(place: Place, name: &str) {
         server.wreck();
         server.rollback("busy");
         // Eight sessions were at work: what each had in hand may still be done, and then they end.
-        server.is_quiet();
-        server.check();
-        server.balances();
-        let done = server.transactions();
-        assert!(
-            (before..=after + 8).contains(&done),
-            "round {round}: {before} {done} {after}"
-        );
+        server.ends_what_was_in_hand(before, after, round);
         assert_eq!(
             idle.ask("select v from own").as_deref(),
             Some("42"),
@@ -357,14 +362,7 @@ fn moves_by_image(place: Place, name: &str) {
         server.is_quiet();
         server.move_by_image("busy");
         // Its clients are not there any more, but what they had asked for may still be done.
-        server.is_quiet();
-        server.check();
-        server.balances();
-        let done = server.transactions();
-        assert!(
-            (before..=after + 8).contains(&done),
-            "round {round}: {before} {done} {after}"
-        );
+        server.ends_what_was_in_hand(before, after, round);
 
         server.checkpoint("quiet");
         let quiet = (server.digest(), server.balances());

@@ -294,7 +294,7 @@ impl Files {
     pub fn restore(
         &mut self,
         root: Pid,
-        stored: &[StoredArea],
+        stored: &[&StoredArea],
         contents_of: &dyn Contents,
     ) -> Result<Image> {
         self.set_options(Options {
@@ -302,7 +302,7 @@ impl Files {
             volumes: stored
                 .iter()
                 .filter(|area| area.sort == Sort::Volume)
-                .map(StoredArea::mount_point)
+                .map(|area| area.mount_point())
                 .collect(),
             ..self.options().clone()
         });

@@ -157,11 +157,6 @@ impl Space {
         })
     }
 
-    /// Whether a process runs the program of an image.
-    pub fn runs_program_of(&self, image: &SpaceImage) -> bool {
-        runs(self.pid, &image.source)
-    }
-
     /// Takes pages out of what is to be copied that need not be: the process has the very same from its parent as the shadow,
     /// which tells by their frames. To be called when the VMAs are as in the image.
     pub fn keep_inherited(

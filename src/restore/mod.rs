@@ -110,7 +110,7 @@ pub fn run(
     phases: &mut Phases,
 ) -> Result<(Checkpoint, Done)> {
     check(origin)?;
-    let areas: Vec<StoredArea> = origin.files().cloned().collect();
+    let areas: Vec<&StoredArea> = origin.files().collect();
     let image = files.restore(tree.root(), &areas, origin)?;
     phases.end_running("files");
     let mounts = files.open(tree.root(), &image)?;

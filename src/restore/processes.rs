@@ -91,17 +91,9 @@ impl<'w, 't> Work<'w, 't> {
     /// Makes all of it, and the checkpoint that a rollback is to bring the tree to.
     pub(super) fn run(mut self, name: &str, phases: &mut Phases) -> Result<Checkpoint> {
         task::prepare(self.stopped)?;
-        let order = self.order()?;
+        let (living, zombies) = self.order()?;
         let mut live = None;
-        let mut zombies = Vec::new();
-        for recorded in order {
-            let all = self.origin.recorded(&self.renamed)?;
-            let called = to_be(recorded);
-            let process = all.process(called).ok_or(freeze::Error::Gone(recorded))?;
-            if process.is_zombie() {
-                zombies.push(recorded);
-                continue;
-            }
+        for recorded in living {
             self.process(recorded, live.is_none())?;
             if live.is_none() {
                 live = Some(self.streams()?);
@@ -135,8 +127,8 @@ impl<'w, 't> Work<'w, 't> {
         Ok(done.map_err(system("remove System V shared memory"))?)
     }
 
-    /// The recorded processes, parents before their children.
-    fn order(&self) -> Result<Vec<Pid>> {
+    /// The recorded processes, parents before their children; zombies apart, which have none.
+    fn order(&self) -> Result<(Vec<Pid>, Vec<Pid>)> {
         let recorded = self.origin.recorded(&Renamed::default())?;
         let mut children: BTreeMap<Pid, Vec<Pid>> = BTreeMap::new();
         let mut todo = Vec::new();
@@ -154,7 +146,9 @@ impl<'w, 't> Work<'w, 't> {
             order.push(pid);
             todo.extend(children.remove(&pid).into_iter().flatten());
         }
-        Ok(order)
+        let is_zombie = |pid: &Pid| recorded.process(*pid).is_some_and(|it| it.is_zombie());
+        let (zombies, living) = order.into_iter().partition(is_zombie);
+        Ok((living, zombies))
     }
 
     /// Makes one process; `is_root`: it is the container's init, which is there.
