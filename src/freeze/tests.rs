@@ -200,7 +200,9 @@ fn a_call_is_known_also_between_its_interruption_and_its_going_on() {
         ..registers
     });
     assert!(stopped.note_calls().unwrap().is_empty());
-    let now = *stopped.process_mut(pid).unwrap().threads[0].registers().unwrap();
+    let now = *stopped.process_mut(pid).unwrap().threads[0]
+        .registers()
+        .unwrap();
     assert_eq!((now.rax, now.rip), (registers.rax, registers.rip));
     assert_eq!(
         stopped.number_of_call(pid, &now),
