@@ -89,31 +89,36 @@ impl Space {
     pub fn open(stopped: &mut Stopped, pid: Pid) -> Result<Self> {
         let resident = procfs::resident_bytes(pid).unwrap_or(0);
         let store = resident.max(LEAST_STORE) as usize;
-        stopped.open_window(pid, store)?;
-        let space = Self::track(stopped, pid, store)?;
+        let made = stopped.open_window(pid, store)?;
+        let space = Self::track(stopped, pid, store, made)?;
         space.clear_leftovers(stopped)?;
         Ok(space)
     }
 
-    /// Makes the write tracker of a process that has a window with a page store of `store` bytes.
-    pub(super) fn track(stopped: &mut Stopped, pid: Pid, store: usize) -> Result<Self> {
-        let mut batch = Batch::new();
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
-        let made = batch.call(libc::SYS_userfaultfd, &[flags.into()]);
-        let outputs = stopped.run(pid, &batch)?;
-        let remote = outputs.result(made).map_err(|errno| {
+    /// Makes the write tracker of a process that has a window with a page store of `store` bytes. `made`: the userfaultfd
+    /// that was made with the window.
+    pub(super) fn track(
+        stopped: &mut Stopped,
+        pid: Pid,
+        store: usize,
+        made: Option<freeze::Made>,
+    ) -> Result<Self> {
+        let made = match made {
+            Some(made) => made,
+            None => make_userfaultfd(stopped, pid)?,
+        };
+        let failed = |what: &str| {
             refuse(
                 pid,
                 "write tracking",
-                format!("userfaultfd(2) failed: {errno}; see `snapback check`"),
+                format!("{what}; see `snapback check`"),
             )
-        })?;
-        let taken = pidfd::get_fd(stopped.member(pid)?.pidfd.as_fd(), remote as i32);
-        let mut batch = Batch::new();
-        batch.call(libc::SYS_close, &[remote.into()]);
-        stopped.run(pid, &batch)?;
-        let tracker = taken.and_then(WriteTracker::enable).map_err(|errno| {
-            refuse(pid, "write tracking", format!("asynchronous write-protection failed: {errno}; Linux 6.7 has it, see `snapback check`"))
+        };
+        let fd = made.map_err(|errno| failed(&format!("userfaultfd(2) failed: {errno}")))?;
+        let tracker = WriteTracker::enable(fd).map_err(|errno| {
+            failed(&format!(
+                "asynchronous write-protection, of Linux 6.7, failed: {errno}"
+            ))
         })?;
         Ok(Self {
             pid,
@@ -401,6 +406,23 @@ impl Space {
     pub fn page_store(&self) -> &PageStore {
         &self.pages
     }
+}
+
+/// Has a process that has a window make a userfaultfd of its address space.
+fn make_userfaultfd(stopped: &mut Stopped, pid: Pid) -> Result<freeze::Made> {
+    let mut batch = Batch::new();
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+    let made = batch.call(libc::SYS_userfaultfd, &[flags.into()]);
+    let outputs = stopped.run(pid, &batch)?;
+    let remote = match outputs.result(made) {
+        Ok(remote) => remote,
+        Err(errno) => return Ok(Err(errno)),
+    };
+    let taken = pidfd::get_fd(stopped.member(pid)?.pidfd.as_fd(), remote as i32);
+    let mut batch = Batch::new();
+    batch.call(libc::SYS_close, &[remote.into()]);
+    stopped.run(pid, &batch)?;
+    Ok(taken)
 }
 
 /// Refuses what can't be kept.
