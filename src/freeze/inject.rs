@@ -284,11 +284,8 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
     let mut born = Vec::new();
     loop {
         match wait(tid)? {
-            Event::Signal(libc::SIGTRAP) => return Ok(born),
-            Event::Forked(child) => {
-                await_birth(child)?;
-                born.push(child);
-            }
+            Event::Signal(libc::SIGTRAP) => break,
+            Event::Forked(child) => born.push(child),
             // The interrupt that stopped it may be reported once more.
             Event::Interrupted | Event::Other(_) => {}
             // These can't be blocked. It gets it when it runs on.
@@ -303,6 +300,9 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
         }
         ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
     }
+    // They get to their stops while their parent goes on.
+    born.iter().try_for_each(|child| await_birth(*child))?;
+    Ok(born)
 }
 
 /// Waits until a child that a traced task has made is stopped.

@@ -67,6 +67,17 @@ pub(super) struct Taken {
     pub(super) besides: Ranges,
 }
 
+/// An address space that was just armed.
+struct Armed {
+    generation: u64,
+    window: Span,
+    text: Vec<u8>,
+    layout: Layout,
+    populated: Ranges,
+    /// Pages in which it may differ from what it was equal to last, if that is known.
+    differing: Option<Ranges>,
+}
+
 /// How much a rollback or checkpoint of an address space did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Copied {
@@ -182,6 +193,11 @@ impl Space {
         self.generation == member.generation
     }
 
+    /// Whether a checkpoint of it was taken before.
+    pub fn is_known(&self) -> bool {
+        self.history.now().is_some()
+    }
+
     /// Whether an image is of this address space.
     pub fn is_of(&self, image: &SpaceImage) -> bool {
         (self.pid, self.generation) == (image.pid, image.generation)
@@ -239,38 +255,36 @@ impl Space {
         }
     }
 
-    /// Takes an image of the address space of which a shadow was made just now: VMA list, populated pages; and arms the
-    /// tracking. On failure the shadow is gone. `before` tells how it differs from what it was equal to last, `standing` of the
-    /// process what the shadow has of it.
+    /// Takes an image of the address space of which a child was forked just now that is becoming its shadow: VMA list,
+    /// populated pages; and arms the tracking. On failure the child is gone. `before` tells how it differs from what it was
+    /// equal to last, `standing` of the process what the shadow has of it.
     pub fn capture(
         &mut self,
         stopped: &mut Stopped,
-        Fresh {
-            shadow,
-            brk,
-            locks_future,
-        }: Fresh,
+        fresh: Fresh,
         before: Option<Changes>,
         standing: Vec<u8>,
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
+        let asked = (fresh.brk, fresh.locks_future);
+        let armed = match self.arm(stopped, before) {
+            Ok(armed) => armed,
+            Err(error) => {
+                fresh.discard(stopped);
+                return Err(error);
+            }
+        };
+        let shadow = fresh.finish(stopped)?;
         let of_shadow = shadow.pid;
         let base = Arc::new(Base::new(shadow, standing));
-        let captured = self.capture_whole(stopped, base, (brk, locks_future), before, context);
+        let captured = self.capture_armed(stopped, base, asked, armed, context);
         captured.inspect_err(|_| fork::end(stopped, self.pid, of_shadow))
     }
 
-    fn capture_whole(
-        &mut self,
-        stopped: &mut Stopped,
-        base: Arc<Base>,
-        asked: (u64, u64),
-        before: Option<Changes>,
-        context: &mut Context,
-    ) -> Result<(SpaceImage, Copied)> {
+    /// Arms the tracking of all there is.
+    fn arm(&mut self, stopped: &Stopped, before: Option<Changes>) -> Result<Armed> {
         let pid = self.pid;
         let member = stopped.member(pid)?;
-        let generation = member.generation;
         let window = window_span(stopped, pid)?;
         let text = read_maps(member)?;
         let layout = parse_map(pid, &text, window)?;
@@ -286,7 +300,33 @@ impl Space {
         let populated = layout.populated(&member.pagemap).map_err(failed)?;
         let differing = before.map(|before| before.differing(&written));
         self.history.armed(&written);
+        Ok(Armed {
+            generation: member.generation,
+            window,
+            text,
+            layout,
+            populated,
+            differing,
+        })
+    }
 
+    fn capture_armed(
+        &mut self,
+        stopped: &mut Stopped,
+        base: Arc<Base>,
+        asked: (u64, u64),
+        armed: Armed,
+        context: &mut Context,
+    ) -> Result<(SpaceImage, Copied)> {
+        let pid = self.pid;
+        let Armed {
+            generation,
+            window,
+            text,
+            layout,
+            populated,
+            differing,
+        } = armed;
         let id = append(context, pid, &base, (&text, window), &populated, asked)?;
         super::aio::check(pid, &layout)?;
         let mut pages = PageMap::new(self.pages.clone());

@@ -12,44 +12,96 @@ use zerocopy::IntoBytes;
 use crate::freeze::{Stopped, refuse};
 use crate::kernel::host_names::{self, NOBODYS};
 use crate::kernel::namespaces::{self, Inodes};
-use crate::kernel::ptrace::{self, Queue};
+use crate::kernel::ptrace::{self, Queue, Registers, RseqConfiguration, SignalInfo};
 use crate::kernel::{pidfd, procfs, registers};
 use crate::record::{Context, Kind, ObjectId, ObjectKey};
 
 use super::layout::{
     Identity, ProcessRecord, ProcessState, Rights, ThreadRecord, ThreadState, TimerValue,
 };
+use super::posix_timers::PosixTimer;
+use super::probe::ProcessProbe;
 use super::settings::{self, Settings};
 use super::{About, Result, interrupted, pending, posix_timers, probe};
 
 /// Room for the extended state of any processor so far: AMX has 11 KiB.
 pub(super) const XSTATE_ROOM: usize = 16 << 10;
 
-/// Records every process and thread of a stopped tree. Every process but zombies needs a window, and [`prepare`] must
+/// Whom only the kernel can ask has been asked: what the processes and threads of a stopped tree told of themselves.
+#[derive(Debug)]
+pub struct Asked(Vec<AskedProcess>);
+
+#[derive(Debug)]
+struct AskedProcess {
+    pid: Pid,
+    /// `None`: it is a zombie.
+    told: Option<Told>,
+}
+
+#[derive(Debug)]
+struct Told {
+    observed: ProcessProbe,
+    timers: Vec<PosixTimer>,
+    pending: Vec<SignalInfo>,
+    threads: Vec<AskedThread>,
+}
+
+#[derive(Debug)]
+struct AskedThread {
+    tid: Pid,
+    state: ThreadState,
+    registers: Registers,
+    signal_mask: u64,
+    rseq: RseqConfiguration,
+    xstate: Vec<u8>,
+    pending: Vec<SignalInfo>,
+}
+
+/// Asks every process and thread of a stopped tree. Every process but zombies needs a window, and [`prepare`] must
 /// have been called.
 ///
-/// The records of a process and its threads are found through [`Recorded::read`].
-///
 /// [`prepare`]: super::prepare
-/// [`Recorded::read`]: super::Recorded::read
-pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<()> {
-    let pids: Vec<Pid> = stopped.processes().map(|process| process.pid).collect();
-    for pid in pids {
-        let identity = identify(stopped, pid)?;
-        let key = ObjectKey::new(Kind::Process, identity.pid as u64, identity.start_time);
-        let id = context.intern(key).id();
-        if identity.zombie != 0 {
-            let record = ProcessRecord {
-                identity,
-                state: ProcessState::nothing(),
-                settings: Settings::nothing(),
-            };
-            context.put(Kind::Process, id, &record, b"")?;
-        } else {
-            capture_process(stopped, context, identity, id)?;
-        }
+pub fn ask(stopped: &mut Stopped<'_>) -> Result<Asked> {
+    let processes: Vec<(Pid, bool)> = stopped
+        .processes()
+        .map(|process| (process.pid, process.is_zombie()))
+        .collect();
+    let mut asked = Vec::with_capacity(processes.len());
+    for (pid, is_zombie) in processes {
+        let told = match is_zombie {
+            true => None,
+            false => Some(ask_process(stopped, pid)?),
+        };
+        asked.push(AskedProcess { pid, told });
     }
-    Ok(())
+    Ok(Asked(asked))
+}
+
+impl Asked {
+    /// Records them all, with what `/proc` tells of them. Batches may run in the tree meanwhile.
+    ///
+    /// The records of a process and its threads are found through [`Recorded::read`].
+    ///
+    /// [`Recorded::read`]: super::Recorded::read
+    pub fn record(self, stopped: &Stopped<'_>, context: &mut Context) -> Result<()> {
+        for AskedProcess { pid, told } in self.0 {
+            let identity = identify(stopped, pid)?;
+            let key = ObjectKey::new(Kind::Process, identity.pid as u64, identity.start_time);
+            let id = context.intern(key).id();
+            match told {
+                Some(told) => record_process(stopped, context, identity, id, told)?,
+                None => {
+                    let record = ProcessRecord {
+                        identity,
+                        state: ProcessState::nothing(),
+                        settings: Settings::nothing(),
+                    };
+                    context.put(Kind::Process, id, &record, b"")?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What names a process of the stopped tree.
@@ -98,26 +150,7 @@ pub(super) fn pidfd_inode(stopped: &Stopped<'_>, pid: Pid) -> Result<u64> {
     Ok(fstat(pidfd.as_raw_fd()).about(pid, "pidfd")?.st_ino)
 }
 
-fn capture_process(
-    stopped: &mut Stopped<'_>,
-    context: &mut Context,
-    identity: Identity,
-    id: ObjectId,
-) -> Result<()> {
-    let pid = Pid::from_raw(identity.pid);
-    // Before any batch: it tells of the thread as the program left it.
-    let rights = rights(stopped, pid)?;
-    if rights
-        .lines()
-        .any(|line| line.starts_with(FEATURES) && line.contains("shstk"))
-    {
-        return Err(refuse(
-            pid,
-            "its shadow stack",
-            "shadow stacks can't be put back yet; start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
-        )
-        .into());
-    }
+fn ask_process(stopped: &mut Stopped<'_>, pid: Pid) -> Result<Told> {
     let (mut observed, leader) = probe::process(stopped, pid)?;
     let timers = posix_timers::list_with_times(stopped, pid)?;
     // One that has fired, and whose signal waits, has no time left until that is taken; setting it so would disarm it.
@@ -133,7 +166,93 @@ fn capture_process(
         )
         .into());
     }
+    let pending = ptrace::pending_signals(pid, Queue::Shared).about(pid, "pending signals")?;
+    check_pending(pid, &pending)?;
+    let tids: Vec<Pid> = match stopped.process(pid) {
+        Some(process) => process.threads.iter().map(|thread| thread.tid).collect(),
+        None => Vec::new(),
+    };
+    let mut threads = Vec::with_capacity(tids.len());
+    for tid in tids {
+        let state = match tid == pid {
+            true => leader,
+            false => probe::thread(stopped, pid, tid)?,
+        };
+        threads.push(ask_thread(stopped, (pid, tid), state)?);
+    }
+    Ok(Told {
+        observed,
+        timers,
+        pending,
+        threads,
+    })
+}
 
+fn ask_thread(
+    stopped: &mut Stopped<'_>,
+    (pid, tid): (Pid, Pid),
+    mut state: ThreadState,
+) -> Result<AskedThread> {
+    state.rights.filters = filters(pid, tid, &state.rights, 0)?;
+    let gone = crate::freeze::Error::Gone(tid);
+    let thread = stopped
+        .process_mut(pid)
+        .and_then(|process| process.threads.iter_mut().find(|thread| thread.tid == tid))
+        .ok_or(gone)?;
+    let registers = *thread.registers()?;
+    let signal_mask = thread.signal_mask()?;
+    let number = stopped.number_of_call(tid, &registers).ok_or_else(|| {
+        refuse(
+            pid,
+            format!("thread {tid}: the system call it is in"),
+            "it was interrupted before, and /proc/PID/syscall and stack do not tell which it is; try again",
+        )
+    })?;
+    let mut xstate = vec![0; XSTATE_ROOM];
+    let len = ptrace::xstate(tid, &mut xstate).about(tid, "extended state")?;
+    if len == XSTATE_ROOM {
+        return Err(refuse(
+            pid,
+            format!("thread {tid}: its extended state"),
+            "it is larger than that of any processor known to this version",
+        )
+        .into());
+    }
+    xstate.truncate(len);
+    let pending = ptrace::pending_signals(tid, Queue::Private).about(tid, "pending signals")?;
+    check_pending(pid, &pending)?;
+    Ok(AskedThread {
+        tid,
+        state,
+        registers: interrupted::to_record(&registers, number),
+        signal_mask,
+        rseq: ptrace::rseq(tid).about(tid, "rseq configuration")?,
+        xstate,
+        pending,
+    })
+}
+
+fn record_process(
+    stopped: &Stopped<'_>,
+    context: &mut Context,
+    identity: Identity,
+    id: ObjectId,
+    told: Told,
+) -> Result<()> {
+    let pid = Pid::from_raw(identity.pid);
+    let rights = rights(stopped, pid)?;
+    if rights
+        .lines()
+        .any(|line| line.starts_with(FEATURES) && line.contains("shstk"))
+    {
+        return Err(refuse(
+            pid,
+            "its shadow stack",
+            "shadow stacks can't be put back yet; start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
+        )
+        .into());
+    }
+    let mut observed = told.observed;
     if host_names::are_ours(pid).about(pid, "its UTS namespace")? {
         observed.state.host_names = NOBODYS;
     }
@@ -146,82 +265,40 @@ fn capture_process(
     let directory = observed.directory.unwrap_or_default();
     context.put(Kind::Process, id, &record, &directory)?;
     context.put_list(Kind::SignalHandlers, id, &observed.actions)?;
-    context.put(Kind::Timers, id, &observed.timers, timers.as_bytes())?;
+    context.put(Kind::Timers, id, &observed.timers, told.timers.as_bytes())?;
     context.append(Kind::Credentials, id, &[rights.as_bytes()])?;
-    let shared = ptrace::pending_signals(pid, Queue::Shared).about(pid, "pending signals")?;
-    put_pending(context, id, pid, &shared)?;
-
-    let tids: Vec<Pid> = match stopped.process(pid) {
-        Some(process) => process.threads.iter().map(|thread| thread.tid).collect(),
-        None => Vec::new(),
-    };
-    let count = tids.len();
-    for tid in tids {
-        let mut state = if tid == pid {
-            leader
-        } else {
-            probe::thread(stopped, pid, tid)?
+    put_pending(context, id, &told.pending)?;
+    let count = told.threads.len();
+    for thread in told.threads {
+        let namespaces = match looks_at_namespaces(pid, thread.tid, count) {
+            true => namespaces_of(stopped, pid, thread.tid)?,
+            false => Inodes::default(),
         };
-        state.rights.filters = filters(pid, tid, &state.rights, 0)?;
-        let namespaces = if looks_at_namespaces(pid, tid, count) {
-            namespaces_of(stopped, pid, tid)?
-        } else {
-            Inodes::default()
-        };
-        capture_thread(stopped, context, (pid, tid), id, state, namespaces)?;
+        record_thread(context, id, &thread, namespaces)?;
     }
     Ok(())
 }
 
-fn capture_thread(
-    stopped: &mut Stopped<'_>,
+fn record_thread(
     context: &mut Context,
-    (pid, tid): (Pid, Pid),
     process_id: ObjectId,
-    state: ThreadState,
+    thread: &AskedThread,
     namespaces: Inodes,
 ) -> Result<()> {
-    let gone = crate::freeze::Error::Gone(tid);
-    let thread = stopped
-        .process_mut(pid)
-        .and_then(|process| process.threads.iter_mut().find(|thread| thread.tid == tid))
-        .ok_or(gone)?;
-    let rseq = ptrace::rseq(tid).about(tid, "rseq configuration")?;
-    let registers = *thread.registers()?;
-    let signal_mask = thread.signal_mask()?;
-    let number = stopped.number_of_call(tid, &registers).ok_or_else(|| {
-        refuse(
-            pid,
-            format!("thread {tid}: the system call it is in"),
-            "it was interrupted before, and /proc/PID/syscall and stack do not tell which it is; try again",
-        )
-    })?;
-    let registers = interrupted::to_record(&registers, number);
     let record = ThreadRecord {
         process: context.refer(process_id)?,
-        tid: tid.as_raw() as u64,
-        registers: registers::to_words(&registers),
-        signal_mask,
-        rseq_address: rseq.address,
-        rseq_size: rseq.size,
-        rseq_signature: rseq.signature,
+        tid: thread.tid.as_raw() as u64,
+        registers: registers::to_words(&thread.registers),
+        signal_mask: thread.signal_mask,
+        rseq_address: thread.rseq.address,
+        rseq_size: thread.rseq.size,
+        rseq_signature: thread.rseq.signature,
         namespaces,
-        state,
+        state: thread.state,
     };
-    let mut xstate = [0; XSTATE_ROOM];
-    let len = ptrace::xstate(tid, &mut xstate).about(tid, "extended state")?;
-    if len == XSTATE_ROOM {
-        return Err(refuse(
-            pid,
-            format!("thread {tid}: its extended state"),
-            "it is larger than that of any processor known to this version",
-        )
-        .into());
-    }
     let id = context.new_object();
-    context.put(Kind::Thread, id, &record, &xstate[..len])?;
-    let private = ptrace::pending_signals(tid, Queue::Private).about(tid, "pending signals")?;
-    put_pending(context, id, pid, &private)
+    context.put(Kind::Thread, id, &record, &thread.xstate)?;
+    put_pending(context, id, &thread.pending)
 }
 
 /// Whether the namespaces of a thread are looked at, of a process that has `count`: of the main thread always, of others
@@ -264,13 +341,8 @@ pub(super) fn filters(pid: Pid, tid: Pid, rights: &Rights, known: u64) -> Result
     Ok(count.and_then(|count| count.parse().ok()).unwrap_or(0))
 }
 
-/// Most queues are empty, and have no record.
-fn put_pending(
-    context: &mut Context,
-    id: ObjectId,
-    pid: Pid,
-    signals: &[ptrace::SignalInfo],
-) -> Result<()> {
+/// Refuses more signals than can be put back.
+fn check_pending(pid: Pid, signals: &[SignalInfo]) -> Result<()> {
     if signals.len() > pending::MOST {
         return Err(refuse(
             pid,
@@ -279,6 +351,11 @@ fn put_pending(
         )
         .into());
     }
+    Ok(())
+}
+
+/// Most queues are empty, and have no record.
+fn put_pending(context: &mut Context, id: ObjectId, signals: &[SignalInfo]) -> Result<()> {
     if !signals.is_empty() {
         context.put_list(Kind::PendingSignals, id, signals)?;
     }

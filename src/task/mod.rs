@@ -5,7 +5,7 @@
 //! | function | when | what |
 //! |---|---|---|
 //! | [`prepare`] | after every stop, before any batch | makes it safe to run something else on a thread: restartable sequences are aborted, calls that only the stop has ended start again |
-//! | [`capture`] | checkpoint | live state to records |
+//! | [`ask`], [`Asked::record`] | checkpoint | live state to records |
 //! | [`Recorded::read`] | rollback | a view of the records, in place |
 //! | [`Lost`], [`Questions`], [`check_from_outside`], [`check`] | rollback, before anything is touched | observes the live state; which processes are to be made again; refuses what can't be undone |
 //! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
@@ -52,7 +52,7 @@ mod transplant;
 mod verify;
 
 pub use born::kill_born;
-pub use capture::{capture, identify};
+pub use capture::{Asked, ask, identify};
 pub use check::{Changed, Observed, check, check_from_outside};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
