@@ -29,6 +29,7 @@
 //!   that it had when it was queued.
 //! - Processor time (`times(2)`, `ITIMER_PROF`'s clock) goes on; timers on such clocks get back their remaining time.
 
+mod ask;
 mod born;
 mod capture;
 mod check;
@@ -51,8 +52,9 @@ mod steps;
 mod transplant;
 mod verify;
 
+pub use ask::{Asked, ask};
 pub use born::kill_born;
-pub use capture::{Asked, ask, identify};
+pub use capture::identify;
 pub use check::{Changed, Observed, check, check_from_outside};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
