@@ -53,6 +53,7 @@ crate::support::fixture_tests! {
     timer_of_thread,
     timer_overruns,
     umask,
+    waits_go_on,
     xstate,
     zombie_child,
 }

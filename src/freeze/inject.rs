@@ -23,7 +23,8 @@ use super::{Context, Error, Result, refuse};
 pub const STORE_OFFSET: usize = LIVENESS_OFFSET + 4096;
 
 const STEPS_OFFSET: usize = CODE_SIZE + size_of::<Control>();
-const DATA_OFFSET: usize = (STEPS_OFFSET + MOST_STEPS * size_of::<Step>()).next_multiple_of(64);
+pub(super) const DATA_OFFSET: usize =
+    (STEPS_OFFSET + MOST_STEPS * size_of::<Step>()).next_multiple_of(64);
 const _: () = assert!(DATA_OFFSET + super::batch::MOST_DATA <= LIVENESS_OFFSET);
 
 /// User code segment of 64-bit tasks on x86-64.
@@ -507,6 +508,26 @@ pub(super) fn leave_call(tid: Pid) -> Result<()> {
     }
 }
 
+/// Runs the thread to the beginning or end of a call.
+pub(super) fn await_call(thread: &mut Thread) -> Result<()> {
+    let tid = thread.tid;
+    loop {
+        ptrace::run_to_call(tid).context(|| format!("run {tid} to a call"))?;
+        match wait(tid)? {
+            Event::Signal(libc::SIGTRAP) => return Ok(()),
+            Event::Interrupted => {}
+            Event::Signal(libc::SIGSTOP) => thread.state.owed = Some(libc::SIGSTOP),
+            Event::Exited(_) => return Err(Error::Gone(tid)),
+            event => {
+                return Err(Error::Unexpected {
+                    tid,
+                    event: format!("{event:?}"),
+                });
+            }
+        }
+    }
+}
+
 /// A place in the target for the few instructions that make its first calls: the zero padding behind the vDSO's
 /// ELF image, which every address space has and nothing reads.
 #[derive(Debug, Clone, Copy)]
@@ -595,7 +616,7 @@ impl Bootstrap {
         ptrace::set_registers(tid, &call).context(|| format!("set registers of {tid}"))?;
         // It stops at the beginning of the call and at its end.
         for _ in 0..2 {
-            self.await_call(thread)?;
+            await_call(thread)?;
         }
         let result = ptrace::registers(tid)
             .context(|| format!("registers of {tid}"))?
@@ -606,26 +627,6 @@ impl Bootstrap {
         } else {
             Ok(result)
         })
-    }
-
-    /// Runs the thread to the beginning or end of a call.
-    fn await_call(&self, thread: &mut Thread) -> Result<()> {
-        let tid = thread.tid;
-        loop {
-            ptrace::run_to_call(tid).context(|| format!("run {tid} to a call"))?;
-            match wait(tid)? {
-                Event::Signal(libc::SIGTRAP) => return Ok(()),
-                Event::Interrupted => {}
-                Event::Signal(libc::SIGSTOP) => thread.state.owed = Some(libc::SIGSTOP),
-                Event::Exited(_) => return Err(Error::Gone(tid)),
-                event => {
-                    return Err(Error::Unexpected {
-                        tid,
-                        event: format!("{event:?}"),
-                    });
-                }
-            }
-        }
     }
 
     pub(super) fn erase(&self, memory: &std::fs::File) -> Result<()> {

@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 use crate::freeze::{Stopped, refuse};
 use crate::kernel::host_names::{self, NOBODYS};
 use crate::kernel::namespaces::{self, Inodes};
-use crate::kernel::ptrace::{self, Queue};
+use crate::kernel::ptrace::{self, Queue, Registers};
 use crate::kernel::{pidfd, procfs, registers};
 use crate::record::{Context, Kind, ObjectId, ObjectKey};
 
@@ -20,6 +20,7 @@ use super::layout::{
     Identity, ProcessRecord, ProcessState, Rights, ThreadRecord, ThreadState, TimerValue,
 };
 use super::settings::{self, Settings};
+use super::time_left::{self, Blocks};
 use super::{About, Result, interrupted, pending, posix_timers, probe};
 
 /// Room for the extended state of any processor so far: AMX has 11 KiB.
@@ -156,6 +157,7 @@ fn capture_process(
         None => Vec::new(),
     };
     let count = tids.len();
+    let blocks = Blocks::of(pid);
     for tid in tids {
         let mut state = if tid == pid {
             leader
@@ -168,11 +170,14 @@ fn capture_process(
         } else {
             Inodes::default()
         };
-        capture_thread(stopped, context, (pid, tid), id, state, namespaces)?;
+        let thread = capture_thread(stopped, context, (pid, tid), id, state, namespaces)?;
+        let (thread, registers, number) = thread;
+        time_left::capture(context, thread, (tid, &registers, number), &blocks)?;
     }
     Ok(())
 }
 
+/// Returns the id of its record, its registers, and the number of the call that it is in.
 fn capture_thread(
     stopped: &mut Stopped<'_>,
     context: &mut Context,
@@ -180,7 +185,7 @@ fn capture_thread(
     process_id: ObjectId,
     state: ThreadState,
     namespaces: Inodes,
-) -> Result<()> {
+) -> Result<(ObjectId, Registers, u64)> {
     let gone = crate::freeze::Error::Gone(tid);
     let thread = stopped
         .process_mut(pid)
@@ -196,11 +201,11 @@ fn capture_thread(
             "it was interrupted before, and /proc/PID/syscall and stack do not tell which it is; try again",
         )
     })?;
-    let registers = interrupted::to_record(&registers, number);
+    let to_record = interrupted::to_record(&registers, number);
     let record = ThreadRecord {
         process: context.refer(process_id)?,
         tid: tid.as_raw() as u64,
-        registers: registers::to_words(&registers),
+        registers: registers::to_words(&to_record),
         signal_mask,
         rseq_address: rseq.address,
         rseq_size: rseq.size,
@@ -221,7 +226,8 @@ fn capture_thread(
     let id = context.new_object();
     context.put(Kind::Thread, id, &record, &xstate[..len])?;
     let private = ptrace::pending_signals(tid, Queue::Private).about(tid, "pending signals")?;
-    put_pending(context, id, pid, &private)
+    put_pending(context, id, pid, &private)?;
+    Ok((id, registers, number))
 }
 
 /// Whether the namespaces of a thread are looked at, of a process that has `count`: of the main thread always, of others
