@@ -187,6 +187,7 @@ pub fn take(
         }
         false => memory::prepare_flags(),
     }
+    task::prepare_time_left();
     phases.end_running("prepare");
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
     let unknown = task::prepare(&mut stopped)?;

@@ -137,13 +137,7 @@ impl Bootstrap {
         self.start(thread, memory, &code, u64::MAX, &call)?;
         // It stops at the beginning of the call and at its end.
         for _ in 0..2 {
-            loop {
-                ptrace::run_to_call(tid).context(|| format!("run {tid} to a call"))?;
-                match wait(tid)? {
-                    Event::Signal(libc::SIGTRAP) => break,
-                    event => pass_over(thread, event)?,
-                }
-            }
+            await_call(thread)?;
         }
         let found = ptrace::registers(tid).context(|| format!("registers of {tid}"))?;
         Ok(returned(found.rax))
@@ -182,6 +176,18 @@ impl Bootstrap {
         memory
             .write_all_at(&[0; Self::SIZE], self.address)
             .context(|| "clean the vDSO padding".into())
+    }
+}
+
+/// Runs a thread to the beginning or end of a call.
+pub(super) fn await_call(thread: &mut Thread) -> Result<()> {
+    let tid = thread.tid;
+    loop {
+        ptrace::run_to_call(tid).context(|| format!("run {tid} to a call"))?;
+        match wait(tid)? {
+            Event::Signal(libc::SIGTRAP) => return Ok(()),
+            event => pass_over(thread, event)?,
+        }
     }
 }
 

@@ -21,7 +21,8 @@ use super::{Context, Error, Result, refuse};
 pub const STORE_OFFSET: usize = LIVENESS_OFFSET + 4096;
 
 const STEPS_OFFSET: usize = CODE_SIZE + size_of::<Control>();
-const DATA_OFFSET: usize = (STEPS_OFFSET + MOST_STEPS * size_of::<Step>()).next_multiple_of(64);
+pub(super) const DATA_OFFSET: usize =
+    (STEPS_OFFSET + MOST_STEPS * size_of::<Step>()).next_multiple_of(64);
 const _: () = assert!(DATA_OFFSET + super::batch::MOST_DATA <= LIVENESS_OFFSET);
 
 /// The flags register to start a batch with: interrupts enabled, direction forward.

@@ -19,6 +19,7 @@ mod revive;
 mod stopped;
 mod thread;
 mod tree;
+mod waiting;
 mod watch;
 
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};

@@ -2,6 +2,7 @@
 
 pub mod anonymous;
 pub mod bootstrap;
+mod bpf_iterator;
 mod btf;
 pub mod cgroup_path;
 pub mod confined;
@@ -33,6 +34,7 @@ pub mod ptrace;
 pub mod reflink;
 pub mod registers;
 pub mod remote_memory;
+pub mod restart_block;
 pub mod runner;
 pub mod scheduling;
 pub mod shared_map;

@@ -10,7 +10,7 @@ use crate::kernel::ptrace::{self, Queue, Registers, RseqConfiguration, SignalInf
 use super::layout::{Rights, ThreadState, TimerValue};
 use super::posix_timers::PosixTimer;
 use super::probe::ProcessProbe;
-use super::{About, Result, interrupted, pending, posix_timers, probe};
+use super::{About, Result, pending, posix_timers, probe};
 
 /// Room for the extended state of any processor so far: AMX has 11 KiB.
 pub(super) const XSTATE_ROOM: usize = 16 << 10;
@@ -39,6 +39,8 @@ pub(super) struct AskedThread {
     pub(super) tid: Pid,
     pub(super) state: ThreadState,
     pub(super) registers: Registers,
+    /// The number of the call that it is in.
+    pub(super) number: u64,
     pub(super) signal_mask: u64,
     pub(super) rseq: RseqConfiguration,
     pub(super) xstate: Vec<u8>,
@@ -139,7 +141,8 @@ fn ask_thread(
     Ok(AskedThread {
         tid,
         state,
-        registers: interrupted::to_record(&registers, number),
+        registers,
+        number,
         signal_mask,
         rseq: ptrace::rseq(tid).about(tid, "rseq configuration")?,
         xstate,

@@ -18,7 +18,8 @@ use crate::record::{Context, Kind, ObjectId, ObjectKey};
 use super::ask::{Asked, AskedProcess, AskedThread, Told};
 use super::layout::{Identity, ProcessRecord, ProcessState, ThreadRecord};
 use super::settings::{self, Settings};
-use super::{About, Result};
+use super::time_left::{self, Blocks};
+use super::{About, Result, interrupted};
 
 impl Asked {
     /// Records them all, with what `/proc` tells of them. Batches may run in the tree meanwhile.
@@ -130,26 +131,31 @@ fn record_process(
     context.append(Kind::Credentials, id, &[rights.as_bytes()])?;
     put_pending(context, id, &told.pending)?;
     let count = told.threads.len();
+    let blocks = Blocks::of(pid);
     for thread in told.threads {
         let namespaces = match looks_at_namespaces(pid, thread.tid, count) {
             true => namespaces_of(stopped, pid, thread.tid)?,
             false => Inodes::default(),
         };
-        record_thread(context, id, &thread, namespaces)?;
+        let record = record_thread(context, id, &thread, namespaces)?;
+        let call = (thread.tid, &thread.registers, thread.number);
+        time_left::capture(context, record, call, &blocks)?;
     }
     Ok(())
 }
 
+/// Returns the id of its record.
 fn record_thread(
     context: &mut Context,
     process_id: ObjectId,
     thread: &AskedThread,
     namespaces: Inodes,
-) -> Result<()> {
+) -> Result<ObjectId> {
+    let registers = interrupted::to_record(&thread.registers, thread.number);
     let record = ThreadRecord {
         process: context.refer(process_id)?,
         tid: thread.tid.as_raw() as u64,
-        registers: registers::to_words(&thread.registers),
+        registers: registers::to_words(&registers),
         signal_mask: thread.signal_mask,
         rseq_address: thread.rseq.address,
         rseq_size: thread.rseq.size,
@@ -159,7 +165,8 @@ fn record_thread(
     };
     let id = context.new_object();
     context.put(Kind::Thread, id, &record, &thread.xstate)?;
-    put_pending(context, id, &thread.pending)
+    put_pending(context, id, &thread.pending)?;
+    Ok(id)
 }
 
 /// Whether the namespaces of a thread are looked at, of a process that has `count`: of the main thread always, of others

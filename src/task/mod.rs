@@ -14,6 +14,7 @@
 //! | [`loosen`] | rollback, before memory and descriptors | what would be in the way of those: limits, rseq areas |
 //! | [`restore`] | rollback, after memory and descriptors | puts back what differs |
 //! | [`verify`] | after a rollback | compares live and recorded state by other means |
+//! | [`wait_on`] | last of all | has threads wait in their calls for the time that was left |
 //!
 //! State that only the thread itself can be asked for is read by one batch per thread ([`probe`]); a batch that changes
 //! something is run only where something differs, so that a thread that did nothing special since the checkpoint costs
@@ -21,9 +22,8 @@
 //!
 //! # What is not exact
 //!
-//! - A relative sleep (`nanosleep`, `poll`, a futex wait with a time limit) that was interrupted by the checkpoint
-//!   starts again with its whole time after a rollback: how long it had slept is known to the kernel alone. Sleeps that
-//!   have what is left written over what they asked for, as most do, go on with that. An
+//! - What was left to wait of a sleep, a poll or a futex wait is known to the kernel alone, and is read by BPF. Where that can't
+//!   be had they start again with their whole time, but for sleeps that have what is left written over what they asked for. An
 //!   `epoll_wait` with a time limit does so at every stop, where the kernel would have ended it with `EINTR`.
 //! - A POSIX timer signal that was pending at the checkpoint is queued again as a plain signal, with the overrun count
 //!   that it had when it was queued.
@@ -49,6 +49,7 @@ mod room;
 mod settings;
 mod standing;
 mod steps;
+mod time_left;
 mod transplant;
 mod verify;
 
@@ -71,6 +72,7 @@ pub use rights::{has_rights_of, keeps_rights, may_set_program};
 pub use room::check_room;
 pub use settings::Settings;
 pub use standing::Standing;
+pub use time_left::{prepare_time_left, wait_on};
 pub use transplant::{check_transplant, transplant};
 pub use verify::verify;
 
