@@ -18,6 +18,8 @@ use super::{Context, Error, Result, calls, discover, refuse};
 
 /// How long a task may take to stop: one in an uninterruptible wait (disk, a vfork child) does not.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long it may take if all it waits for is a processor.
+const STARVED: Duration = Duration::from_secs(20);
 /// How long one attempt waits before it lets all go for a moment, so that a vfork child can exec.
 const ATTEMPT: Duration = Duration::from_millis(50);
 /// After this a task that has not stopped is looked at closely.
@@ -82,7 +84,8 @@ pub struct Stopped<'t> {
 
 impl<'t> Stopped<'t> {
     pub(super) fn stop(tree: &'t mut Tree, on_death: OnTracerDeath) -> Result<Self> {
-        let deadline = Instant::now() + PATIENCE;
+        let began = Instant::now();
+        let deadline = began + PATIENCE;
         let awake = tree.latency.awake();
         scheduling::move_away(tree.processors());
         loop {
@@ -117,7 +120,8 @@ impl<'t> Stopped<'t> {
                         tree.let_stragglers_go();
                         std::thread::yield_now();
                     }
-                    if Instant::now() >= deadline {
+                    let is_starved = || is_runnable(pid, tid) && began.elapsed() < STARVED;
+                    if Instant::now() >= deadline && !is_starved() {
                         let state =
                             procfs::Stat::of_thread(pid, tid).map_or('?', |stat| stat.state);
                         return Err(refuse(
@@ -364,7 +368,8 @@ impl<'t> Stopped<'t> {
                 Ok(None) => {
                     turns += 1;
                     if turns > 64 {
-                        if Instant::now() > deadline {
+                        let is_starved = || is_runnable(pid, tid) && began.elapsed() < PATIENCE;
+                        if Instant::now() > deadline && !is_starved() {
                             for (_, child) in loose.take().unwrap_or_default() {
                                 // It may have ended.
                                 let _ = ptrace::interrupt(child);
@@ -614,6 +619,11 @@ impl Drop for Stopped<'_> {
         // Best effort: whoever cares about errors has called `resume`.
         let _ = self.release();
     }
+}
+
+/// Whether a task runs, or would if it had a processor: it will stop then.
+fn is_runnable(pid: Pid, tid: Pid) -> bool {
+    procfs::Stat::of_thread(pid, tid).is_ok_and(|stat| stat.state == 'R')
 }
 
 /// Whether a task is in an uninterruptible wait, as the parent of a vfork child is.
