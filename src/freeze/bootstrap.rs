@@ -29,7 +29,7 @@ pub(super) struct Bootstrap {
 
 impl Bootstrap {
     /// Room for the code and what it needs.
-    pub(super) const SIZE: usize = 512;
+    pub(super) const SIZE: usize = 384;
     /// Where in it, behind the code of a single call, what the call points to is.
     pub(super) const DATA: u64 = 64;
 

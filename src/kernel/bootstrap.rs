@@ -195,3 +195,42 @@ impl Code {
 /// SF, ZF, AF, PF and CF, which `sahf` sets from AH.
 const ARITHMETIC_FLAGS: u64 = 0xd5;
 const OVERFLOW_FLAG: u64 = 0x800;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::registers::{WORDS, from_words};
+
+    fn opened(eflags: u64) -> (Vec<u8>, u64) {
+        let registers = Registers {
+            eflags,
+            ..from_words(&[0; WORDS])
+        };
+        let what = Opening {
+            name: b"name\0",
+            memfd_flags: 0,
+            place: (0, 4096),
+            protection: (0, 0),
+            userfaultfd_flags: 0,
+        };
+        opening(&what, &registers, 0)
+    }
+
+    #[test]
+    fn it_stops_right_behind_a_system_call_and_ends_with_the_name() {
+        for eflags in [0, OVERFLOW_FLAG] {
+            let (code, stops_at) = opened(eflags);
+            let stop = stops_at as usize;
+            assert_eq!(code[stop - 2..stop], [0x0f, 0x05]);
+            assert!(code.ends_with(b"name\0"));
+            // The placeholder of the name leads from behind itself to the name.
+            let lea = code
+                .windows(3)
+                .position(|bytes| bytes == [0x48, 0x8d, 0x3d]);
+            let at = lea.expect("lea rdi") + 3;
+            let offset = u32::from_le_bytes(code[at..at + 4].try_into().unwrap()) as usize;
+            assert_eq!(at + 4 + offset, code.len() - 5);
+            assert!(code.len() <= 360, "{}", code.len());
+        }
+    }
+}
