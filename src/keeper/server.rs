@@ -18,6 +18,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::{Pid, geteuid};
 use parking_lot::{Condvar, Mutex};
 
+use crate::engine::Stream;
 use crate::fault;
 use crate::image::{Encoding, Inspection, Options, Summary};
 use crate::keeper::directory::Locked;
@@ -87,6 +88,24 @@ pub trait Operations {
     ///
     /// Refused or failed; the tree is killed.
     fn restore(&mut self, name: &str, from: &Path, verify: bool) -> Result<Report, Failure>;
+    /// Prepares to make a container again that has ended; returns its standard streams.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; nothing was touched.
+    fn prepare_again(&mut self, name: &str) -> Result<[Option<Stream>; 3], Failure>;
+    /// Makes it of an init that waits.
+    ///
+    /// # Errors
+    ///
+    /// It was not made; the checkpoints are kept.
+    fn make_again(&mut self, name: &str, root: i32, verify: bool) -> Result<Report, Failure>;
+    /// The container is about to be deleted.
+    ///
+    /// # Errors
+    ///
+    /// Checkpoints could not be freed.
+    fn end_with_container(&mut self) -> Result<(), Failure>;
     /// The checkpoints held, oldest first.
     fn checkpoints(&self) -> Vec<CheckpointInfo>;
     /// Frees one checkpoint, or all.
@@ -526,6 +545,7 @@ fn work<O: Operations>(shared: &Shared, queue: &Receiver<Job>, mut operations: O
         if is_last {
             break;
         }
+        await_stops(&mut operations);
     }
     drop(operations);
     shared.cancel_works();
@@ -536,6 +556,15 @@ fn work<O: Operations>(shared: &Shared, queue: &Receiver<Job>, mut operations: O
             let _ = reply.send(Answer::Done(Box::new(Response::Failure(failure(&gone)))));
         }
     }
+}
+
+/// Between requests a shadow may stop because it is about to end, which is to be told, too.
+fn await_stops<O: Operations>(operations: &mut O) {
+    if let Err(errno) = disposition::tell_stops_too() {
+        tracing::error!("SIGCHLD: {errno}");
+    }
+    // What has stopped before was not told.
+    operations.collect_deaths();
 }
 
 /// Whether the keeper may end after a job.
@@ -554,6 +583,10 @@ fn carry_out<O: Operations>(
     match job {
         Job::Request { request, reply } => {
             fault::point("keeper.request");
+            // At each of its many stops the signal would only be in the way.
+            if let Err(errno) = disposition::tell_deaths_only() {
+                tracing::warn!("SIGCHLD: {errno}");
+            }
             let response = answer(operations, &request);
             if let Err(failure) = shared.follow(operations.root()) {
                 tracing::error!("{failure}");
@@ -564,8 +597,11 @@ fn carry_out<O: Operations>(
                 Request::Checkpoint { .. }
                 | Request::MoveOut { .. }
                 | Request::Restore { .. }
+                | Request::EndWithContainer
                 | Request::Release { .. } => End::WithoutCheckpoints,
                 Request::Rollback { .. }
+                | Request::PrepareAgain { .. }
+                | Request::MakeAgain { .. }
                 | Request::Diff { .. }
                 | Request::Inspect { .. }
                 | Request::Persist { .. }
@@ -583,7 +619,11 @@ fn carry_out<O: Operations>(
         }
         Job::RootDied => {
             let label = shared.directory.lock().label().to_owned();
-            if !operations.can_come_back() {
+            if operations.is_alive() {
+                // The one that has ended has a successor.
+                return (None, End::Never);
+            }
+            if has_ended(operations) {
                 tracing::info!("{label} has ended");
                 return (None, End::Now);
             }
@@ -599,8 +639,14 @@ fn carry_out<O: Operations>(
     }
 }
 
-fn has_ended<O: Operations>(operations: &O) -> bool {
-    !operations.is_alive() && !operations.can_come_back()
+/// Whether the tree has ended for good.
+fn has_ended<O: Operations>(operations: &mut O) -> bool {
+    if operations.is_alive() {
+        return false;
+    }
+    // What can outlive it has to be told from what can't.
+    operations.collect_deaths();
+    !operations.can_come_back()
 }
 
 impl Shared {
@@ -657,6 +703,17 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
         Request::Restore { name, from, verify } => {
             operations.restore(name, from, *verify).map(report)
         }
+        Request::PrepareAgain { name } => {
+            let prepared = operations.prepare_again(name);
+            prepared.map(|streams| Response::Prepared { streams })
+        }
+        Request::MakeAgain { name, root, verify } => {
+            operations.make_again(name, *root, *verify).map(report)
+        }
+        Request::EndWithContainer => operations.end_with_container().map(|()| {
+            let left = operations.held();
+            Response::Released { left }
+        }),
         Request::Diff { name } => operations
             .diff(name)
             .map(|changes| Response::Changes { changes }),

@@ -14,6 +14,7 @@ mod history;
 mod hot;
 mod image;
 mod increment;
+mod kept;
 mod layout;
 mod locks;
 mod observe;

@@ -274,7 +274,10 @@ impl<'w, 't> Work<'w, 't> {
             guards: space.guards.clone(),
             bounds: space.bounds,
             auxv: space.auxv.clone(),
+            // Refused if there are any.
+            policies: None,
             program: self.mapped(&program.path, program, key)?,
+            program_path: program.path.clone(),
             files,
             pages: Arc::new(self.origin.image.pages(id)),
         })
