@@ -235,8 +235,8 @@ impl Space {
     }
 
     /// Takes an image of the address space of which a shadow was made just now: VMA list, populated pages; and arms the
-    /// tracking. On failure the shadow is gone. `before` tells how it differs from what it was equal to last, `standing` of the
-    /// process what the shadow has of it.
+    /// tracking. On failure the shadow is gone. `before` tells how it differs from what it was equal to last, `called` is what
+    /// records call the process, `standing` what the shadow has of it.
     pub fn capture(
         &mut self,
         stopped: &mut Stopped,
@@ -246,12 +246,18 @@ impl Space {
             locks_future,
         }: Fresh,
         before: Option<Changes>,
-        standing: Vec<u8>,
+        (called, standing): (Pid, Vec<u8>),
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
         let of_shadow = shadow.pid;
         let base = Arc::new(Base::new(shadow, standing));
-        let captured = self.capture_whole(stopped, base, (brk, locks_future), before, context);
+        let captured = self.capture_whole(
+            stopped,
+            base,
+            (brk, locks_future),
+            (called, before),
+            context,
+        );
         captured.inspect_err(|_| fork::end(stopped, self.pid, of_shadow))
     }
 
@@ -260,7 +266,7 @@ impl Space {
         stopped: &mut Stopped,
         base: Arc<Base>,
         asked: (u64, u64),
-        before: Option<Changes>,
+        (called, before): (Pid, Option<Changes>),
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
         let pid = self.pid;
@@ -282,7 +288,8 @@ impl Space {
         let differing = before.map(|before| before.differing(&written));
         self.history.armed(&written);
 
-        let id = append(context, pid, &base, (&text, window), &populated, asked)?;
+        let named = (pid, called);
+        let id = append(context, named, &base, (&text, window), &populated, asked)?;
         super::aio::check(pid, &layout)?;
         let mut pages = PageMap::new(self.pages.clone());
         let lacking = lacking(&base, &layout, &populated)?;
@@ -416,10 +423,10 @@ pub(super) fn check_layout(pid: Pid, layout: &Layout) -> Result<()> {
     }
 }
 
-/// Writes the records of an image.
+/// Writes the records of an image of a process, which they call by the second of the numbers.
 pub(super) fn append(
     context: &mut Context,
-    pid: Pid,
+    (pid, called): (Pid, Pid),
     base: &Base,
     (text, window): (&[u8], Span),
     populated: &Ranges,
@@ -427,7 +434,7 @@ pub(super) fn append(
 ) -> Result<ObjectId> {
     let id = context.new_object();
     let header = AddressSpaceHeader {
-        pid: pid.as_raw() as u32,
+        pid: called.as_raw() as u32,
         shadow: base.shadow.pid.as_raw() as u32,
         brk,
         window_start: window.start,

@@ -15,11 +15,10 @@ use super::capture::Capture;
 use super::epoll;
 use super::file::{self, Form};
 use super::model::{Complaint, Description, Inode, ObjectId, Recorded};
-use super::reborn::reborn;
+use super::reborn::renumber_all;
 use super::records;
 use super::state::State;
 use super::sysv::Sysv;
-use crate::freeze::LEAST_NO_PID;
 use crate::kernel::confined;
 use crate::record::{self, Context, Kind};
 
@@ -191,16 +190,12 @@ pub fn transplant(
         pins: BTreeMap::new(),
         mounts: live.mounts,
     };
-    // Old numbers may be new ones of others: so they are all taken out of the way first.
     for process in made {
-        let (was, inode) = process.was;
-        capture.recorded.names.insert(was, process.name.clone());
-        reborn(&mut capture, (was, inode), (was + LEAST_NO_PID, inode));
+        let name = process.name.clone();
+        capture.recorded.names.insert(process.was.0, name);
     }
-    for process in made {
-        let (was, inode) = process.was;
-        reborn(&mut capture, (was + LEAST_NO_PID, inode), process.is);
-    }
+    let numbers = made.iter().map(|process| (process.was, process.is));
+    renumber_all(&mut capture.recorded, numbers);
     capture.recorded.mounts = live.recorded.mounts.clone();
     capture.recorded.sysv = Sysv {
         own_namespace: live.recorded.sysv.own_namespace,
@@ -252,6 +247,14 @@ pub fn transplant(
         }
     }
     Ok(capture)
+}
+
+/// What was transplanted with processes called as they were recorded, as all records of a checkpoint call them.
+pub fn as_recorded(capture: &Capture, made: &[Made]) -> Recorded {
+    let mut recorded = capture.recorded.clone();
+    let numbers = made.iter().map(|process| (process.is, process.was));
+    renumber_all(&mut recorded, numbers);
+    recorded
 }
 
 /// Has epoll instances know the inodes that what they watch has now.
