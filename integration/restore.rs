@@ -62,13 +62,18 @@ fn real_comes_back(name: &str, command: &[&str]) {
         skip!("no {}", command[0]);
     }
     let containers = Containers::new();
-    let programs = real("");
-    let mount = format!("{}:/fixtures:ro", programs.display());
+    let bundle = real_bundle(&containers, name, command);
+    comes_back_in(&containers, name, &bundle, true);
+}
+
+/// A bundle of a program of `fixtures/real`, run by this command line before its path.
+#[track_caller]
+pub(crate) fn real_bundle(containers: &Containers, name: &str, command: &[&str]) -> PathBuf {
+    let mount = format!("{}:/fixtures:ro", real("").display());
     let path = format!("/fixtures/{name}");
     let fixed = ["host", "--mount", &mount, "--cwd", "/tmp", "--"];
     let all = [&fixed[..], command, &[&path]].concat();
-    let bundle = containers.bundle(name, &all);
-    comes_back_in(&containers, name, &bundle, true);
+    containers.bundle(name, &all)
 }
 
 #[track_caller]

@@ -373,15 +373,16 @@ impl Engine {
 
     /// The checkpoints, oldest first.
     pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
-        let all = || self.ended.iter().chain(&self.checkpoints);
-        let names: BTreeMap<u64, &str> = all()
+        let all = self.all();
+        let names: BTreeMap<u64, &str> = all
+            .iter()
             .map(|checkpoint| (checkpoint.number, checkpoint.name.as_str()))
             .collect();
         let parent = |number| {
             let parent = self.lineage.parent(number)?;
             names.get(&parent).map(|name| (*name).to_owned())
         };
-        let info = |checkpoint: &Held| CheckpointInfo {
+        let info = |checkpoint: &&Held| CheckpointInfo {
             name: checkpoint.name.clone(),
             parent: parent(checkpoint.number),
             is_current: self.lineage.current() == Some(checkpoint.number),
@@ -397,7 +398,7 @@ impl Engine {
             durability: self.durability(&checkpoint.name),
             has_ended: self.find_ended(&checkpoint.name).is_ok(),
         };
-        all().map(info).collect()
+        all.iter().map(info).collect()
     }
 
     /// Frees a checkpoint, or all of them. The tree runs on; with the last one all traces of us are gone from it.
@@ -484,6 +485,13 @@ impl Engine {
             .ok_or_else(|| self.no_such(name))
     }
 
+    /// All checkpoints, oldest first, of containers that have ended too.
+    fn all(&self) -> Vec<&Held> {
+        let mut all: Vec<&Held> = self.ended.iter().chain(&self.checkpoints).collect();
+        all.sort_by_key(|held| held.number);
+        all
+    }
+
     /// A checkpoint, be it that its container has ended.
     fn get(&self, name: &str) -> Result<&Held, Error> {
         match self.find_ended(name) {
@@ -493,8 +501,8 @@ impl Engine {
     }
 
     fn no_such(&self, name: &str) -> Error {
-        let all = self.ended.iter().chain(&self.checkpoints);
-        let names: Vec<_> = all.map(|checkpoint| checkpoint.name.as_str()).collect();
+        let all = self.all();
+        let names: Vec<_> = all.iter().map(|held| held.name.as_str()).collect();
         Error::Failed(if names.is_empty() {
             format!("{} has no checkpoints", self.target.label)
         } else {

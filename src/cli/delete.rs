@@ -15,6 +15,7 @@ pub(super) fn run(global: &Global, args: &liboci_cli::Delete) -> anyhow::Result<
 
 /// Deletes a container, and its checkpoints with it.
 pub(super) fn delete(root: &Path, id: &str, force: bool) -> anyhow::Result<()> {
+    container::again::settle(root, id)?;
     let located = container::locate(root, id);
     let is_to_go = |located: &container::Located| force || located.init.is_none();
     if let Ok(located) = located.as_ref()

@@ -73,6 +73,7 @@ impl Target {
         }
         let (pid, cgroup, label, outlives) = match (&self.id, self.pid) {
             (Some(id), _) => {
+                container::again::settle(&global.root, id)?;
                 let located = container::locate(&global.root, id)?;
                 if located.status == container::Status::Stopped
                     && !matches!(must, Must::Run)

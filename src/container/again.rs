@@ -5,16 +5,17 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::SigSet;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::create::{self, Child, Options};
 use super::lifecycle::{self, end_processes};
-use super::locate::{Located, Status, locate};
+use super::locate::{Located, Status, check_id, locate};
 use super::overlay::{self, Place};
 use super::{Error, cgroups, config};
 use crate::fault;
@@ -28,28 +29,60 @@ pub(crate) struct Again {
 }
 
 /// Nobody else creates this container anew or deletes it.
-pub(super) type Lock = Flock<File>;
+///
+/// A lock of fcntl(2), which a process made by fork does not have: the new init would hold any other for as long as it waits.
+#[derive(Debug)]
+pub(super) struct Lock {
+    path: PathBuf,
+    _file: File,
+}
 
-/// Locks the directory of a container's state; `None`: there is none.
-pub(super) fn lock(directory: &Path) -> Result<Option<Lock>, Error> {
-    let failed = |error| Error::io("locking", directory)(error);
+/// Locks a container's ID; `None`: there is none.
+pub(super) fn lock(root: &Path, id: &str) -> Result<Option<Lock>, Error> {
+    if !root.join(id).exists() && !beside(root).join(id).exists() {
+        return Ok(None);
+    }
+    let directory = root.join(".locks");
+    let path = directory.join(id);
+    let failed = |error| Error::io("locking", &path)(error);
     loop {
-        let file = match File::open(directory) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed(error)),
+        make_private(&directory)?;
+        let mut options = File::options();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let file = match options.open(&path) {
+            // Whoever had the lock has just removed the directory.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            opened => opened.map_err(failed)?,
         };
-        let locked = Flock::lock(file, FlockArg::LockExclusive);
-        let locked = locked.map_err(|(_, errno)| failed(errno.into()))?;
-        let held = locked.metadata().map_err(failed)?;
-        // Whoever had the lock may have put another in its place.
-        match fs::symlink_metadata(directory) {
-            Ok(there) if (there.dev(), there.ino()) == (held.dev(), held.ino()) => {
-                return Ok(Some(locked));
-            }
-            _ => {}
+        let whole = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        fcntl(file.as_raw_fd(), FcntlArg::F_SETLKW(&whole))
+            .map_err(|errno| failed(errno.into()))?;
+        let held = file.metadata().map_err(failed)?;
+        let there = fs::symlink_metadata(&path);
+        if there.is_ok_and(|there| (there.dev(), there.ino()) == (held.dev(), held.ino())) {
+            return Ok(Some(Lock { path, _file: file }));
         }
     }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // What is left is taken by the next that locks.
+        let _ = fs::remove_file(&self.path);
+        let _ = self.path.parent().map(fs::remove_dir);
+    }
+}
+
+fn make_private(directory: &Path) -> Result<(), Error> {
+    let mut builder = DirBuilder::new();
+    let made = builder.recursive(true).mode(0o700).create(directory);
+    made.map_err(Error::io("creating", directory))
 }
 
 /// Where containers are made that are to take the place of others.
@@ -77,6 +110,16 @@ pub(super) fn recover(root: &Path, id: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// The same, if nobody is at work on it; waits for who is.
+pub(crate) fn settle(root: &Path, id: &str) -> Result<(), Error> {
+    check_id(id)?;
+    if beside(root).join(id).exists() {
+        let _lock = lock(root, id)?;
+        recover(root, id)?;
+    }
+    Ok(())
+}
+
 /// Has the container that was made beside the old one take its place.
 fn replace(root: &Path, id: &str) -> Result<(), Error> {
     let (old, new) = (root.join(id), beside(root).join(id));
@@ -90,7 +133,7 @@ impl Again {
     pub(crate) fn begin(root: &Path, id: &str) -> Result<Option<Self>, Error> {
         let root = fs::canonicalize(root).map_err(Error::io("opening", root))?;
         locate(&root, id)?;
-        let Some(lock) = lock(&root.join(id))? else {
+        let Some(lock) = lock(&root, id)? else {
             return Ok(None);
         };
         recover(&root, id)?;
@@ -108,11 +151,7 @@ impl Again {
         end_processes(located)?;
         cgroups::remove(&located.cgroups()?)?;
         let beside = beside(root);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&beside)
-            .map_err(Error::io("creating", &beside))?;
+        make_private(&beside)?;
         let overlay = match &located.overlay {
             Some(given) => Some(Place::Directory(given)),
             None => overlay::is_there(root, &located.id).then_some(Place::AsItIs),

@@ -109,7 +109,7 @@ pub(crate) fn processes(located: &Located) -> Result<BTreeSet<Pid>, Error> {
 /// there is no error.
 pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     locate::check_id(id)?;
-    let _lock = again::lock(&root.join(id))?;
+    let _lock = again::lock(root, id)?;
     again::recover(root, id)?;
     let located = match locate(root, id) {
         Err(Error::Unknown { .. }) if force => return remove_what_is_beside(root, id, None),

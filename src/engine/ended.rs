@@ -1,5 +1,7 @@
 //! Containers that have ended: their checkpoints outlive them, and a container can be made of one.
 
+use std::time::{Duration, Instant};
+
 use nix::unistd::Pid;
 
 use super::streams::Streams;
@@ -93,17 +95,30 @@ impl Engine {
     ///
     /// Refused by name, or failed: nothing was touched.
     pub fn prepare_again(&mut self, name: &str) -> Result<[Option<Stream>; 3], Error> {
-        self.note_end();
         self.prepared = None;
-        if self.tree.is_alive() {
-            return Err(Error::Failed(format!("{} runs", self.target.label)));
-        }
+        self.await_end()?;
         let held = &self.ended[self.find_ended(name)?];
         let parts = image::Parts::of(held)?;
         let origin = Origin::new(image::in_ram(parts)?);
         restore::check(&origin)?;
         self.prepared = Some((name.to_owned(), origin));
         Ok(self.streams.paths())
+    }
+
+    /// Waits for the end of an init that is ending: its first thread is a zombie before all of its PID namespace has ended.
+    fn await_end(&mut self) -> Result<(), Error> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.collect_deaths();
+            if !self.tree.is_alive() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Error::Failed(format!("{} runs", self.target.label)));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Makes of `root`, the init of the container created anew, what a checkpoint says that was [prepared](Engine::prepare_again),
@@ -145,6 +160,7 @@ impl Engine {
         };
         let old = self.ended.remove(old);
         (checkpoint.number, checkpoint.pinned) = (old.number, old.pinned);
+        checkpoint.taken_at = old.taken_at;
         self.lineage.go(old.number);
         self.prepare_to_outlive(&checkpoint);
         self.checkpoints.push(checkpoint);

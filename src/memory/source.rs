@@ -423,9 +423,10 @@ impl Source {
     /// Opens the file behind one of its VMAs: an `O_PATH` descriptor, or one to read.
     pub(super) fn pin_mapped(&self, vma: &Vma) -> std::io::Result<File> {
         match self.stored() {
-            Some(stored) => stored
-                .open_mapped(vma)
-                .unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into())),
+            Some(stored) => match stored.files.get(&(vma.device, vma.inode)) {
+                Some(file) => file.try_clone(),
+                None => Err(std::io::ErrorKind::NotFound.into()),
+            },
             None => kept::pin(self.pid(), vma),
         }
     }
