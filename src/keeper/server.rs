@@ -1,7 +1,7 @@
 //! The keeper's side of the protocol: a thread that listens, one per connection, one that works.
 
 use std::io::{self, BufReader, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -9,13 +9,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use nix::unistd::{Pid, geteuid};
+use nix::unistd::geteuid;
 use parking_lot::{Condvar, Mutex};
 
 use crate::engine::Stream;
@@ -26,9 +24,10 @@ use crate::keeper::protocol::{
     Change, CheckpointInfo, Failure, FileOptions, Hello, KeepOptions, Request, Response, VERSION,
     append, receive, send,
 };
+use crate::keeper::watched::Watched;
 use crate::keeper::work::{Work, Works};
 use crate::keeper::{Error, Identity, StateDirectory};
-use crate::kernel::{disposition, pidfd};
+use crate::kernel::disposition;
 use crate::outcome::Report;
 
 /// How long a client may take to read an answer when the keeper ends.
@@ -172,59 +171,6 @@ struct Shared {
     works: Mutex<Works>,
 }
 
-/// The root of the tree, whose end is to be told.
-struct Watched {
-    /// Readable once it has exited.
-    exit: Epoll,
-    root: Mutex<Option<(Identity, OwnedFd)>>,
-}
-
-impl Watched {
-    fn new() -> nix::Result<Self> {
-        Ok(Self {
-            exit: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            root: Mutex::new(None),
-        })
-    }
-
-    /// Watches another process.
-    fn watch(&self, root: Identity) -> Result<(), Failure> {
-        let failed = |errno: Errno| {
-            failure(&format!(
-                "cannot hold process {}: {}",
-                root.pid,
-                errno.desc()
-            ))
-        };
-        let pidfd = pidfd::open(Pid::from_raw(root.pid)).map_err(failed)?;
-        // Only now is the PID certain not to be given to another.
-        match root.is_alive() {
-            Ok(true) => {}
-            Ok(false) => return Err(failure(&format!("process {} has exited", root.pid))),
-            Err(error) => return Err(failure(&error.to_string())),
-        }
-        // Told once: it stays readable.
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
-        let added = self.exit.add(&pidfd, EpollEvent::new(flags, 0));
-        added.map_err(failed)?;
-        *self.root.lock() = Some((root, pidfd));
-        Ok(())
-    }
-
-    /// Whether it is this one that is watched.
-    fn is(&self, root: Identity) -> bool {
-        let watched = self.root.lock();
-        watched
-            .as_ref()
-            .is_some_and(|(watched, _)| *watched == root)
-    }
-
-    fn has_exited(&self) -> nix::Result<bool> {
-        let mut events = [EpollEvent::empty()];
-        Ok(self.exit.wait(&mut events, EpollTimeout::ZERO)? > 0)
-    }
-}
-
 /// Attaches, listens in `directory` and serves clients, beginning with `first`, until the last checkpoint is released
 /// or the process `root` has exited and no rollback can bring it back.
 ///
@@ -345,7 +291,7 @@ fn listen(
     signals: &SignalFd,
     end: &UnixStream,
 ) -> io::Result<()> {
-    let exit = shared.root.exit.0.as_fd();
+    let exit = shared.root.exit();
     let watched = [end.as_fd(), listener.as_fd(), signals.as_fd(), exit];
     loop {
         let mut polled: Vec<PollFd> = watched
@@ -619,11 +565,12 @@ fn carry_out<O: Operations>(
         }
         Job::RootDied => {
             let label = shared.directory.lock().label().to_owned();
-            if operations.is_alive() {
+            if shared.root.is_alive() {
                 // The one that has ended has a successor.
                 return (None, End::Never);
             }
-            if has_ended(operations) {
+            operations.collect_deaths();
+            if !operations.can_come_back() {
                 tracing::info!("{label} has ended");
                 return (None, End::Now);
             }
