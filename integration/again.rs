@@ -8,6 +8,7 @@ use crate::containers::{PROGRAMS, bundle};
 use crate::restore::{next, real_bundle, with_restorable};
 use crate::support::container::{Containers, unique};
 use crate::support::fixture::Fixture;
+use crate::support::redis;
 use crate::support::session::{Answer, DONE, ERROR, REFUSED};
 use crate::support::{numbers, skip, wait};
 
@@ -521,4 +522,43 @@ fn a_container_that_cannot_be_created_is_still_the_one_that_ended() {
     std::fs::rename(&away, &config).expect("putting it back");
     container.back("made again");
     container.delete();
+}
+
+/// Redis with some 100 MB, killed and by `SHUTDOWN`: the digest is that of the checkpoint.
+#[test]
+fn real_redis() {
+    if !Path::new("/usr/bin/redis-server").exists() {
+        skip!("no redis-server");
+    }
+    let containers = Containers::new();
+    let bundle = containers.bundle("redis", &["redis", "--port", "0"]);
+    let id = unique("again-redis");
+    containers.start(&id, &bundle);
+    let connect = || {
+        let pid = containers.pid(&id);
+        let socket = format!("/proc/{pid}/root/run/redis.sock");
+        redis::Client::wait_for(Path::new(&socket))
+    };
+    let mut client = connect();
+    let digest = redis::fill(&mut client);
+    let run = |arguments: &[&str]| {
+        let all = [arguments, &[&id]].concat();
+        containers.session.run(&all).expect(DONE, arguments[0])
+    };
+    run(&["checkpoint", "--no-files"]);
+    for end in ["SHUTDOWN NOSAVE", "DEBUG SEGFAULT"] {
+        client.must("FLUSHALL");
+        let _ = client.ask(end);
+        wait::until("the container has stopped", || {
+            containers.status(&id) == "stopped"
+        });
+        run(&["rollback", "--verify"]);
+        client = connect();
+        for _ in 0..2 {
+            assert_eq!(client.must("DEBUG DIGEST"), digest, "{end}");
+            client.must("FLUSHALL");
+            run(&["rollback", "--verify"]);
+            client = connect();
+        }
+    }
 }

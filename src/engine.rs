@@ -142,6 +142,12 @@ impl From<freeze::Error> for Error {
     }
 }
 
+impl From<memory::Error> for Error {
+    fn from(error: memory::Error) -> Self {
+        checkpoint::Error::from(error).into()
+    }
+}
+
 impl From<restore::Error> for Error {
     fn from(error: restore::Error) -> Self {
         match error {

@@ -10,6 +10,7 @@ use crate::checkpoint;
 use crate::fault;
 use crate::freeze::{self, Tree};
 use crate::image;
+use crate::memory;
 use crate::outcome::{Outcome, Refusal, Report};
 use crate::restore::{self, Origin};
 
@@ -51,7 +52,12 @@ impl Engine {
 
     /// Copies out what shadows have that are about to end, and lets them.
     pub(super) fn outlive(&self) {
+        let is_wanted = self.outlives_root() && !self.is_killed;
         for source in self.sources() {
+            if !is_wanted {
+                source.let_go();
+                continue;
+            }
             if let Err(error) = source.outlive() {
                 tracing::warn!(%error, "what a shadow had could not be kept");
             }
@@ -98,6 +104,8 @@ impl Engine {
         self.prepared = None;
         self.await_end()?;
         let held = &self.ended[self.find_ended(name)?];
+        // An image of it, and the container.
+        memory::check_available(&self.target.label, 2 * held.resident_pages * memory::PAGE)?;
         let parts = image::Parts::of(held)?;
         let origin = Origin::new(image::in_ram(parts)?);
         restore::check(&origin)?;

@@ -12,17 +12,15 @@ use nix::unistd::Pid;
 
 use crate::kernel::maps::Vma;
 use crate::kernel::pagemap::Scan;
-use crate::kernel::{memory_limit, procfs};
+use crate::kernel::procfs;
 
 use super::layout::Layout;
 use super::ranges::{Ranges, Span};
+use super::room::check_available;
 use super::shadow::Shadow;
 use super::source::{self, Base, Pages, Stored};
-use super::space::{refuse, system};
+use super::space::system;
 use super::{PAGE, Result};
-
-/// Bytes that are left to others when memory is taken for copies.
-const SPARE: u64 = 64 << 20;
 
 /// Most bytes that are copied at once.
 const PIECE: u64 = 4 << 20;
@@ -59,7 +57,7 @@ pub(super) fn keep(base: &Base) -> Result<Stored> {
         .scan(&shadow.pagemap, Scan::Guards, Span::ALL, &mut guards)
         .map_err(|errno| system(pid, scan, errno))?;
     let guards: Ranges = guards.iter().map(Span::from).collect();
-    check_memory(pid, populated.bytes())?;
+    check_available(&format!("the shadow {pid}"), populated.bytes())?;
     let pages = Copies::read(shadow, populated.difference(&guards))
         .map_err(failed("copy the pages of a shadow that ends"))?;
     let program = open_path(&procfs::path(pid, "exe")).map_err(failed("open its program"))?;
@@ -99,23 +97,6 @@ fn open_path(path: &Path) -> io::Result<File> {
         .read(true)
         .custom_flags(libc::O_PATH)
         .open(path)
-}
-
-/// Refuses to take more memory than there is: what would be ended for it may be anything.
-fn check_memory(pid: Pid, bytes: u64) -> Result<()> {
-    let looking = |error| system(pid, "look how much memory is available", error);
-    let machine = memory_limit::available().map_err(looking)?;
-    let ours = memory_limit::room(Pid::this()).map_err(looking)?;
-    let room = ours.map_or(machine, |ours| ours.bytes.min(machine));
-    if bytes.saturating_add(SPARE) <= room {
-        return Ok(());
-    }
-    let remedy = format!(
-        "to keep it takes {} MiB and {} MiB are available",
-        (bytes + SPARE) >> 20,
-        room >> 20
-    );
-    Err(refuse(pid, "the memory of a shadow", remedy))
 }
 
 impl Copies {

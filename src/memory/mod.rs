@@ -43,7 +43,7 @@ pub use page_store::PageStore;
 pub use plan::{Plan, Recorded, plan};
 pub use ranges::{Ranges, Span};
 pub use remake::{execute_program, obstacle, same_program};
-pub use room::check_room;
+pub use room::{check_available, check_room};
 pub use segments::{Asked, Created, Segments};
 pub use shadow::Shadow;
 pub use shared::{SharedContent, SharedImage, SharedObject};

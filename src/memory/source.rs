@@ -284,6 +284,13 @@ impl Source {
         self.shadow().map_or(Ok(()), Shadow::stop_at_end)
     }
 
+    /// Lets its shadow end, if that is about to.
+    pub fn let_go(&self) {
+        if let Some(shadow) = self.shadow() {
+            shadow.let_go();
+        }
+    }
+
     /// Undoes [`Source::prepare_to_outlive`].
     pub fn end_with_tree(&self) {
         if let Some(shadow) = self.shadow() {
