@@ -15,10 +15,11 @@ use super::capture::Capture;
 use super::epoll;
 use super::file::{self, Form};
 use super::model::{Complaint, Description, Inode, ObjectId, Recorded};
-use super::reborn::renumber_all;
+use super::reborn::{Reborn, reborn};
 use super::records;
 use super::state::State;
 use super::sysv::Sysv;
+use crate::freeze::LEAST_NO_PID;
 use crate::kernel::confined;
 use crate::record::{self, Context, Kind};
 
@@ -195,7 +196,7 @@ pub fn transplant(
         capture.recorded.names.insert(process.was.0, name);
     }
     let numbers = made.iter().map(|process| (process.was, process.is));
-    renumber_all(&mut capture.recorded, numbers);
+    renumber(&mut capture, numbers);
     capture.recorded.mounts = live.recorded.mounts.clone();
     capture.recorded.sysv = Sysv {
         own_namespace: live.recorded.sysv.own_namespace,
@@ -249,12 +250,33 @@ pub fn transplant(
     Ok(capture)
 }
 
+/// Calls processes otherwise, all at once: each by the second of its names.
+fn renumber(capture: &mut Capture, names: impl Iterator<Item = ((i32, u64), (i32, u64))> + Clone) {
+    let mut rename = |was, is| {
+        // No file is pinned, so that the number in a path means nothing.
+        let number = 0;
+        reborn(capture, Reborn { was, is, number });
+    };
+    // Old numbers may be new ones of others: so they are all taken out of the way first.
+    let between = |(was, inode): (i32, u64)| (was + LEAST_NO_PID, inode);
+    for (was, _) in names.clone() {
+        rename(was, between(was));
+    }
+    for (was, is) in names {
+        rename(between(was), is);
+    }
+}
+
 /// What was transplanted with processes called as they were recorded, as all records of a checkpoint call them.
-pub fn as_recorded(capture: &Capture, made: &[Made]) -> Recorded {
-    let mut recorded = capture.recorded.clone();
-    let numbers = made.iter().map(|process| (process.is, process.was));
-    renumber_all(&mut recorded, numbers);
-    recorded
+pub fn as_recorded(capture: &mut Capture, made: &[Made]) -> Recorded {
+    let pins = std::mem::take(&mut capture.pins);
+    let live = capture.recorded.clone();
+    renumber(
+        capture,
+        made.iter().map(|process| (process.is, process.was)),
+    );
+    capture.pins = pins;
+    std::mem::replace(&mut capture.recorded, live)
 }
 
 /// Has epoll instances know the inodes that what they watch has now.

@@ -330,12 +330,12 @@ impl<'w, 't> Work<'w, 't> {
         let mut context = Context::buffering()?;
         task::transplant(stopped, origin.context(), &renamed, &mut context)?;
         let root = (stopped.root().as_raw(), directory.as_fd());
-        let objects =
+        let mut objects =
             objects::transplant(origin.context(), live, &made, contents.nameless(), root)?;
         for id in objects.recorded.descriptions.keys() {
             context.adopt(*id);
         }
-        let recorded = objects::as_recorded(&objects, &made);
+        let recorded = objects::as_recorded(&mut objects, &made);
         objects::records::write(&mut context, &recorded)?;
         phases.end("records");
         shadows_out_of_the_way(stopped, origin)?;
