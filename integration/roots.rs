@@ -68,7 +68,11 @@ fn files_of_a_root_that_has_ended_go_back() {
     let file = |pid: i32| format!("/proc/{pid}/root/mnt/file");
     let write = |pid: i32, text: &str| std::fs::write(file(pid), text).expect("writing a file");
     write(fixture.pid(), "before");
-    session.checkpoint(fixture.pid());
+    session.will_release(fixture.pid());
+    let pid = fixture.pid().to_string();
+    let taken = session.run(&["checkpoint", "--json", "--volume", "/mnt", "--pid", &pid]);
+    let taken = taken.expect(DONE, "checkpoint");
+    assert_eq!(taken.report["files"]["included"][0], "/mnt", "{taken:#?}");
     for round in 0..2 {
         fixture.mutate();
         write(fixture.pid(), "after");
