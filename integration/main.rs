@@ -2,6 +2,7 @@
 
 mod support;
 
+mod again;
 mod architecture;
 mod bad_input;
 mod completeness;

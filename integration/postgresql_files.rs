@@ -406,3 +406,58 @@ fn in_the_writable_layer() {
 fn in_a_volume() {
     comes_back_with_its_files(Place::Volume, "pg-volume");
 }
+
+/// Killed and made again of what is in RAM, at a moment of rest and at one of work.
+fn is_made_again(place: Place, name: &str) {
+    let Some(programs) = programs() else {
+        skip!("no PostgreSQL");
+    };
+    let mut server = Server::start(programs, place, name);
+    server.use_tool("pgbench", &["-i", "-q", "-s", "1", "postgres"]);
+    server.use_tool("pg_amcheck", &["--all", "--install-missing"]);
+    let load = server.load();
+    server.goes_on();
+    let before = server.transactions();
+    server.checkpoint("busy");
+    let after = server.transactions();
+    server.goes_on();
+    drop(load);
+    server.is_quiet();
+    server.checkpoint("quiet");
+    let quiet = (server.digest(), server.balances());
+    for (round, to) in (0..).zip(["quiet", "busy"]) {
+        let load = server.load();
+        server.goes_on();
+        drop(load);
+        server.wreck();
+        let killed = server.containers.session.run(&["kill", &server.id, "KILL"]);
+        killed.expect(DONE, "kill");
+        wait::until("the container has stopped", || {
+            server.containers.status(&server.id) == "stopped"
+        });
+        server.rollback(to);
+        server.pid = server.containers.pid(&server.id);
+        if to == "busy" {
+            server.ends_what_was_in_hand(before, after, round);
+            continue;
+        }
+        for _ in 0..2 {
+            server.check();
+            assert_eq!((server.digest(), server.balances()), quiet);
+            server.wreck();
+            server.rollback(to);
+        }
+    }
+    server.restart();
+    server.check();
+}
+
+#[test]
+fn made_again_with_its_writable_layer() {
+    is_made_again(Place::Layer, "pg-again-layer");
+}
+
+#[test]
+fn made_again_with_its_volume() {
+    is_made_again(Place::Volume, "pg-again-volume");
+}

@@ -55,6 +55,36 @@ fn start(program: &str) -> Fixture {
     Fixture::launch_below_reaper(program, command)
 }
 
+/// The mounts of a tree that has ended are those that its shadow has, and files go back with it.
+#[test]
+fn files_of_a_root_that_has_ended_go_back() {
+    let _numbers = numbers_go_on();
+    let script = "mount -t tmpfs none /mnt; exec \"$0\"";
+    let mut command = below_reaper("unshare");
+    command.args(["--mount", "sh", "-e", "-c", script]);
+    command.arg(build_directory().join("brk_grow"));
+    let mut fixture = Fixture::launch_below_reaper("brk_grow", command);
+    let mut session = Session::new();
+    let file = |pid: i32| format!("/proc/{pid}/root/mnt/file");
+    let write = |pid: i32, text: &str| std::fs::write(file(pid), text).expect("writing a file");
+    write(fixture.pid(), "before");
+    session.will_release(fixture.pid());
+    let pid = fixture.pid().to_string();
+    let taken = session.run(&["checkpoint", "--json", "--volume", "/mnt", "--pid", &pid]);
+    let taken = taken.expect(DONE, "checkpoint");
+    assert_eq!(taken.report["files"]["included"][0], "/mnt", "{taken:#?}");
+    for round in 0..2 {
+        fixture.mutate();
+        write(fixture.pid(), "after");
+        end(&fixture.family, Signal::SIGKILL, true);
+        session.rollback(fixture.pid());
+        let text = std::fs::read_to_string(file(fixture.pid())).expect("reading a file");
+        assert_eq!(text, "before", "{round}");
+        fixture.verify("made again");
+    }
+    session.release(fixture.pid()).expect(DONE, "release");
+}
+
 /// Killed again and again, and kept again when it has come back.
 #[track_caller]
 fn comes_back(mut fixture: Fixture) {

@@ -503,9 +503,12 @@ fn delete_force_ends_all_processes_also_without_a_pid_namespace() {
         wait::until("all its processes run", || {
             bundle.join("rootfs/ready").exists()
         });
-        let pids = session.run(&["ps", "--format", "json", id]).report;
-        let pids: Vec<i32> = serde_json::from_value(pids).unwrap();
-        assert_eq!(pids.len(), 3);
+        let mut pids: Vec<i32> = Vec::new();
+        wait::until("the one that has told so has ended", || {
+            let listed = session.run(&["ps", "--format", "json", id]).report;
+            pids = serde_json::from_value(listed).unwrap();
+            pids.len() == 3
+        });
         session
             .run(&["delete", "--force", id])
             .expect(DONE, "delete --force");

@@ -13,13 +13,17 @@
 //! # }
 //! ```
 
+mod ended;
 mod lineage;
 mod persist;
+mod streams;
 mod take;
 
+pub use streams::Stream;
 pub use take::TakeOptions;
 
 use lineage::Lineage;
+use streams::Streams;
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -49,6 +53,9 @@ pub struct Target {
     pub cgroup: Option<PathBuf>,
     /// What to call it in messages.
     pub label: String,
+    /// If it is a container that may be made again when it has ended, its checkpoints outlive it: what its shadows have is copied
+    /// out when its init ends, of which nobody is told before that is done.
+    pub outlives: bool,
 }
 
 impl Target {
@@ -58,6 +65,7 @@ impl Target {
             pid,
             cgroup: None,
             label: format!("pid {pid}"),
+            outlives: false,
         }
     }
 }
@@ -98,6 +106,8 @@ pub struct CheckpointInfo {
     pub file_bytes: u64,
     /// Where it is besides RAM.
     pub durability: image::Durability,
+    /// Whether it is of a container that has ended, which can be made again of it.
+    pub has_ended: bool,
 }
 
 /// Why an operation did not come about.
@@ -132,6 +142,21 @@ impl From<freeze::Error> for Error {
     }
 }
 
+impl From<memory::Error> for Error {
+    fn from(error: memory::Error) -> Self {
+        checkpoint::Error::from(error).into()
+    }
+}
+
+impl From<restore::Error> for Error {
+    fn from(error: restore::Error) -> Self {
+        match error {
+            restore::Error::Refused(refusal) => Self::Refused(refusal),
+            other => Self::Failed(other.to_string()),
+        }
+    }
+}
+
 /// A tree with its checkpoints.
 ///
 /// It belongs to the thread that attached: ptrace is bound to that, and shadows die with it. Dropped, it frees all
@@ -142,6 +167,11 @@ pub struct Engine {
     tree: Tree,
     spaces: Spaces,
     checkpoints: Vec<Held>,
+    /// Those of containers that have ended: the one that runs took their place, or it can be made again of each.
+    ended: Vec<Held>,
+    /// What a container is about to be made of again, and which of these that is.
+    prepared: Option<(String, Origin)>,
+    streams: Streams,
     lineage: Lineage,
     /// It was killed: in the middle of a rollback, or when it was on disk.
     is_killed: bool,
@@ -177,6 +207,9 @@ impl Engine {
             tree,
             spaces: Spaces::new(),
             checkpoints: Vec::new(),
+            ended: Vec::new(),
+            prepared: None,
+            streams: Streams::default(),
             lineage: Lineage::default(),
             is_killed: false,
             files: Files::new(files),
@@ -197,23 +230,33 @@ impl Engine {
         name: &str,
         options: RollbackOptions,
     ) -> Result<Report, Error> {
+        let restored = self.fill(origin, name, options);
+        let (mut checkpoint, report) = restored.inspect_err(|_| {
+            self.is_killed = true;
+            self.tree.kill();
+        })?;
+        checkpoint.number = self.lineage.grow();
+        self.prepare_to_outlive(&checkpoint);
+        self.checkpoints.push(checkpoint);
+        Ok(report)
+    }
+
+    /// Fills the init of a container that waits with what `origin` says.
+    fn fill(
+        &mut self,
+        origin: &Origin,
+        name: &str,
+        options: RollbackOptions,
+    ) -> Result<(Held, Report), Error> {
         let mut phases = Phases::start();
-        let restored = restore::run(
+        let (checkpoint, done) = restore::run(
             &mut self.tree,
             &mut self.spaces,
             origin,
             &mut self.files,
             (name, options.verify),
             &mut phases,
-        );
-        let (mut checkpoint, done) = restored.map_err(|error| {
-            self.is_killed = true;
-            self.tree.kill();
-            match error {
-                restore::Error::Refused(refusal) => Error::Refused(refusal),
-                other => Error::Failed(other.to_string()),
-            }
-        })?;
+        )?;
         let micros = phases.total().as_micros() as u64;
         let report = Report {
             outcome: Outcome::Restored,
@@ -231,9 +274,7 @@ impl Engine {
             files: files_report(&checkpoint.files),
             refused: None,
         };
-        checkpoint.number = self.lineage.grow();
-        self.checkpoints.push(checkpoint);
-        Ok(report)
+        Ok((checkpoint, report))
     }
 
     /// Which files go back with the next checkpoint.
@@ -252,7 +293,7 @@ impl Engine {
     ///
     /// There is none of that name.
     pub fn held(&mut self, name: &str) -> Result<Checkpoint<'_>, Error> {
-        self.find(name)?;
+        self.get(name)?;
         Ok(Checkpoint {
             engine: self,
             name: name.to_owned(),
@@ -266,6 +307,9 @@ impl Engine {
     /// [`Error::Refused`] and [`Error::Failed`]: nothing was touched. [`Error::Lost`]: it failed after changes began, or
     /// the comparison found a difference, and every process of the tree was killed.
     pub fn rollback(&mut self, name: &str, options: RollbackOptions) -> Result<Report, Error> {
+        if let Ok(ended) = self.find_ended(name) {
+            return Err(self.cannot_go_back_to(&self.ended[ended]));
+        }
         let to = self.find(name)?;
         let mut phases = Phases::start();
         let result = rollback::run(
@@ -335,8 +379,8 @@ impl Engine {
 
     /// The checkpoints, oldest first.
     pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
-        let names: BTreeMap<u64, &str> = self
-            .checkpoints
+        let all = self.all();
+        let names: BTreeMap<u64, &str> = all
             .iter()
             .map(|checkpoint| (checkpoint.number, checkpoint.name.as_str()))
             .collect();
@@ -344,7 +388,7 @@ impl Engine {
             let parent = self.lineage.parent(number)?;
             names.get(&parent).map(|name| (*name).to_owned())
         };
-        let info = |checkpoint: &Held| CheckpointInfo {
+        let info = |checkpoint: &&Held| CheckpointInfo {
             name: checkpoint.name.clone(),
             parent: parent(checkpoint.number),
             is_current: self.lineage.current() == Some(checkpoint.number),
@@ -358,8 +402,9 @@ impl Engine {
             shared_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
             file_bytes: checkpoint.files.bytes(),
             durability: self.durability(&checkpoint.name),
+            has_ended: self.find_ended(&checkpoint.name).is_ok(),
         };
-        self.checkpoints.iter().map(info).collect()
+        all.iter().map(info).collect()
     }
 
     /// Frees a checkpoint, or all of them. The tree runs on; with the last one all traces of us are gone from it.
@@ -369,12 +414,22 @@ impl Engine {
     /// There is none of that name; or the tree could not be stopped, and then the checkpoint is freed but a window or
     /// a zombie of it may be left in the tree.
     pub fn release(&mut self, name: Option<&str>) -> Result<(), Error> {
+        self.prepared = None;
         let to_free = match name {
+            Some(name) if self.find_ended(name).is_ok() => {
+                self.free_ended(name);
+                return Ok(());
+            }
             Some(name) => {
                 let index = self.find(name)?;
                 vec![self.checkpoints.remove(index)]
             }
-            None => std::mem::take(&mut self.checkpoints),
+            None => {
+                while let Some(ended) = self.ended.first() {
+                    self.free_ended(&ended.name.clone());
+                }
+                std::mem::take(&mut self.checkpoints)
+            }
         };
         self.free(to_free)
     }
@@ -383,13 +438,21 @@ impl Engine {
     /// going on: a tree with a PID namespace of its own that is killed does not end before.
     pub fn collect_deaths(&mut self) {
         self.tree.let_stragglers_go();
-        let images = self
-            .checkpoints
-            .iter()
-            .flat_map(|checkpoint| &checkpoint.spaces);
-        for shadow in images.filter_map(|image| image.source.shadow()) {
+        self.outlive();
+        self.note_end();
+        let sources = self.sources();
+        for shadow in sources.iter().filter_map(|source| source.shadow()) {
             shadow.is_alive();
         }
+    }
+
+    /// One source for each shadow of the tree.
+    fn sources(&self) -> Vec<Arc<memory::Source>> {
+        let held = self.checkpoints.iter();
+        let images = held.flat_map(|checkpoint| &checkpoint.spaces);
+        let named = images.map(|image| (image.source.shadow_id(), &image.source));
+        let sources: BTreeMap<_, _> = named.collect();
+        sources.into_values().cloned().collect()
     }
 
     /// Whether the root of the tree lives.
@@ -402,17 +465,18 @@ impl Engine {
         self.tree.root().as_raw()
     }
 
-    /// Whether a rollback may bring back a tree whose root has ended. A container it can't: that ends with its init.
+    /// Whether a tree whose root has ended may come back: by a rollback, or, of a container, by [`Engine::make_again`].
     pub fn can_come_back(&self) -> bool {
         let shadows = self
             .checkpoints
             .iter()
             .flat_map(|checkpoint| &checkpoint.spaces)
             .filter_map(|image| image.source.shadow());
-        !self.is_killed
+        let by_rollback = !self.is_killed
             && self.target.cgroup.is_none()
             && self.tree.can_lose_root()
-            && shadows.into_iter().any(|shadow| shadow.is_alive())
+            && shadows.into_iter().any(|shadow| shadow.is_alive());
+        by_rollback || self.can_be_made_again()
     }
 
     /// The tree it is attached to.
@@ -424,22 +488,36 @@ impl Engine {
         self.checkpoints
             .iter()
             .position(|checkpoint| checkpoint.name == name)
-            .ok_or_else(|| {
-                let names: Vec<_> = self
-                    .checkpoints
-                    .iter()
-                    .map(|checkpoint| checkpoint.name.as_str())
-                    .collect();
-                Error::Failed(if names.is_empty() {
-                    format!("{} has no checkpoints", self.target.label)
-                } else {
-                    format!(
-                        "{} has no checkpoint \"{name}\"; there are: {}",
-                        self.target.label,
-                        names.join(", ")
-                    )
-                })
-            })
+            .ok_or_else(|| self.no_such(name))
+    }
+
+    /// All checkpoints, oldest first, of containers that have ended too.
+    fn all(&self) -> Vec<&Held> {
+        let mut all: Vec<&Held> = self.ended.iter().chain(&self.checkpoints).collect();
+        all.sort_by_key(|held| held.number);
+        all
+    }
+
+    /// A checkpoint, be it that its container has ended.
+    fn get(&self, name: &str) -> Result<&Held, Error> {
+        match self.find_ended(name) {
+            Ok(index) => Ok(&self.ended[index]),
+            Err(_) => Ok(&self.checkpoints[self.find(name)?]),
+        }
+    }
+
+    fn no_such(&self, name: &str) -> Error {
+        let all = self.all();
+        let names: Vec<_> = all.iter().map(|held| held.name.as_str()).collect();
+        Error::Failed(if names.is_empty() {
+            format!("{} has no checkpoints", self.target.label)
+        } else {
+            format!(
+                "{} has no checkpoint \"{name}\"; there are: {}",
+                self.target.label,
+                names.join(", ")
+            )
+        })
     }
 }
 

@@ -71,6 +71,10 @@ pub const POINTS: &[&str] = &[
     "restore.stopped",
     "restore.made",
     "restore.resuming",
+    "ended.kept",
+    "ended.prepared",
+    "again.created",
+    "again.running",
 ];
 
 const UNREAD: u8 = 0;

@@ -149,6 +149,7 @@ pub(crate) fn checkpoint(program: &Program) -> (Engine, Report) {
         pid: program.pid(),
         cgroup: None,
         label: "bench".to_owned(),
+        outlives: false,
     };
     let mut engine = Engine::attach(root).expect("attaching to the target");
     let report = engine.take(NAME).expect("checkpoint");

@@ -9,10 +9,10 @@ mod spaces;
 mod uses;
 
 pub use diff::diff;
-pub use release::release;
+pub use release::{end_shadows, release};
 pub(crate) use uses::find as files_in_use;
 
-use release::{discard, end_shadows, forget_unused};
+use release::{discard, forget_unused};
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;

@@ -42,7 +42,7 @@ pub fn release(
 }
 
 /// Ends the shadows of images of a tree that ends: without that its PID namespace does not.
-pub(super) fn end_shadows(images: &[SpaceImage]) {
+pub fn end_shadows(images: &[SpaceImage]) {
     let shadows = images.iter().filter_map(|image| image.source.shadow());
     shadows.for_each(Shadow::kill);
 }

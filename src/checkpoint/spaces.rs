@@ -130,7 +130,7 @@ impl Ready {
             let captured = match spaces.get_mut(&pid) {
                 Some(space) => {
                     let standing = standing.of(pid).to_vec();
-                    space.capture(stopped, shadow, changes, standing, context)
+                    space.capture(stopped, shadow, changes, (pid, standing), context)
                 }
                 None => {
                     shadow.discard(stopped);

@@ -126,7 +126,11 @@ fn table(checkpoints: &[CheckpointInfo], now: f64) -> String {
 }
 
 fn mark(info: &CheckpointInfo) -> String {
-    let marks = [(info.current, "current"), (info.pinned, "pinned")];
+    let marks = [
+        (info.current, "current"),
+        (info.pinned, "pinned"),
+        (info.ended, "ended"),
+    ];
     let marks = marks.iter().filter(|(is_so, _)| *is_so);
     let marks: Vec<&str> = marks.map(|(_, name)| *name).collect();
     match marks.is_empty() {
@@ -183,6 +187,7 @@ mod tests {
             resident_bytes: 100 << 20,
             parent: Some("clean".into()),
             current: true,
+            ended: false,
             pinned: true,
             page_bytes: 4096,
             copied_bytes: 0,

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::delete::delete;
 use super::foreground::Signals;
 use super::{Global, Status};
 use crate::container::create::{self, Options};
-use crate::container::lifecycle;
 use crate::container::overlay::Place;
 
 /// runc's options of `create`, and ours.
@@ -57,6 +57,7 @@ pub(super) fn run(global: &Global, args: &Create) -> anyhow::Result<Status> {
     let signals = Signals::hold()?;
     create::create(&Options {
         root: &global.root,
+        again: None,
         id: &args.container_id,
         bundle: &args.bundle,
         console_socket: args.console_socket.as_deref(),
@@ -64,6 +65,7 @@ pub(super) fn run(global: &Global, args: &Create) -> anyhow::Result<Status> {
         preserve_fds: args.preserve_fds,
         no_pivot: args.no_pivot,
         no_new_keyring: args.no_new_keyring,
+        is_deleted_at_end: false,
         overlay,
         mask: signals.before,
     })?;
@@ -74,7 +76,7 @@ pub(super) fn run(global: &Global, args: &Create) -> anyhow::Result<Status> {
 pub(super) fn finished(global: &Global, id: &str, signals: &Signals) -> anyhow::Result<Status> {
     match signals.interruption()? {
         Some(signal) => {
-            lifecycle::delete(&global.root, id, true)?;
+            delete(&global.root, id, true)?;
             Ok(Status::Program(128 + signal as u8))
         }
         None => Ok(Status::Done),

@@ -19,6 +19,8 @@ pub(crate) struct Keeper {
     label: String,
     #[arg(long)]
     cgroup: Option<PathBuf>,
+    #[arg(long)]
+    outlives: bool,
 }
 
 pub(crate) fn run(global: &Global, args: Keeper) -> anyhow::Result<Status> {
@@ -37,6 +39,7 @@ pub(crate) fn run(global: &Global, args: Keeper) -> anyhow::Result<Status> {
         },
         cgroup: args.cgroup,
         label: args.label,
+        outlives: args.outlives,
     };
     keeper::run(&errand, keeper::attach(&errand))?;
     Ok(Status::Done)

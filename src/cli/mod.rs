@@ -12,6 +12,7 @@
 //! Nothing is set up before the verb runs: no threads (libcontainer clones with raw `clone3`), and no log unless
 //! one is asked for.
 
+mod again;
 mod check;
 mod checkpoint;
 mod checkpoints;

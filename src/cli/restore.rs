@@ -8,12 +8,12 @@ use anyhow::Context;
 use clap::Args;
 
 use super::create::Overlay;
+use super::delete::delete;
 use super::foreground::{Signals, attend};
 use super::output::print;
 use super::target::{absolute, checkpoint_name, finish, report};
 use super::{Global, Status, UsageError};
 use crate::container::create::{self, Child, Options};
-use crate::container::lifecycle;
 use crate::container::overlay::Place;
 use crate::image::Opened;
 use crate::keeper::protocol::Request;
@@ -162,7 +162,7 @@ impl Runs {
     /// Stays with it until it ends, then deletes it.
     pub(super) fn attend(self, global: &Global, id: &str) -> anyhow::Result<Status> {
         let attended = attend(&self.child, &self.signals, None);
-        let deleted = lifecycle::delete(&global.root, id, attended.is_err());
+        let deleted = delete(&global.root, id, attended.is_err());
         let status = attended?;
         deleted?;
         Ok(status)
@@ -184,6 +184,8 @@ impl Wanted<'_> {
         let signals = Signals::hold()?;
         let child = create::create(&Options {
             root: &global.root,
+            again: None,
+            is_deleted_at_end: !self.detach,
             id: self.id,
             bundle: self.bundle,
             console_socket: self.console_socket,
@@ -198,7 +200,7 @@ impl Wanted<'_> {
         let report = match (made, signals.interruption()) {
             (Ok(report), Ok(None)) => report,
             (made, interruption) => {
-                lifecycle::delete(&global.root, self.id, true)?;
+                delete(&global.root, self.id, true)?;
                 let status = match (made, interruption) {
                     (_, Ok(Some(signal))) => Status::Program(128 + signal as u8),
                     (Err(error), _) => finish(self.json, self.name, began, Err(error))?,
@@ -225,6 +227,7 @@ impl Wanted<'_> {
             root: absolute(&global.root)?,
             target: Identity::look_up(child.pid.as_raw())?,
             cgroup: container::locate(&global.root, self.id)?.cgroup,
+            outlives: self.detach,
             label: self.id.to_owned(),
         };
         let request = Request::Restore {

@@ -5,11 +5,12 @@ use std::path::Path;
 use clap::Args;
 
 use super::create::{OVERLAY_HELP, Overlay, finished};
+use super::delete::delete;
 use super::foreground::{Signals, attend};
 use super::terminal::Console;
 use super::{Global, Status, UsageError};
+use crate::container::config;
 use crate::container::create::{self, Child, Options};
-use crate::container::{config, lifecycle};
 
 /// runc's options of `run`, and ours.
 #[derive(Debug, Args)]
@@ -28,6 +29,7 @@ pub(super) fn run(global: &Global, args: &Run) -> anyhow::Result<Status> {
     let signals = Signals::hold()?;
     let options = Options {
         root: &global.root,
+        again: None,
         id: &args.container_id,
         bundle: &args.bundle,
         console_socket: args.console_socket.as_deref(),
@@ -35,6 +37,7 @@ pub(super) fn run(global: &Global, args: &Run) -> anyhow::Result<Status> {
         preserve_fds: args.preserve_fds,
         no_pivot: args.no_pivot,
         no_new_keyring: args.no_new_keyring,
+        is_deleted_at_end: !args.detach && !args.keep,
         overlay,
         mask: signals.before,
     };
@@ -61,7 +64,7 @@ pub(super) fn run(global: &Global, args: &Run) -> anyhow::Result<Status> {
         return attended;
     }
     // With an error the program may run still.
-    let deleted = lifecycle::delete(&global.root, &args.container_id, attended.is_err());
+    let deleted = delete(&global.root, &args.container_id, attended.is_err());
     let status = attended?;
     deleted?;
     Ok(status)
@@ -83,7 +86,7 @@ fn started(options: &Options<'_>) -> anyhow::Result<()> {
     create::create(options)?;
     create::start(options.root, options.id).inspect_err(|_| {
         // The reason of the failure matters more than one of the clean-up.
-        let _ = lifecycle::delete(options.root, options.id, true);
+        let _ = delete(options.root, options.id, true);
     })?;
     Ok(())
 }

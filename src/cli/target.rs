@@ -56,21 +56,41 @@ impl Target {
         self.errand(global, Must::BeKnown)
     }
 
+    /// Whether it is a container that has ended.
+    pub(crate) fn has_ended(&self, global: &Global) -> bool {
+        let located = self
+            .id
+            .as_ref()
+            .map(|id| container::locate(&global.root, id));
+        located.is_some_and(|located| {
+            located.is_ok_and(|located| located.status == container::Status::Stopped)
+        })
+    }
+
     fn errand(&self, global: &Global, must: Must) -> anyhow::Result<Errand> {
         if !nix::unistd::geteuid().is_root() {
             bail!("only root may take checkpoints and roll back: run it with sudo");
         }
-        let (pid, cgroup, label) = match (&self.id, self.pid) {
+        let (pid, cgroup, label, outlives) = match (&self.id, self.pid) {
             (Some(id), _) => {
+                container::again::settle(&global.root, id)?;
                 let located = container::locate(&global.root, id)?;
+                if located.status == container::Status::Stopped
+                    && !matches!(must, Must::Run)
+                    && let Some(errand) = Self::of_located(&global.root, &located)?
+                    && errand.directory().is_there()
+                {
+                    return Ok(errand);
+                }
                 let init = match must {
                     Must::BeKnown => located.init,
                     Must::Run | Must::BeKept => Some(located.running()?),
                 };
                 let init = init.with_context(|| format!("container {id} has stopped"))?;
-                (init.as_raw(), located.cgroup, id.clone())
+                let outlives = !located.is_deleted_at_end();
+                (init.as_raw(), located.cgroup, id.clone(), outlives)
             }
-            (None, Some(pid)) => (pid, None, format!("pid {pid}")),
+            (None, Some(pid)) => (pid, None, format!("pid {pid}"), false),
             (None, None) => bail!("neither a container nor a PID"),
         };
         let root = absolute(&global.root)?;
@@ -94,7 +114,28 @@ impl Target {
             target,
             cgroup,
             label,
+            outlives,
         })
+    }
+
+    /// A container that runs or has ended: what its keeper knows it by. `None`: it never had an init.
+    pub(super) fn of_located(
+        root: &Path,
+        located: &container::Located,
+    ) -> anyhow::Result<Option<Errand>> {
+        let Some((pid, start_time)) = located.last_init else {
+            return Ok(None);
+        };
+        Ok(Some(Errand {
+            root: absolute(root)?,
+            target: Identity {
+                pid: pid.as_raw(),
+                start_time,
+            },
+            cgroup: located.cgroup.clone(),
+            label: located.id.clone(),
+            outlives: !located.is_deleted_at_end(),
+        }))
     }
 }
 

@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 
 use super::config::{self, Bundle};
-use super::locate::{self, Init, Located, Starting, Status, locate, write_whole};
+use super::locate::{self, Init, Located, Making, Starting, Status, locate, write_whole};
 use super::overlay::{self, Layer};
 use super::program::Program;
 use super::{Error, cgroups, children, copy_up};
@@ -28,6 +28,8 @@ use crate::kernel::{keyring, loopback, pidfd};
 pub(crate) struct Options<'a> {
     /// The directory of the containers' states.
     pub(crate) root: &'a Path,
+    /// Where its state is made instead, if there is one that it is to take the place of.
+    pub(crate) again: Option<&'a Path>,
     pub(crate) id: &'a str,
     pub(crate) bundle: &'a Path,
     /// The socket that gets the terminal of a container that has one.
@@ -40,6 +42,8 @@ pub(crate) struct Options<'a> {
     pub(crate) no_pivot: bool,
     /// Leave the program the session keyring of the caller.
     pub(crate) no_new_keyring: bool,
+    /// Who creates it deletes it when it ends.
+    pub(crate) is_deleted_at_end: bool,
     /// Put an overlay over the root directory, with its writable layer there.
     pub(crate) overlay: Option<overlay::Place<'a>>,
     /// The signal mask the program starts with.
@@ -79,7 +83,7 @@ pub(crate) fn create(options: &Options<'_>) -> Result<Child, Error> {
     let lock = File::open(root).map_err(Error::io("opening", root))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, error)| Error::kernel(format!("locking {}", root.display()))(error))?;
-    let directory = root.join(id);
+    let directory = options.again.unwrap_or(root).join(id);
     if directory.exists() {
         return Err(Error::Exists(id.to_owned()));
     }
@@ -98,7 +102,7 @@ pub(crate) fn create(options: &Options<'_>) -> Result<Child, Error> {
     };
     made.inspect_err(|_| {
         children::abandon();
-        if let Some(layer) = &layer {
+        if let Some(layer) = layer.as_ref().filter(|_| options.again.is_none()) {
             let _ = overlay::remove(root, id, layer.given.as_deref());
         }
         // What could not be removed is told by the error that comes first.
@@ -129,7 +133,7 @@ fn build(options: &Options<'_>, root: &Path, bundle: &Bundle) -> Result<Child, E
             mask: options.mask,
             restrictions: None,
         })
-        .with_root_path(root)
+        .with_root_path(options.again.unwrap_or(root))
         .map(|builder| {
             builder
                 .with_console_socket(absolute(options.console_socket))
@@ -179,6 +183,12 @@ fn finish(
         cgroup: bundle.cgroup.clone(),
         rootfs: bundle.rootfs(),
         overlay: layer.and_then(|layer| layer.given.clone()),
+        making: Making {
+            pid_file: absolute(options.pid_file),
+            no_pivot: options.no_pivot,
+            no_new_keyring: options.no_new_keyring,
+            is_deleted_at_end: options.is_deleted_at_end,
+        },
     }
     .save(directory)?;
     // Kept: `exec` must not depend on what becomes of the bundle.

@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use libcontainer::container::ContainerStatus;
 
 use super::create::{load, save, stand_in};
-use super::locate::{Located, Status, locate};
-use super::{Error, cgroups, children, config, overlay};
+use super::locate::{self, Located, Status, locate};
+use super::{Error, again, cgroups, children, config, overlay};
 use crate::kernel::pidfd;
 
 /// How long processes that were sent `SIGKILL` may take to be gone: a large address space takes its time.
@@ -108,6 +108,9 @@ pub(crate) fn processes(located: &Located) -> Result<BTreeSet<Pid>, Error> {
 /// Deletes a container: its cgroups and its state. With `force` one that runs is killed first, and one that is not
 /// there is no error.
 pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
+    locate::check_id(id)?;
+    let _lock = again::lock(root, id)?;
+    again::recover(root, id)?;
     let located = match locate(root, id) {
         Err(Error::Unknown { .. }) if force => return remove_what_is_beside(root, id, None),
         other => other?,
@@ -137,7 +140,7 @@ fn remove_what_is_beside(root: &Path, id: &str, overlay: Option<&Path>) -> Resul
 }
 
 /// Kills everything in the container and waits until it is gone.
-fn end_processes(located: &Located) -> Result<(), Error> {
+pub(super) fn end_processes(located: &Located) -> Result<(), Error> {
     let deadline = Instant::now() + DEATH;
     if let Some(init) = located.init {
         // Opened first: what it means stays the same process.
@@ -168,7 +171,7 @@ fn end_processes(located: &Located) -> Result<(), Error> {
         // A zombie stays listed until its parent has reaped it, which is not for us to do.
         if left
             .iter()
-            .all(|pid| super::locate::alive_since(pid.as_raw()).is_none())
+            .all(|pid| locate::alive_since(pid.as_raw()).is_none())
         {
             return Ok(());
         }

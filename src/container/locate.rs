@@ -61,6 +61,10 @@ pub struct Located {
     pub rootfs: Option<PathBuf>,
     /// The directory that the user named for the writable layer of its overlay.
     pub(super) overlay: Option<PathBuf>,
+    /// PID and start time of the init that it has, or had.
+    pub last_init: Option<(Pid, u64)>,
+    /// How it was made.
+    pub(super) making: Making,
     pub(super) state: State,
 }
 
@@ -76,6 +80,11 @@ impl Located {
             (Status::Paused, _) => Err(self.wrong_status("it has to be resumed first")),
             _ => Err(self.wrong_status("it has to be running")),
         }
+    }
+
+    /// Whether who created it deletes it when it ends, so that it can't come back.
+    pub fn is_deleted_at_end(&self) -> bool {
+        self.making.is_deleted_at_end
     }
 
     /// The directories of its cgroup, one for each hierarchy that has one.
@@ -111,6 +120,23 @@ pub(super) struct Init {
     /// The directory that the user named for the writable layer of an overlay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) overlay: Option<PathBuf>,
+    #[serde(default)]
+    pub(super) making: Making,
+}
+
+/// What `create` was told, for making the container again.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Making {
+    /// Where the init's PID was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) pid_file: Option<PathBuf>,
+    #[serde(default)]
+    pub(super) no_pivot: bool,
+    #[serde(default)]
+    pub(super) no_new_keyring: bool,
+    /// Who created it deletes it when it ends.
+    #[serde(default)]
+    pub(super) is_deleted_at_end: bool,
 }
 
 impl Init {
@@ -200,6 +226,13 @@ pub fn locate(root: &Path, id: &str) -> Result<Located, Error> {
         bundle: state.bundle.clone(),
         cgroup: init.as_ref().map(|init| init.cgroup.clone()),
         overlay: init.as_ref().and_then(|init| init.overlay.clone()),
+        last_init: init
+            .as_ref()
+            .and_then(|init| Some((Pid::from_raw(state.pid?), init.start_time))),
+        making: init
+            .as_ref()
+            .map(|init| init.making.clone())
+            .unwrap_or_default(),
         rootfs: init.map(|init| init.rootfs),
         directory,
         state,

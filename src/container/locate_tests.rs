@@ -59,6 +59,7 @@ fn a_reused_pid_is_not_the_init() {
         cgroup: "/snapback/c".into(),
         rootfs: "/r".into(),
         overlay: None,
+        making: Making::default(),
     }
     .save(&directory)
     .unwrap();
@@ -74,6 +75,7 @@ fn a_reused_pid_is_not_the_init() {
         cgroup: "/snapback/c".into(),
         rootfs: "/r".into(),
         overlay: None,
+        making: Making::default(),
     }
     .save(&directory)
     .unwrap();

@@ -4,6 +4,7 @@
 //! descriptors: what starts processes here is for the single-threaded command line only and not public. Public is
 //! [`locate`], which reads a container's state and touches nothing.
 
+pub(crate) mod again;
 mod cgroups;
 pub(crate) mod children;
 pub mod config;

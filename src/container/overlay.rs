@@ -26,6 +26,8 @@ use crate::kernel::procfs;
 pub(crate) enum Place<'a> {
     /// With the container's state; it goes with it.
     State,
+    /// Where one is that [`Place::State`] has made, with all that is in it.
+    AsItIs,
     /// In this directory, which is there; what was written stays.
     Directory(&'a Path),
 }
@@ -34,6 +36,11 @@ pub(crate) enum Place<'a> {
 /// that directory itself.
 fn own_directory(root: &Path, id: &str) -> PathBuf {
     root.join(".overlays").join(id)
+}
+
+/// Whether a container has a layer that goes with its state.
+pub(super) fn is_there(root: &Path, id: &str) -> bool {
+    own_directory(root, id).is_dir()
 }
 
 /// A writable layer, its directories made, not mounted yet.
@@ -58,6 +65,11 @@ impl Layer {
         let read = |mounts: io::Result<_>| mounts.map_err(Error::io("reading", "mountinfo"));
         check_lower(rootfs, &read(mountinfo::read_own())?)?;
         let layer = match place {
+            Place::AsItIs => Layer {
+                rootfs: rootfs.to_owned(),
+                directory: own_directory(root, id),
+                given: None,
+            },
             Place::State => {
                 let directory = own_directory(root, id);
                 // Of a container whose `create` was killed.
@@ -98,6 +110,9 @@ impl Layer {
             }
         };
         layer.make_directories().inspect_err(|_| {
+            if matches!(place, Place::AsItIs) {
+                return;
+            }
             // The reason of the failure matters more than one of the clean-up.
             let _ = remove(root, id, layer.given.as_deref());
         })?;

@@ -84,8 +84,7 @@ impl Engine {
     ///
     /// There is no checkpoint of that name, or its shadows are dead.
     pub fn parts(&self, name: &str) -> Result<Parts, Error> {
-        let checkpoint = &self.checkpoints[self.find(name)?];
-        Ok(Parts::of(checkpoint)?)
+        Ok(Parts::of(self.get(name)?)?)
     }
 
     /// What is in a checkpoint.
@@ -94,8 +93,7 @@ impl Engine {
     ///
     /// There is none of that name.
     pub fn inspect(&self, name: &str) -> Result<image::Inspection, Error> {
-        let checkpoint = &self.checkpoints[self.find(name)?];
-        Ok(image::Inspection::of_checkpoint(checkpoint))
+        Ok(image::Inspection::of_checkpoint(self.get(name)?))
     }
 
     /// Where a checkpoint is besides RAM.

@@ -2,7 +2,7 @@
 
 use super::{Checkpoint, Engine, Error, Held, files_report, header_bytes};
 use crate::checkpoint::{self, Then};
-use crate::memory::PAGE;
+use crate::memory::{PAGE, Source};
 use crate::outcome::{Outcome, Report};
 use crate::phases::Phases;
 
@@ -51,7 +51,8 @@ impl Engine {
             }
         };
         let too_many = |engine: &Self| {
-            let loose = engine.checkpoints.iter().filter(|other| !other.pinned);
+            let all = engine.ended.iter().chain(&engine.checkpoints);
+            let loose = all.filter(|other| !other.pinned);
             options.keep.is_some_and(|most| loose.count() > most)
         };
         while too_many(self) && self.release_oldest(1)? {}
@@ -99,7 +100,9 @@ impl Engine {
         };
         let replaced = self.checkpoints.iter().position(|other| other.name == name);
         let replaced = replaced.map(|index| self.checkpoints.remove(index));
+        self.prepare_to_outlive(&checkpoint);
         self.checkpoints.push(checkpoint);
+        self.free_ended(name);
         if let Some(replaced) = replaced {
             self.free(vec![replaced])?;
         }
@@ -111,6 +114,12 @@ impl Engine {
 
     /// Releases the oldest that is not pinned, but not one of the `newest`. False: there is none.
     fn release_oldest(&mut self, newest: usize) -> Result<bool, Error> {
+        let ended = self.ended.iter().find(|checkpoint| !checkpoint.pinned);
+        if let Some(name) = ended.map(|checkpoint| checkpoint.name.clone()) {
+            tracing::info!(name, "released to make room");
+            self.free_ended(&name);
+            return Ok(true);
+        }
         let old = self.checkpoints.len().saturating_sub(newest);
         let oldest = self.checkpoints[..old].iter();
         let Some(index) = oldest.clone().position(|checkpoint| !checkpoint.pinned) else {
@@ -153,17 +162,16 @@ impl Engine {
             .values()
             .map(|space| space.page_store().bytes())
             .sum();
-        let mut shadows = Vec::new();
-        let images = self.checkpoints.iter().flat_map(|other| &other.spaces);
-        for shadow in images.filter_map(|image| image.source.shadow()) {
-            if !shadows.contains(&shadow.pid) {
-                shadows.push(shadow.pid);
+        let all = || self.ended.iter().chain(&self.checkpoints);
+        let mut sources: Vec<&Source> = Vec::new();
+        for image in all().flat_map(|other| &other.spaces) {
+            let is_it = |other: &&Source| other.shares_shadow(&image.source);
+            if !sources.iter().any(is_it) {
+                sources.push(&image.source);
             }
         }
-        let of_shadows = shadows
-            .into_iter()
-            .map(|pid| crate::kernel::procfs::own_bytes(pid).unwrap_or(0));
-        let of_each = self.checkpoints.iter().map(|checkpoint| {
+        let of_shadows = sources.into_iter().map(Source::own_bytes);
+        let of_each = all().map(|checkpoint| {
             let shared = checkpoint.shared.iter().map(|shared| shared.bytes());
             header_bytes(checkpoint) + shared.sum::<u64>()
         });

@@ -115,6 +115,12 @@ impl Files {
         }
     }
 
+    /// Forgets what is known of live files: the tree has ended, and another is to take its place. What checkpoints have is kept.
+    pub fn start_again(&mut self) {
+        self.known.clear();
+        self.journal = None;
+    }
+
     /// Finds and opens what belongs to a tree, which may run meanwhile. `root` is its root.
     ///
     /// # Errors

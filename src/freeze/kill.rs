@@ -1,6 +1,7 @@
 //! Ending processes and threads of a stopped tree.
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
@@ -60,6 +61,21 @@ impl Stopped<'_> {
         }
         Ok(())
     }
+}
+
+/// Waits for the end of all tracees, which were killed. False: some have not ended in time.
+pub fn collect_all_deaths() -> bool {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        match ptrace::poll_any() {
+            Ok(Some((_, Event::Exited(_)))) => {}
+            Ok(Some((tid, _))) => drop(ptrace::resume(tid, 0)),
+            Ok(None) => std::thread::sleep(Duration::from_millis(1)),
+            Err(_) => return true,
+        }
+    }
+    false
 }
 
 /// Waits for the end of a task that is traced.

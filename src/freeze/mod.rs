@@ -25,6 +25,7 @@ mod watch;
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
 pub use copy::{InCopy, PlainCall};
 pub use inject::{STORE_OFFSET, TargetWindow, WINDOW_MAPPING, forked_last};
+pub use kill::collect_all_deaths;
 pub use open::Made;
 pub use revive::LEAST_NO_PID;
 pub use stopped::{Process, Stopped};

@@ -62,7 +62,8 @@ impl Stopped<'_> {
         }
         let (place, vmas) = Bootstrap::find(pid, &member.maps)?;
         for thread in &mut process.threads {
-            if place.holds(thread.registers()?) {
+            // One that a shadow has made there has no way back.
+            if at.is_none() && place.holds(thread.registers()?) {
                 return Err(refuse(
                     pid,
                     format!("thread {}", thread.tid),

@@ -36,7 +36,7 @@ pub use on_disk::{Durability, OnDisk, Persisting};
 pub use open::Opened;
 pub use pages::StoredPages;
 pub use parts::Parts;
-pub use persist::{Options, Progress, Summary, Why, persist};
+pub use persist::{Options, Progress, Summary, Why, in_ram, persist};
 pub use space::StoredSpace;
 pub use view::{DescriptorView, ProcessView, SpaceView, VmaView};
 

@@ -53,10 +53,10 @@ impl Opened {
         }
         let (path, file) = open_in(directory, MEMORY_FILE)?;
         let frames = Frames::open(file).map_err(Error::image(&path))?;
-        Self::of(context, frames, path)
+        Self::of(Arc::new(context), frames, path)
     }
 
-    fn of(context: Context, frames: Frames, path: PathBuf) -> Result<Self> {
+    pub(super) fn of(context: Arc<Context>, frames: Frames, path: PathBuf) -> Result<Self> {
         let wrong = |problem: String| Error::Inconsistent {
             path: path.clone(),
             problem,
@@ -137,7 +137,7 @@ impl Opened {
             }
         }
         Ok(Self {
-            context: Arc::new(context),
+            context,
             info,
             spaces,
             segments,

@@ -6,8 +6,8 @@ use std::io::BufWriter;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
@@ -18,10 +18,11 @@ use super::layout::{Encoding, MappedFile, Program};
 use super::parts::{DELETED, Nameless, NamelessContent, Parts, describe};
 use super::staging::Staging;
 use super::write::{Content, Writer};
-use super::{CONTEXT_FILE, Error, MARK_FILE, MEMORY_FILE, Result};
+use super::{CONTEXT_FILE, Error, MARK_FILE, MEMORY_FILE, Opened, Result};
 use crate::fault;
+use crate::kernel::memory_file::memory_file;
 use crate::memory::{Ranges, SpaceContent};
-use crate::record::{Context, Kind, ObjectId};
+use crate::record::{Context, Frames, Kind, ObjectId};
 
 /// How an image is written.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -117,6 +118,28 @@ pub fn persist(
     let written = write(parts, target, options, progress);
     // What was cancelled may have failed of that: a shadow has gone.
     written.or_else(|error| progress.check().and(Err(error)))
+}
+
+/// Makes an image that is nowhere but in RAM, pages and all, and opens it.
+///
+/// # Errors
+///
+/// The checkpoint can't be read, or there is no memory.
+pub fn in_ram(parts: Parts) -> Result<Opened> {
+    let path = Path::new("memory.img in RAM");
+    let failed = |what| Error::file(what, path);
+    let context = Arc::clone(&parts.context);
+    let file = memory_file(c"snapback image", &[]).map_err(failed("create"))?;
+    let written = file.try_clone().map_err(failed("create"))?;
+    write_memory(
+        parts,
+        path,
+        written,
+        Options::default(),
+        &Progress::default(),
+    )?;
+    let frames = Frames::open(file).map_err(Error::image(path))?;
+    Opened::of(context, frames, path.to_owned())
 }
 
 fn write(parts: Parts, target: &Path, options: Options, progress: &Progress) -> Result<Summary> {

@@ -54,6 +54,11 @@ impl StateDirectory {
         }
     }
 
+    /// Whether there is one: a keeper runs, or one was killed.
+    pub fn is_there(&self) -> bool {
+        self.path.is_dir()
+    }
+
     /// The directory that it is in, which keeps its name when the tree gets another root.
     pub(super) fn above(&self) -> &Path {
         self.path.parent().unwrap_or(&self.path)

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use crate::engine::{self, Engine, RollbackOptions, TakeOptions, Target};
+use crate::engine::{self, Engine, RollbackOptions, Stream, TakeOptions, Target};
 use crate::filesystem;
 use crate::image::{Encoding, Inspection, Opened, Options, Summary};
 use crate::keeper::Errand;
@@ -17,21 +17,19 @@ use crate::restore::Origin;
 
 /// What attaches the engine to the errand's tree, on the thread that calls it.
 pub fn attach(errand: &Errand) -> impl FnOnce() -> Result<Engine, Failure> + Send + 'static {
-    let (pid, cgroup, label) = (
-        errand.target.pid,
-        errand.cgroup.clone(),
-        errand.label.clone(),
-    );
+    let target = Target {
+        pid: errand.target.pid,
+        cgroup: errand.cgroup.clone(),
+        label: errand.label.clone(),
+        outlives: errand.outlives,
+    };
     // Which files are to go back is told with each checkpoint.
     let files = filesystem::Options {
         include: false,
         store: errand.directory().above().to_owned(),
         ..filesystem::Options::default()
     };
-    move || {
-        let target = Target { pid, cgroup, label };
-        Engine::attach_with_files(target, files).map_err(Failure::from)
-    }
+    move || Engine::attach_with_files(target, files).map_err(Failure::from)
 }
 
 impl From<engine::Error> for Failure {
@@ -109,6 +107,19 @@ impl Operations for Engine {
             name,
             RollbackOptions { verify },
         )?)
+    }
+
+    fn prepare_again(&mut self, name: &str) -> Result<[Option<Stream>; 3], Failure> {
+        Ok(Engine::prepare_again(self, name)?)
+    }
+
+    fn make_again(&mut self, name: &str, root: i32, verify: bool) -> Result<Report, Failure> {
+        let options = RollbackOptions { verify };
+        Ok(Engine::make_again(self, name, root, options)?)
+    }
+
+    fn end_with_container(&mut self) -> Result<(), Failure> {
+        Ok(Engine::end_with_container(self)?)
     }
 
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
@@ -202,6 +213,7 @@ fn info(info: engine::CheckpointInfo) -> CheckpointInfo {
         parent: info.parent,
         current: info.is_current,
         pinned: info.is_pinned,
+        ended: info.has_ended,
         page_bytes: info.copied_pages * PAGE,
         copied_bytes: info.shared_bytes,
         file_bytes: info.file_bytes,

@@ -33,6 +33,8 @@ pub struct Errand {
     pub cgroup: Option<PathBuf>,
     /// The container's name for messages.
     pub label: String,
+    /// Whether its checkpoints are to outlive it, so that it can be made again.
+    pub outlives: bool,
 }
 
 impl Errand {
@@ -54,6 +56,9 @@ impl Errand {
         }
         if let Some(cgroup) = &self.cgroup {
             arguments.extend(["--cgroup".into(), cgroup.clone().into()]);
+        }
+        if self.outlives {
+            arguments.push("--outlives".into());
         }
         arguments
     }

@@ -12,6 +12,7 @@ mod launch;
 pub mod protocol;
 mod server;
 mod target;
+mod watched;
 mod work;
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::Stream;
 use crate::filesystem::ChangeKind;
 use crate::image::{Durability, Encoding, Inspection, Summary};
 use crate::outcome::{Refusal, Report};
@@ -129,6 +130,22 @@ pub enum Request {
         /// Compare everything with the image before it runs.
         verify: bool,
     },
+    /// Check whether the container, which has ended, can be made again of this checkpoint, and prepare that.
+    PrepareAgain {
+        /// The checkpoint's name.
+        name: String,
+    },
+    /// Make of the init of the container, created anew, what was prepared.
+    MakeAgain {
+        /// The checkpoint's name.
+        name: String,
+        /// The init's PID; it waits.
+        root: i32,
+        /// Compare everything with the checkpoint before it runs.
+        verify: bool,
+    },
+    /// The container is about to be deleted: the checkpoints end with it, at once if it has ended.
+    EndWithContainer,
     /// List the checkpoints.
     Checkpoints,
     /// Free one checkpoint, or all.
@@ -173,6 +190,11 @@ pub enum Response {
     Persisted {
         /// What was written.
         summary: Summary,
+    },
+    /// A container can be made again.
+    Prepared {
+        /// Where standard input, output and error of its init led; null: nowhere.
+        streams: [Option<Stream>; 3],
     },
     /// The checkpoint or checkpoints are freed.
     Released {
@@ -242,6 +264,9 @@ pub struct CheckpointInfo {
     /// Whether it is released by name only.
     #[serde(default)]
     pub pinned: bool,
+    /// Whether the container that it was taken of has ended.
+    #[serde(default)]
+    pub ended: bool,
     /// Bytes of memory that were copied for it when it was taken.
     #[serde(default)]
     pub page_bytes: u64,

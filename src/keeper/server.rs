@@ -1,7 +1,7 @@
 //! The keeper's side of the protocol: a thread that listens, one per connection, one that works.
 
 use std::io::{self, BufReader, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -9,15 +9,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use nix::unistd::{Pid, geteuid};
+use nix::unistd::geteuid;
 use parking_lot::{Condvar, Mutex};
 
+use crate::engine::Stream;
 use crate::fault;
 use crate::image::{Encoding, Inspection, Options, Summary};
 use crate::keeper::directory::Locked;
@@ -25,9 +24,10 @@ use crate::keeper::protocol::{
     Change, CheckpointInfo, Failure, FileOptions, Hello, KeepOptions, Request, Response, VERSION,
     append, receive, send,
 };
+use crate::keeper::watched::Watched;
 use crate::keeper::work::{Work, Works};
 use crate::keeper::{Error, Identity, StateDirectory};
-use crate::kernel::{disposition, pidfd};
+use crate::kernel::disposition;
 use crate::outcome::Report;
 
 /// How long a client may take to read an answer when the keeper ends.
@@ -87,6 +87,24 @@ pub trait Operations {
     ///
     /// Refused or failed; the tree is killed.
     fn restore(&mut self, name: &str, from: &Path, verify: bool) -> Result<Report, Failure>;
+    /// Prepares to make a container again that has ended; returns its standard streams.
+    ///
+    /// # Errors
+    ///
+    /// Refused or failed; nothing was touched.
+    fn prepare_again(&mut self, name: &str) -> Result<[Option<Stream>; 3], Failure>;
+    /// Makes it of an init that waits.
+    ///
+    /// # Errors
+    ///
+    /// It was not made; the checkpoints are kept.
+    fn make_again(&mut self, name: &str, root: i32, verify: bool) -> Result<Report, Failure>;
+    /// The container is about to be deleted.
+    ///
+    /// # Errors
+    ///
+    /// Checkpoints could not be freed.
+    fn end_with_container(&mut self) -> Result<(), Failure>;
     /// The checkpoints held, oldest first.
     fn checkpoints(&self) -> Vec<CheckpointInfo>;
     /// Frees one checkpoint, or all.
@@ -151,59 +169,6 @@ struct Shared {
     directory: Mutex<StateDirectory>,
     root: Watched,
     works: Mutex<Works>,
-}
-
-/// The root of the tree, whose end is to be told.
-struct Watched {
-    /// Readable once it has exited.
-    exit: Epoll,
-    root: Mutex<Option<(Identity, OwnedFd)>>,
-}
-
-impl Watched {
-    fn new() -> nix::Result<Self> {
-        Ok(Self {
-            exit: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            root: Mutex::new(None),
-        })
-    }
-
-    /// Watches another process.
-    fn watch(&self, root: Identity) -> Result<(), Failure> {
-        let failed = |errno: Errno| {
-            failure(&format!(
-                "cannot hold process {}: {}",
-                root.pid,
-                errno.desc()
-            ))
-        };
-        let pidfd = pidfd::open(Pid::from_raw(root.pid)).map_err(failed)?;
-        // Only now is the PID certain not to be given to another.
-        match root.is_alive() {
-            Ok(true) => {}
-            Ok(false) => return Err(failure(&format!("process {} has exited", root.pid))),
-            Err(error) => return Err(failure(&error.to_string())),
-        }
-        // Told once: it stays readable.
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
-        let added = self.exit.add(&pidfd, EpollEvent::new(flags, 0));
-        added.map_err(failed)?;
-        *self.root.lock() = Some((root, pidfd));
-        Ok(())
-    }
-
-    /// Whether it is this one that is watched.
-    fn is(&self, root: Identity) -> bool {
-        let watched = self.root.lock();
-        watched
-            .as_ref()
-            .is_some_and(|(watched, _)| *watched == root)
-    }
-
-    fn has_exited(&self) -> nix::Result<bool> {
-        let mut events = [EpollEvent::empty()];
-        Ok(self.exit.wait(&mut events, EpollTimeout::ZERO)? > 0)
-    }
 }
 
 /// Attaches, listens in `directory` and serves clients, beginning with `first`, until the last checkpoint is released
@@ -326,7 +291,7 @@ fn listen(
     signals: &SignalFd,
     end: &UnixStream,
 ) -> io::Result<()> {
-    let exit = shared.root.exit.0.as_fd();
+    let exit = shared.root.exit();
     let watched = [end.as_fd(), listener.as_fd(), signals.as_fd(), exit];
     loop {
         let mut polled: Vec<PollFd> = watched
@@ -526,6 +491,7 @@ fn work<O: Operations>(shared: &Shared, queue: &Receiver<Job>, mut operations: O
         if is_last {
             break;
         }
+        await_stops(&mut operations);
     }
     drop(operations);
     shared.cancel_works();
@@ -536,6 +502,15 @@ fn work<O: Operations>(shared: &Shared, queue: &Receiver<Job>, mut operations: O
             let _ = reply.send(Answer::Done(Box::new(Response::Failure(failure(&gone)))));
         }
     }
+}
+
+/// Between requests a shadow may stop because it is about to end, which is to be told, too.
+fn await_stops<O: Operations>(operations: &mut O) {
+    if let Err(errno) = disposition::tell_stops_too() {
+        tracing::error!("SIGCHLD: {errno}");
+    }
+    // What has stopped before was not told.
+    operations.collect_deaths();
 }
 
 /// Whether the keeper may end after a job.
@@ -554,6 +529,10 @@ fn carry_out<O: Operations>(
     match job {
         Job::Request { request, reply } => {
             fault::point("keeper.request");
+            // At each of its many stops the signal would only be in the way.
+            if let Err(errno) = disposition::tell_deaths_only() {
+                tracing::warn!("SIGCHLD: {errno}");
+            }
             let response = answer(operations, &request);
             if let Err(failure) = shared.follow(operations.root()) {
                 tracing::error!("{failure}");
@@ -564,8 +543,11 @@ fn carry_out<O: Operations>(
                 Request::Checkpoint { .. }
                 | Request::MoveOut { .. }
                 | Request::Restore { .. }
+                | Request::EndWithContainer
                 | Request::Release { .. } => End::WithoutCheckpoints,
                 Request::Rollback { .. }
+                | Request::PrepareAgain { .. }
+                | Request::MakeAgain { .. }
                 | Request::Diff { .. }
                 | Request::Inspect { .. }
                 | Request::Persist { .. }
@@ -583,6 +565,11 @@ fn carry_out<O: Operations>(
         }
         Job::RootDied => {
             let label = shared.directory.lock().label().to_owned();
+            if shared.root.is_alive() {
+                // The one that has ended has a successor.
+                return (None, End::Never);
+            }
+            operations.collect_deaths();
             if !operations.can_come_back() {
                 tracing::info!("{label} has ended");
                 return (None, End::Now);
@@ -599,8 +586,14 @@ fn carry_out<O: Operations>(
     }
 }
 
-fn has_ended<O: Operations>(operations: &O) -> bool {
-    !operations.is_alive() && !operations.can_come_back()
+/// Whether the tree has ended for good.
+fn has_ended<O: Operations>(operations: &mut O) -> bool {
+    if operations.is_alive() {
+        return false;
+    }
+    // What can outlive it has to be told from what can't.
+    operations.collect_deaths();
+    !operations.can_come_back()
 }
 
 impl Shared {
@@ -657,6 +650,17 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
         Request::Restore { name, from, verify } => {
             operations.restore(name, from, *verify).map(report)
         }
+        Request::PrepareAgain { name } => {
+            let prepared = operations.prepare_again(name);
+            prepared.map(|streams| Response::Prepared { streams })
+        }
+        Request::MakeAgain { name, root, verify } => {
+            operations.make_again(name, *root, *verify).map(report)
+        }
+        Request::EndWithContainer => operations.end_with_container().map(|()| {
+            let left = operations.held();
+            Response::Released { left }
+        }),
         Request::Diff { name } => operations
             .diff(name)
             .map(|changes| Response::Changes { changes }),

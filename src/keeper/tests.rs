@@ -15,6 +15,7 @@ use super::directory::{Found, Locked};
 use super::protocol::*;
 use super::server::serve;
 use super::*;
+use crate::engine::Stream;
 use crate::image::{Encoding, Inspection, Options, Progress, Summary};
 use crate::outcome::{Outcome, Refusal, Report};
 
@@ -149,11 +150,24 @@ impl Operations for Fake {
         Ok(report(Outcome::Restored))
     }
 
+    fn prepare_again(&mut self, _: &str) -> Result<[Option<Stream>; 3], Failure> {
+        Ok([const { None }; 3])
+    }
+
+    fn make_again(&mut self, _: &str, _: i32, _: bool) -> Result<Report, Failure> {
+        Ok(report(Outcome::RolledBack))
+    }
+
+    fn end_with_container(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
     fn checkpoints(&self) -> Vec<CheckpointInfo> {
         let info = |name: &String| CheckpointInfo {
             parent: None,
             current: false,
             pinned: false,
+            ended: false,
             page_bytes: 0,
             name: name.clone(),
             taken_at: 1.5,

@@ -18,3 +18,8 @@ pub fn tell_deaths_only() -> Result<(), Errno> {
     // SAFETY: installs no handler, so no code can run in a signal context.
     unsafe { sigaction(Signal::SIGCHLD, &action) }.map(drop)
 }
+
+/// Asks for `SIGCHLD` also when a child or tracee stops.
+pub fn tell_stops_too() -> Result<(), Errno> {
+    set_default(Signal::SIGCHLD)
+}

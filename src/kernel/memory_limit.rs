@@ -28,6 +28,22 @@ pub fn room(pid: Pid) -> io::Result<Option<Room>> {
     Ok(rooms.min_by_key(|room| room.bytes))
 }
 
+/// Bytes that the machine has for new programs without swapping (`MemAvailable`, proc_meminfo(5)).
+///
+/// # Errors
+///
+/// Those of reading `/proc`.
+pub fn available() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kibibytes = line.and_then(|line| line.split_ascii_whitespace().next()?.parse().ok());
+    let kibibytes: Option<u64> = kibibytes;
+    let bytes = kibibytes.map(|kibibytes| kibibytes << 10);
+    bytes.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+}
+
 fn room_in(directory: &Path) -> Option<Room> {
     /// Version 1 has no word for none, but a number that no machine has.
     const NONE: u64 = 1 << 60;

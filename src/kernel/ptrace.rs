@@ -34,7 +34,12 @@ impl Options {
     pub const UNTIL_EXECUTED: Self = Self(Self::HOLD_OR_KILL.0 | libc::PTRACE_O_TRACEEXEC as u32);
     /// For a shadow: it dies with its tracer and is otherwise left alone.
     pub const SHADOW: Self = Self(libc::PTRACE_O_EXITKILL as u32);
+    /// As [`Options::SHADOW`], and it stops when it is about to end, while it still has its memory ([`EXITING`]).
+    pub const SHADOW_OF_CONTAINER: Self = Self(Self::SHADOW.0 | libc::PTRACE_O_TRACEEXIT as u32);
 }
+
+/// The [`Event::Other`] of a task that is about to end (`PTRACE_EVENT_EXIT`): it runs no code of the program any more.
+pub const EXITING: i32 = libc::PTRACE_EVENT_EXIT;
 
 /// What a wait on a task reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -322,6 +327,22 @@ pub fn wait(tid: Pid) -> io::Result<Event> {
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
             Ok(_) => return decode(tid, status).map_err(io::Error::from),
+        }
+    }
+}
+
+/// Looks, without waiting, whether any child or tracee of this thread has changed state. None are left: `ECHILD`.
+pub fn poll_any() -> io::Result<Option<(Pid, Event)>> {
+    let mut status = 0;
+    let options = libc::__WALL | libc::__WNOTHREAD | libc::WNOHANG;
+    // SAFETY: `status` outlives the call.
+    let got = unsafe { libc::waitpid(-1, &raw mut status, options) };
+    match Errno::result(got)? {
+        0 => Ok(None),
+        pid => {
+            let pid = Pid::from_raw(pid);
+            let event = decode(pid, status).map_err(io::Error::from)?;
+            Ok(Some((pid, event)))
         }
     }
 }

@@ -40,13 +40,13 @@ struct Armed {
 impl Space {
     /// Takes an image of the address space of which a child was forked just now that is becoming its shadow: VMA list,
     /// populated pages; and arms the tracking. On failure the child is gone. `before` tells how it differs from what it was
-    /// equal to last, `standing` of the process what the shadow has of it.
+    /// equal to last, `called` is what records call the process, `standing` what the shadow has of it.
     pub fn capture(
         &mut self,
         stopped: &mut Stopped,
         fresh: Fresh,
         before: Option<Changes>,
-        standing: Vec<u8>,
+        (called, standing): (Pid, Vec<u8>),
         context: &mut Context,
     ) -> Result<(SpaceImage, Copied)> {
         let asked = (fresh.brk, fresh.locks_future);
@@ -60,7 +60,7 @@ impl Space {
         let shadow = fresh.finish(stopped)?;
         let of_shadow = shadow.pid;
         let base = Arc::new(Base::new(shadow, standing));
-        let captured = self.capture_armed(stopped, base, asked, armed, context);
+        let captured = self.capture_armed(stopped, (called, base), asked, armed, context);
         captured.inspect_err(|_| fork::end(stopped, self.pid, of_shadow))
     }
 
@@ -96,7 +96,7 @@ impl Space {
     fn capture_armed(
         &mut self,
         stopped: &mut Stopped,
-        base: Arc<Base>,
+        (called, base): (Pid, Arc<Base>),
         asked: (u64, u64),
         armed: Armed,
         context: &mut Context,
@@ -110,7 +110,14 @@ impl Space {
             populated,
             differing,
         } = armed;
-        let id = append(context, pid, &base, (&text, window), &populated, asked)?;
+        let id = append(
+            context,
+            (pid, called),
+            &base,
+            (&text, window),
+            &populated,
+            asked,
+        )?;
         super::aio::check(pid, &layout)?;
         let mut pages = PageMap::new(self.pages.clone());
         let lacking = lacking(&base, &layout, &populated)?;
@@ -142,10 +149,10 @@ impl Space {
     }
 }
 
-/// Writes the records of an image.
+/// Writes the records of an image of a process, which they call by the second of the numbers.
 pub(super) fn append(
     context: &mut Context,
-    pid: Pid,
+    (pid, called): (Pid, Pid),
     base: &Base,
     (text, window): (&[u8], Span),
     populated: &Ranges,
@@ -153,7 +160,7 @@ pub(super) fn append(
 ) -> Result<ObjectId> {
     let id = context.new_object();
     let header = AddressSpaceHeader {
-        pid: pid.as_raw() as u32,
+        pid: called.as_raw() as u32,
         shadow: base.shadow.pid.as_raw() as u32,
         brk,
         window_start: window.start,

@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::freeze;
 use crate::kernel::maps::Vma;
 use crate::kernel::pidfd;
-use crate::kernel::procfs::{self, Bounds};
+use crate::kernel::procfs::Bounds;
 use crate::record::{Context, ObjectId};
 
 use super::Result;
@@ -21,8 +20,8 @@ use super::ranges::{Ranges, Span};
 use super::source::Source;
 use super::space::system;
 
-/// What an image has of an address space, apart from the image. It can be read as long as the shadow lives; after that
-/// everything is an error, also if another process has got its PID.
+/// What an image has of an address space, apart from the image. It can be read as long as the shadow lives, or if what that had
+/// was kept; otherwise everything is an error, also if another process has got its PID.
 #[derive(Debug)]
 pub struct SpaceContent {
     /// The object id of its records.
@@ -46,6 +45,7 @@ impl SpaceContent {
         let failed = |what: &str, error: io::Error| system(image.pid, what, error);
         let pidfd = match image.source.shadow() {
             None => None,
+            Some(_) if image.source.is_kept() => None,
             Some(shadow) if shadow.is_alive() => Some(
                 pidfd::open(shadow.pid).map_err(|errno| failed("hold a shadow", errno.into()))?,
             ),
@@ -77,7 +77,11 @@ impl SpaceContent {
     /// The shadow has died.
     pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
         self.source.read(spans, buffer)?;
-        self.check()
+        match self.check() {
+            // It may have been the shadow that answered while that was being let go.
+            Err(_) if self.source.is_kept() => self.source.read(spans, buffer),
+            checked => checked,
+        }
     }
 
     /// Fails if it was not the shadow that answered.
@@ -88,11 +92,13 @@ impl SpaceContent {
         }
     }
 
-    fn checked<T>(&self, read: Result<T>) -> Result<T> {
-        let read = read?;
-        self.check()
-            .map_err(|error| system(self.pid(), "read a shadow", error))?;
-        Ok(read)
+    fn checked<T>(&self, read: impl Fn() -> Result<T>) -> Result<T> {
+        let found = read();
+        match self.check() {
+            Err(_) if self.source.is_kept() => read(),
+            Err(error) if found.is_ok() => Err(system(self.pid(), "read a shadow", error)),
+            _ => found,
+        }
     }
 
     fn pid(&self) -> nix::unistd::Pid {
@@ -106,7 +112,7 @@ impl SpaceContent {
     ///
     /// The shadow has died; so for all that follow.
     pub fn smaps(&self) -> Result<String> {
-        self.checked(self.source.smaps())
+        self.checked(|| self.source.smaps())
     }
 
     /// See [`Source::policies`].
@@ -115,7 +121,7 @@ impl SpaceContent {
     ///
     /// As above.
     pub fn policies(&self) -> Result<Option<String>> {
-        self.checked(self.source.policies())
+        self.checked(|| self.source.policies())
     }
 
     /// See [`Source::guards`].
@@ -124,7 +130,7 @@ impl SpaceContent {
     ///
     /// As above.
     pub fn guards(&self) -> Result<Ranges> {
-        self.checked(self.source.guards(&self.layout))
+        self.checked(|| self.source.guards(&self.layout))
     }
 
     /// See [`Source::bounds`].
@@ -133,7 +139,7 @@ impl SpaceContent {
     ///
     /// As above.
     pub fn bounds(&self) -> Result<Bounds> {
-        self.checked(self.source.bounds())
+        self.checked(|| self.source.bounds())
     }
 
     /// See [`Source::auxv`].
@@ -142,7 +148,7 @@ impl SpaceContent {
     ///
     /// As above.
     pub fn auxv(&self) -> Result<Vec<u8>> {
-        self.checked(self.source.auxv())
+        self.checked(|| self.source.auxv())
     }
 
     /// The program's file, and its path as the link in `/proc` tells it.
@@ -151,11 +157,8 @@ impl SpaceContent {
     ///
     /// As above.
     pub fn program(&self) -> Result<(PathBuf, File)> {
-        let file = self.checked(self.source.program())?;
-        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let path = std::fs::read_link(link)
-            .map_err(|error| system(self.pid(), "tell the path of its program", error))?;
-        Ok((path, file))
+        self.checked(|| self.source.program())
+            .map(|(file, path)| (path, file))
     }
 
     /// The VMAs by which the files that it shows can be opened: one for each file.
@@ -164,7 +167,7 @@ impl SpaceContent {
     ///
     /// As above.
     pub fn mapped(&self) -> Result<Vec<Vma>> {
-        let there = self.checked(self.source.mapped())?.vmas;
+        let there = self.checked(|| self.source.mapped())?.vmas;
         let mut found = BTreeMap::new();
         let files = there.into_iter().chain(self.layout.vmas.iter().cloned());
         for vma in files.filter(|vma| !vma.is_anonymous() && !vma.is_special()) {
@@ -184,20 +187,12 @@ impl SpaceContent {
         if let Some(pin) = self.pins.get(&inode(vma)) {
             return pin.try_clone();
         }
-        let file = match &*self.source {
-            Source::Resident(resident) => {
-                let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
-                let mut path = File::options();
-                path.read(true).custom_flags(libc::O_PATH);
-                path.open(procfs::path(resident.base.shadow.pid, &name))?
-            }
-            Source::Stored(stored) => match stored.open_mapped(vma) {
-                Some(opened) => opened?,
-                None => return Err(io::ErrorKind::NotFound.into()),
-            },
-        };
-        self.check()?;
-        Ok(file)
+        let pinned = self.source.pin_mapped(vma);
+        match self.check() {
+            Err(_) if self.source.is_kept() => self.source.pin_mapped(vma),
+            Err(error) if pinned.is_ok() => Err(error),
+            _ => pinned,
+        }
     }
 }
 

@@ -24,7 +24,7 @@ use super::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub struct AddressSpaceHeader {
-    /// PID of the process it is reached by.
+    /// PID of the process it is reached by, as all records of the context call it.
     pub pid: u32,
     /// PID of the shadow.
     pub shadow: u32,

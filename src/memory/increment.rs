@@ -261,7 +261,14 @@ impl Space {
         let pins = pins(pid, &base, &layout, &self.foothold.pins())?;
         let window = window_span(stopped, pid)?;
         let asked = (brk, locks_future);
-        let id = append(context, pid, &base, (&text, window), &populated, asked)?;
+        let id = append(
+            context,
+            (pid, pid),
+            &base,
+            (&text, window),
+            &populated,
+            asked,
+        )?;
         let anonymous = layout.private().filter(|vma| vma.is_anonymous());
         let besides = written
             .intersection(&anonymous.map(Span::from).collect())

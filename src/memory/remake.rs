@@ -80,7 +80,7 @@ pub fn execute_program(
 
 /// Gives a process a descriptor, close-on-exec, of the program of a source, and returns its number.
 fn pass_program(stopped: &mut Stopped, pid: Pid, source: &Source) -> Result<i32> {
-    Ok(stopped.pass_descriptor(pid, source.program()?.as_fd())?)
+    Ok(stopped.pass_descriptor(pid, source.program()?.0.as_fd())?)
 }
 
 /// The kernel's own mappings that each address space has at a place of its own.

@@ -1,10 +1,11 @@
-//! Whether a memory limit has room for the shadows of a tree.
+//! Whether there is room: in a memory limit for the shadows of a tree, in the machine for copies.
 
 use std::collections::BTreeSet;
 
 use nix::unistd::Pid;
 
 use crate::kernel::{memory_limit, procfs};
+use crate::outcome::Refusal;
 
 use super::Result;
 use super::space::{refuse, system};
@@ -44,4 +45,34 @@ pub fn check_room(root: Pid) -> Result<()> {
         room.bytes >> 10
     );
     Err(refuse(root, "its memory limit", remedy))
+}
+
+/// Refuses to take so many bytes of memory for something if that would leave too little: what would be ended for it may be
+/// anything.
+///
+/// # Errors
+///
+/// Refused, or `/proc` can't be read.
+pub fn check_available(holder: &str, bytes: u64) -> Result<()> {
+    /// Bytes that are left to others.
+    const SPARE: u64 = 64 << 20;
+    let us = Pid::this();
+    let looking = |error| system(us, "look how much memory is available", error);
+    let machine = memory_limit::available().map_err(looking)?;
+    let ours = memory_limit::room(us).map_err(looking)?;
+    let room = ours.map_or(machine, |ours| ours.bytes.min(machine));
+    if bytes.saturating_add(SPARE) <= room {
+        return Ok(());
+    }
+    let remedy = format!(
+        "it takes {} MiB in RAM, and {} MiB are available; make room for it",
+        (bytes >> 20) + (SPARE >> 20),
+        room >> 20
+    );
+    Err(Refusal {
+        object: "a copy of memory".into(),
+        holder: holder.into(),
+        remedy,
+    }
+    .into())
 }

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::unistd::Pid;
 
 use crate::freeze::{Error, InCopy, Stopped};
-use crate::kernel::ptrace::{self, Event, Options};
+use crate::kernel::ptrace::{self, EXITING, Event, Options};
 use crate::kernel::{procfs, remote_memory};
 
 use super::Result;
@@ -24,9 +24,18 @@ pub struct Shadow {
     /// Whether a process made by it would live in the time namespace that the one it was made of lives in: a fork moves to
     /// that which was meant for children (time_namespaces(7)).
     pub keeps_time: bool,
-    /// Its death was seen and collected: from then on the PID may be another process's.
-    is_dead: AtomicBool,
+    /// How far its end is.
+    end: AtomicU8,
 }
+
+/// It is there.
+const LIVES: u8 = 0;
+/// It is about to end and stopped with its memory.
+const ENDS: u8 = 1;
+/// It was let go after that.
+const WAS_LET_GO: u8 = 2;
+/// Its death was seen and collected: from then on the PID may be another process's.
+const DEAD: u8 = 3;
 
 /// A child fresh from clone(2), seized and stopped, on its way to be a shadow. It shares its parent's file table until that
 /// is finished.
@@ -88,7 +97,7 @@ impl Adoption {
             memory,
             pagemap,
             keeps_time,
-            is_dead: AtomicBool::new(false),
+            end: AtomicU8::new(LIVES),
         })
     }
 }
@@ -110,12 +119,54 @@ impl Shadow {
     /// Whether it is still there. Something in the container may have killed it, or the container was ended: its PID
     /// namespace is not gone before the tracer has collected the deaths of all its tracees in there.
     pub fn is_alive(&self) -> bool {
-        if self.is_dead.load(Ordering::Relaxed) {
-            return false;
+        self.look() == LIVES
+    }
+
+    /// Whether it is about to end and stopped while it still has its memory: only if [`Shadow::stop_at_end`] was called.
+    pub fn is_ending(&self) -> bool {
+        self.look() == ENDS
+    }
+
+    fn look(&self) -> u8 {
+        let mut end = self.end.load(Ordering::Relaxed);
+        if end != DEAD {
+            end = match ptrace::poll(self.pid) {
+                Ok(Some(Event::Exited(_))) | Err(_) => DEAD,
+                Ok(Some(Event::Other(EXITING))) => ENDS,
+                Ok(_) => end,
+            };
+            self.end.store(end, Ordering::Relaxed);
         }
-        let has_died = matches!(ptrace::poll(self.pid), Ok(Some(Event::Exited(_))) | Err(_));
-        self.is_dead.store(has_died, Ordering::Relaxed);
-        !has_died
+        end
+    }
+
+    /// Has it stop when it is killed, while it still has its memory. The PID namespace of a container whose init has ended does
+    /// not end before it was let go, nor is the container's supervisor told.
+    ///
+    /// # Errors
+    ///
+    /// It has died.
+    pub fn stop_at_end(&self) -> Result<()> {
+        let set = ptrace::set_options(self.pid, Options::SHADOW_OF_CONTAINER);
+        Ok(set.map_err(|errno| Error::System {
+            what: format!("ptrace options of shadow {}", self.pid),
+            error: errno.into(),
+        })?)
+    }
+
+    /// Undoes [`Shadow::stop_at_end`].
+    pub fn end_at_once(&self) {
+        self.let_go();
+        // It may have died.
+        let _ = ptrace::set_options(self.pid, Options::SHADOW);
+    }
+
+    /// Lets it end, if it [is about to](Shadow::is_ending).
+    pub fn let_go(&self) {
+        if self.is_ending() {
+            let _ = ptrace::resume(self.pid, 0);
+            self.end.store(WAS_LET_GO, Ordering::Relaxed);
+        }
     }
 
     /// Reads ranges of the address space as they were, one after the other, into `buffer`.
@@ -142,18 +193,25 @@ impl Shadow {
 
     /// Kills it and collects its exit. Its parent still has to reap it.
     pub fn kill(&self) {
-        if !self.is_alive() {
+        if self.look() == DEAD {
             return;
         }
+        self.let_go();
         kill(self.pid);
-        self.is_dead.store(true, Ordering::Relaxed);
+        self.end.store(DEAD, Ordering::Relaxed);
     }
 }
 
 /// Kills a tracee of ours and collects its exit.
 pub(super) fn kill(pid: Pid) {
     let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL);
-    while !matches!(ptrace::wait(pid), Ok(Event::Exited(_)) | Err(_)) {}
+    loop {
+        match ptrace::wait(pid) {
+            Ok(Event::Exited(_)) | Err(_) => return,
+            Ok(Event::Other(EXITING)) => drop(ptrace::resume(pid, 0)),
+            Ok(_) => {}
+        }
+    }
 }
 
 const CLOSE_RANGE_UNSHARE: u64 = 1 << 1;

@@ -2,18 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::unistd::Pid;
 
+use crate::fault;
 use crate::kernel::maps::{self, Vma};
 use crate::kernel::pagemap::Scan;
 use crate::kernel::procfs::{self, Bounds};
 use crate::kernel::smaps;
 
+use super::kept;
 use super::layout::Layout;
 use super::page_map::PageMap;
 use super::ranges::{Ranges, Span};
@@ -50,6 +53,8 @@ pub(super) struct Base {
     /// What else than memory it has of the process, as who made it tells: only one that has the same can share it.
     pub(super) standing: Vec<u8>,
     vmas: OnceLock<Vec<Vma>>,
+    /// What the shadow had, once it has ended.
+    kept: OnceLock<Stored>,
 }
 
 /// What an address space was like besides its pages and VMAs.
@@ -70,6 +75,7 @@ impl Base {
             id: LAST.fetch_add(1, Ordering::Relaxed) + 1,
             standing,
             vmas: OnceLock::new(),
+            kept: OnceLock::new(),
         }
     }
 
@@ -83,6 +89,31 @@ impl Base {
             .map_err(|error| system(pid, "read the map of a shadow", error))?;
         let vmas = maps::parse(&text).unwrap_or_default();
         Ok(self.vmas.get_or_init(|| vmas))
+    }
+
+    /// Copies out what the shadow has, if it is about to end, and lets it.
+    pub(super) fn outlive(&self) -> Result<()> {
+        if !self.shadow.is_ending() {
+            return Ok(());
+        }
+        let kept = kept::keep(self).map(|kept| self.kept.get_or_init(|| kept));
+        // Those who read of it on other threads look for what was kept if they find that it has gone.
+        self.shadow.let_go();
+        kept?;
+        fault::point("ended.kept");
+        Ok(())
+    }
+
+    /// What the shadow had, if it has ended and that was kept.
+    pub(super) fn kept(&self) -> Option<&Stored> {
+        self.kept.get()
+    }
+
+    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
+        match self.kept() {
+            Some(kept) => kept.pages.read(spans, buffer),
+            None => self.shadow.read(spans, buffer),
+        }
     }
 }
 
@@ -110,18 +141,18 @@ impl Resident {
             part(next, span.end, &mut of_shadow);
             at += span.len() as usize;
         }
-        let shadow = &self.base.shadow;
+        let base = &self.base;
         if let [(0, whole)] = of_shadow[..]
             && whole.len() as usize == at
         {
-            return shadow.read(&[whole], &mut buffer[..at]);
+            return base.read(&[whole], &mut buffer[..at]);
         }
         if of_shadow.is_empty() {
             return Ok(());
         }
         let parts: Vec<Span> = of_shadow.iter().map(|(_, span)| *span).collect();
         let mut bytes = vec![0; parts.iter().map(Span::len).sum::<u64>() as usize];
-        shadow.read(&parts, &mut bytes)?;
+        base.read(&parts, &mut bytes)?;
         let mut rest = &bytes[..];
         for (place, span) in of_shadow {
             let (part, after) = rest.split_at(span.len() as usize);
@@ -132,7 +163,7 @@ impl Resident {
     }
 }
 
-/// An address space as an image on disk has it.
+/// An address space as an image on disk has it, or as a shadow had it that has ended.
 #[derive(Debug)]
 pub struct Stored {
     /// The text of the shadow's `/proc/PID/smaps`.
@@ -143,8 +174,12 @@ pub struct Stored {
     pub bounds: Bounds,
     /// The auxiliary vector.
     pub auxv: Vec<u8>,
+    /// The text of `numa_maps` if it tells of another policy than the default; not known of an image.
+    pub policies: Option<String>,
     /// The program, open.
     pub program: File,
+    /// Its path.
+    pub program_path: PathBuf,
     /// The files behind its mappings, open, by device and inode as recorded.
     pub files: BTreeMap<(u64, u64), File>,
     /// Its pages.
@@ -159,6 +194,11 @@ pub trait Pages: std::fmt::Debug + Send + Sync {
     ///
     /// They can't be read, or are damaged.
     fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()>;
+
+    /// Bytes of memory that they take.
+    fn own_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// The VMAs of a source by which `/proc/PID/map_files` names them (none if it is no process), and the `VmFlags` of each.
@@ -193,6 +233,11 @@ impl Source {
         self.in_ram().map(|resident| &resident.base.shadow)
     }
 
+    /// Names the shadow among all that there ever were.
+    pub fn shadow_id(&self) -> Option<u64> {
+        self.in_ram().map(|resident| resident.base.id)
+    }
+
     /// Whether another has the same shadow.
     pub fn shares_shadow(&self, other: &Self) -> bool {
         match (self.in_ram(), other.in_ram()) {
@@ -205,6 +250,62 @@ impl Source {
     pub(super) fn copies(&self) -> Ranges {
         let pages = self.in_ram().map(|resident| resident.pages.pages());
         pages.unwrap_or_default()
+    }
+
+    /// What is known of it other than by a living shadow.
+    fn stored(&self) -> Option<&Stored> {
+        match self {
+            Self::Resident(resident) => resident.base.kept(),
+            Self::Stored(stored) => Some(stored),
+        }
+    }
+
+    /// Whether a shadow that it has pages in has ended, and what it had was kept.
+    pub fn is_kept(&self) -> bool {
+        self.in_ram()
+            .is_some_and(|resident| resident.base.kept().is_some())
+    }
+
+    /// Bytes of memory that are the shadow's own, or were kept of it; 0 if there is none.
+    pub fn own_bytes(&self) -> u64 {
+        match self.in_ram().map(|resident| resident.base.kept()) {
+            Some(Some(kept)) => kept.pages.own_bytes(),
+            Some(None) => procfs::own_bytes(self.pid()).unwrap_or(0),
+            None => 0,
+        }
+    }
+
+    /// Has the shadow stop when it is killed: see [`Source::outlive`].
+    ///
+    /// # Errors
+    ///
+    /// It has died.
+    pub fn prepare_to_outlive(&self) -> Result<()> {
+        self.shadow().map_or(Ok(()), Shadow::stop_at_end)
+    }
+
+    /// Lets its shadow end, if that is about to.
+    pub fn let_go(&self) {
+        if let Some(shadow) = self.shadow() {
+            shadow.let_go();
+        }
+    }
+
+    /// Undoes [`Source::prepare_to_outlive`].
+    pub fn end_with_tree(&self) {
+        if let Some(shadow) = self.shadow() {
+            shadow.end_at_once();
+        }
+    }
+
+    /// If its shadow is about to end, all that it has is copied out, which takes as much memory and some time, and it is let go.
+    ///
+    /// # Errors
+    ///
+    /// Refused if there is no memory; or the kernel was faster. The shadow was let go.
+    pub fn outlive(&self) -> Result<()> {
+        self.in_ram()
+            .map_or(Ok(()), |resident| resident.base.outlive())
     }
 
     fn described(&self) -> Option<&Described> {
@@ -231,18 +332,10 @@ impl Source {
     ///
     /// The shadow has died.
     pub fn smaps(&self) -> Result<String> {
-        match self {
-            Self::Resident(Resident {
-                described: Some(described),
-                ..
-            }) => Ok(smaps::text(&described.flags)),
-            Self::Resident(Resident { base, .. }) => {
-                let pid = base.shadow.pid;
-                let text = std::fs::read(procfs::path(pid, "smaps"))
-                    .map_err(|error| system(pid, "read the flags of a shadow", error))?;
-                Ok(String::from_utf8_lossy(&text).into_owned())
-            }
-            Self::Stored(stored) => Ok(stored.smaps.clone()),
+        match (self.described(), self.stored(), self) {
+            (Some(described), ..) => Ok(smaps::text(&described.flags)),
+            (None, Some(stored), _) => Ok(stored.smaps.clone()),
+            (None, None, of) => smaps(of.pid()),
         }
     }
 
@@ -253,23 +346,9 @@ impl Source {
     ///
     /// The shadow has died.
     pub fn policies(&self) -> Result<Option<String>> {
-        match self {
-            Self::Resident(Resident { base, .. }) => {
-                let shadow = &base.shadow;
-                let text = match std::fs::read(procfs::path(shadow.pid, "numa_maps")) {
-                    Ok(text) => text,
-                    // The kernel was built without NUMA.
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-                    Err(error) => {
-                        let what = "read the memory policies of a shadow";
-                        return Err(system(shadow.pid, what, error));
-                    }
-                };
-                let text = String::from_utf8_lossy(&text).into_owned();
-                let policy = |line: &str| line.split(' ').nth(1) != Some("default");
-                Ok(text.lines().any(policy).then_some(text))
-            }
-            Self::Stored(_) => Ok(None),
+        match self.stored() {
+            Some(stored) => Ok(stored.policies.clone()),
+            None => policies(self.pid()),
         }
     }
 
@@ -292,16 +371,15 @@ impl Source {
         if let Some(described) = self.described() {
             return Ok(described.guards.clone());
         }
-        match self {
-            Self::Resident(Resident { base, .. }) => {
-                let shadow = &base.shadow;
+        match (self.stored(), self.shadow()) {
+            (None, Some(shadow)) => {
                 let mut found = Vec::new();
                 layout
                     .scan(&shadow.pagemap, Scan::Guards, Span::ALL, &mut found)
                     .map_err(|errno| system(shadow.pid, "scan a shadow for guards", errno))?;
                 Ok(found.iter().map(Span::from).collect())
             }
-            Self::Stored(stored) => Ok(stored.guards.clone()),
+            (stored, _) => Ok(stored.map_or_else(Ranges::new, |stored| stored.guards.clone())),
         }
     }
 
@@ -311,14 +389,10 @@ impl Source {
     ///
     /// The shadow has died.
     pub fn bounds(&self) -> Result<Bounds> {
-        if let Some(described) = self.described() {
-            return Ok(described.bounds);
-        }
-        match self {
-            Self::Resident(Resident { base, .. }) => procfs::Stat::read(base.shadow.pid)
-                .map(|stat| stat.bounds())
-                .map_err(|error| system(base.shadow.pid, "read the stat of a shadow", error)),
-            Self::Stored(stored) => Ok(stored.bounds),
+        match (self.described(), self.stored()) {
+            (Some(described), _) => Ok(described.bounds),
+            (None, Some(stored)) => Ok(stored.bounds),
+            (None, None) => bounds(self.pid()),
         }
     }
 
@@ -328,43 +402,52 @@ impl Source {
     ///
     /// The shadow has died.
     pub fn auxv(&self) -> Result<Vec<u8>> {
-        if let Some(described) = self.described() {
-            return Ok(described.auxv.clone());
-        }
-        match self {
-            Self::Resident(Resident { base, .. }) => {
-                let pid = base.shadow.pid;
-                std::fs::read(procfs::path(pid, "auxv"))
-                    .map_err(|error| system(pid, "read the auxv of a shadow", error))
-            }
-            Self::Stored(stored) => Ok(stored.auxv.clone()),
+        match (self.described(), self.stored()) {
+            (Some(described), _) => Ok(described.auxv.clone()),
+            (None, Some(stored)) => Ok(stored.auxv.clone()),
+            (None, None) => auxv(self.pid()),
         }
     }
 
-    /// The program's file, open for reading. An increment has that of its shadow.
+    /// The program's file, open for reading, and its path as the link in `/proc` tells it. An increment has that of its shadow.
     ///
     /// # Errors
     ///
     /// The shadow has died, or we may open no more files.
-    pub fn program(&self) -> Result<File> {
-        match self {
-            Self::Resident(Resident { base, .. }) => {
-                let pid = base.shadow.pid;
-                File::open(procfs::path(pid, "exe"))
-                    .map_err(|error| system(pid, "open the program of a shadow", error))
-            }
-            Self::Stored(stored) => reopened(&stored.program, false)
-                .map_err(|error| system(nix::unistd::getpid(), "open a recorded program", error)),
+    pub fn program(&self) -> Result<(File, PathBuf)> {
+        let failed = |error| system(self.pid(), "open the program of a checkpoint", error);
+        if let Some(stored) = self.stored() {
+            let file = reopened(&stored.program, false).map_err(failed)?;
+            return Ok((file, stored.program_path.clone()));
         }
+        let file = File::open(procfs::path(self.pid(), "exe")).map_err(failed)?;
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let path = std::fs::read_link(link)
+            .map_err(|error| system(self.pid(), "tell the path of its program", error))?;
+        Ok((file, path))
+    }
+
+    /// Opens the file behind one of its VMAs: an `O_PATH` descriptor, or one to read.
+    pub(super) fn pin_mapped(&self, vma: &Vma) -> std::io::Result<File> {
+        match self.stored() {
+            Some(stored) => match stored.files.get(&(vma.device, vma.inode)) {
+                Some(file) => file.try_clone(),
+                None => Err(std::io::ErrorKind::NotFound.into()),
+            },
+            None => kept::pin(self.pid(), vma),
+        }
+    }
+
+    /// The shadow's PID, or ours if there is none.
+    fn pid(&self) -> Pid {
+        self.shadow().map_or(Pid::this(), |shadow| shadow.pid)
     }
 
     /// Device and inode of the program's file, if that can be had.
     pub(super) fn program_inode(&self) -> Option<(u64, u64)> {
-        let metadata = match self {
-            Self::Resident(Resident { base, .. }) => {
-                std::fs::metadata(procfs::path(base.shadow.pid, "exe"))
-            }
-            Self::Stored(stored) => stored.program.metadata(),
+        let metadata = match self.stored() {
+            Some(stored) => stored.program.metadata(),
+            None => std::fs::metadata(procfs::path(self.pid(), "exe")),
         };
         metadata
             .ok()
@@ -380,9 +463,41 @@ impl Stored {
     }
 }
 
+/// The text of a shadow's `smaps`.
+pub(super) fn smaps(pid: Pid) -> Result<String> {
+    let text = std::fs::read(procfs::path(pid, "smaps"))
+        .map_err(|error| system(pid, "read the flags of a shadow", error))?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The text of a shadow's `numa_maps`, if it tells of another policy than the default.
+pub(super) fn policies(pid: Pid) -> Result<Option<String>> {
+    let text = match std::fs::read(procfs::path(pid, "numa_maps")) {
+        Ok(text) => text,
+        // The kernel was built without NUMA.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(system(pid, "read the memory policies of a shadow", error)),
+    };
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let policy = |line: &str| line.split(' ').nth(1) != Some("default");
+    Ok(text.lines().any(policy).then_some(text))
+}
+
+/// Where the parts of a shadow's program are.
+pub(super) fn bounds(pid: Pid) -> Result<Bounds> {
+    procfs::Stat::read(pid)
+        .map(|stat| stat.bounds())
+        .map_err(|error| system(pid, "read the stat of a shadow", error))
+}
+
+/// A shadow's auxiliary vector.
+pub(super) fn auxv(pid: Pid) -> Result<Vec<u8>> {
+    std::fs::read(procfs::path(pid, "auxv"))
+        .map_err(|error| system(pid, "read the auxv of a shadow", error))
+}
+
 /// A description of its own of a file that is open.
 fn reopened(file: &File, write: bool) -> std::io::Result<File> {
-    use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     OpenOptions::new()
         .read(true)

@@ -207,6 +207,14 @@ impl Looked<'_> {
     }
 }
 
+impl Capture {
+    /// Lets those files go that have a name, by which they are found.
+    pub fn forget_named(&mut self) {
+        let has_name = |pin: &OwnedFd| rustix::fs::fstat(pin).is_ok_and(|stat| stat.st_nlink > 0);
+        self.pins.retain(|_, pin| !has_name(pin));
+    }
+}
+
 fn pins(
     ids: &[ObjectId],
     lives: &[Live<'_>],

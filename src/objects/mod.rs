@@ -86,7 +86,7 @@ pub use moved::moved;
 pub use observe::{Asked, ask, observe};
 pub use plan::{Plan, plan, prepare};
 pub use reborn::{Gone, Reborn, Stead, reborn};
-pub use transplant::{Made, Nameless, check_transplant, transplant};
+pub use transplant::{Made, Nameless, as_recorded, check_transplant, transplant};
 pub use verify::{Difference, verify};
 
 use nix::errno::Errno;

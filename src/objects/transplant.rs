@@ -195,17 +195,8 @@ pub fn transplant(
         let name = process.name.clone();
         capture.recorded.names.insert(process.was.0, name);
     }
-    // Old numbers may be new ones of others: so they are all taken out of the way first.
-    let mut rename = |was, is| {
-        // No file is pinned yet, so that the number in a path means nothing.
-        let number = 0;
-        reborn(&mut capture, Reborn { was, is, number });
-    };
-    let between = |(was, inode): (i32, u64)| (was + LEAST_NO_PID, inode);
-    made.iter()
-        .for_each(|process| rename(process.was, between(process.was)));
-    made.iter()
-        .for_each(|process| rename(between(process.was), process.is));
+    let numbers = made.iter().map(|process| (process.was, process.is));
+    renumber(&mut capture, numbers);
     capture.recorded.mounts = live.recorded.mounts.clone();
     capture.recorded.sysv = Sysv {
         own_namespace: live.recorded.sysv.own_namespace,
@@ -257,6 +248,35 @@ pub fn transplant(
         }
     }
     Ok(capture)
+}
+
+/// Calls processes otherwise, all at once: each by the second of its names.
+fn renumber(capture: &mut Capture, names: impl Iterator<Item = ((i32, u64), (i32, u64))> + Clone) {
+    let mut rename = |was, is| {
+        // No file is pinned, so that the number in a path means nothing.
+        let number = 0;
+        reborn(capture, Reborn { was, is, number });
+    };
+    // Old numbers may be new ones of others: so they are all taken out of the way first.
+    let between = |(was, inode): (i32, u64)| (was + LEAST_NO_PID, inode);
+    for (was, _) in names.clone() {
+        rename(was, between(was));
+    }
+    for (was, is) in names {
+        rename(between(was), is);
+    }
+}
+
+/// What was transplanted with processes called as they were recorded, as all records of a checkpoint call them.
+pub fn as_recorded(capture: &mut Capture, made: &[Made]) -> Recorded {
+    let pins = std::mem::take(&mut capture.pins);
+    let live = capture.recorded.clone();
+    renumber(
+        capture,
+        made.iter().map(|process| (process.is, process.was)),
+    );
+    capture.pins = pins;
+    std::mem::replace(&mut capture.recorded, live)
 }
 
 /// Has epoll instances know the inodes that what they watch has now.

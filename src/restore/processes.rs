@@ -274,7 +274,10 @@ impl<'w, 't> Work<'w, 't> {
             guards: space.guards.clone(),
             bounds: space.bounds,
             auxv: space.auxv.clone(),
+            // Refused if there are any.
+            policies: None,
             program: self.mapped(&program.path, program, key)?,
+            program_path: program.path.clone(),
             files,
             pages: Arc::new(self.origin.image.pages(id)),
         })
@@ -327,12 +330,13 @@ impl<'w, 't> Work<'w, 't> {
         let mut context = Context::buffering()?;
         task::transplant(stopped, origin.context(), &renamed, &mut context)?;
         let root = (stopped.root().as_raw(), directory.as_fd());
-        let objects =
+        let mut objects =
             objects::transplant(origin.context(), live, &made, contents.nameless(), root)?;
         for id in objects.recorded.descriptions.keys() {
             context.adopt(*id);
         }
-        objects::records::write(&mut context, &objects.recorded)?;
+        let recorded = objects::as_recorded(&mut objects, &made);
+        objects::records::write(&mut context, &recorded)?;
         phases.end("records");
         shadows_out_of_the_way(stopped, origin)?;
         let forks = memory::start_shadows(stopped, pids);
@@ -340,10 +344,14 @@ impl<'w, 't> Work<'w, 't> {
         phases.end("fork");
         let mut images = Vec::new();
         let mut resident_pages = 0;
+        let called: BTreeMap<i32, i32> = made.iter().map(|it| (it.is.0, it.was.0)).collect();
         for (pid, shadow) in pids.iter().zip(shadows) {
+            let called = called.get(&pid.as_raw()).copied();
+            let called = called.map_or(*pid, Pid::from_raw);
             let space = spaces.get_mut(pid).ok_or(freeze::Error::Gone(*pid))?;
             // Nothing is known of its standing yet that a later checkpoint could compare.
-            let (image, armed) = space.capture(stopped, shadow, None, Vec::new(), &mut context)?;
+            let named = (called, Vec::new());
+            let (image, armed) = space.capture(stopped, shadow, None, named, &mut context)?;
             space.conclude(Some(&image));
             resident_pages += armed.pages;
             images.push(image);

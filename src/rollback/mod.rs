@@ -66,7 +66,10 @@ pub fn run(
             .map_err(|error| untouched(error.into()))?;
     }
     let mounts = files
-        .open(tree.root(), &checkpoints[to].files)
+        .open(
+            who_sees_files(tree, &checkpoints[to]),
+            &checkpoints[to].files,
+        )
         .map_err(|error| untouched(error.into()))?;
     phases.end_running("mounts");
     let mut stopped = tree
@@ -91,6 +94,17 @@ pub fn run(
     phases.end("resume");
     fault::point("rollback.resumed");
     Ok(done)
+}
+
+/// A process that has the mounts of a tree: its root or, if that has ended, the shadow of it.
+fn who_sees_files(tree: &Tree, checkpoint: &Checkpoint) -> Pid {
+    let root = tree.root();
+    let of_root = checkpoint.space_of(root);
+    let shadow = of_root.and_then(|image| image.source.shadow());
+    match shadow {
+        Some(shadow) if !tree.is_alive() && shadow.is_alive() => shadow.pid,
+        _ => root,
+    }
 }
 
 /// The same to a tree that is stopped, and stays so. `to` says to which checkpoint, and whether all is to be compared.
