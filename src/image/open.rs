@@ -7,8 +7,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::layout::{Info, NamelessFile, Run};
-use super::pages::{Store, StoredPages};
+use super::pages::Store;
+use super::reading::{Records, StoredPages};
 use super::space::StoredSpace;
 use super::{CONTEXT_FILE, Error, MEMORY_FILE, Result};
 use crate::filesystem::StoredArea;
@@ -33,6 +36,8 @@ pub struct Opened {
     /// The files that go back with the tree; contents are pages of the objects after each.
     pub files: Vec<(ObjectId, StoredArea)>,
     store: Arc<Store>,
+    /// Contents that were read last.
+    records: Mutex<Records>,
 }
 
 impl Opened {
@@ -144,6 +149,7 @@ impl Opened {
             nameless,
             files,
             store: Arc::new(store),
+            records: Mutex::default(),
         })
     }
 
@@ -163,7 +169,8 @@ impl Opened {
     ///
     /// What is read is damaged, or can't be read.
     pub fn read(&self, id: ObjectId, spans: &[Span], buffer: &mut [u8]) -> Result<()> {
-        self.pages(id).read(spans, buffer)
+        let mut records = self.records.lock();
+        self.pages(id).read_with(&mut records, spans, buffer)
     }
 
     /// The objects of shared memory: their records, and the names that they had.

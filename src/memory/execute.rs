@@ -329,13 +329,22 @@ fn copy_past_store(memory: &File, pid: Pid, source: &Source, pages: &Ranges) -> 
     const MANY: usize = 4;
     let pieces: Vec<Span> = pages.pieces(PIECE).collect();
     let copy = |pieces: &[Span]| -> Result<()> {
-        let mut bytes = vec![0; PIECE as usize];
+        let mut reader = source.reader();
+        let zeroes = vec![0; PIECE as usize];
         for span in pieces {
-            let bytes = &mut bytes[..span.len() as usize];
-            source
-                .read(&[*span], bytes)
-                .map_err(|error| system(pid, "read its recorded pages", error))?;
-            write(memory, pid, *span, bytes)?;
+            let mut failed = None;
+            let copied = reader.look(*span, &mut |part, bytes| {
+                let bytes = bytes.unwrap_or(&zeroes[..part.len() as usize]);
+                write(memory, pid, part, bytes).map_err(|error| {
+                    failed = Some(error);
+                    std::io::ErrorKind::Other.into()
+                })
+            });
+            match (copied, failed) {
+                (Ok(()), _) => {}
+                (_, Some(error)) => return Err(error),
+                (Err(error), None) => return Err(system(pid, "read its recorded pages", error)),
+            }
         }
         Ok(())
     };

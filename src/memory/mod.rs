@@ -46,7 +46,7 @@ pub use room::check_room;
 pub use segments::{Asked, Created, Segments};
 pub use shadow::Shadow;
 pub use shared::{SharedContent, SharedImage, SharedObject};
-pub use source::{Pages, Source, Stored};
+pub use source::{PageReader, Pages, Source, Stored};
 pub use space::{Copied, Space};
 pub use verify::verify;
 

@@ -153,12 +153,41 @@ pub struct Stored {
 
 /// Pages as they were.
 pub trait Pages: std::fmt::Debug + Send + Sync {
-    /// Reads ranges one after the other into `buffer`, which is as long as all of them. What is not there reads as zeroes.
+    /// What reads them. Each thread has one of its own.
+    fn reader(&self) -> Box<dyn PageReader + '_>;
+}
+
+/// Reads pages, best in order.
+pub trait PageReader {
+    /// Gives `each` the parts of a span in order, as the reader has them, so that nothing is copied on the way; what comes
+    /// without bytes is zero.
     ///
     /// # Errors
     ///
-    /// They can't be read, or are damaged.
-    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()>;
+    /// They can't be read, or are damaged; or an error of `each`.
+    fn look(
+        &mut self,
+        span: Span,
+        each: &mut dyn FnMut(Span, Option<&[u8]>) -> std::io::Result<()>,
+    ) -> std::io::Result<()>;
+}
+
+/// Who reads what is in RAM.
+struct ResidentReader<'r> {
+    resident: &'r Resident,
+    bytes: Vec<u8>,
+}
+
+impl PageReader for ResidentReader<'_> {
+    fn look(
+        &mut self,
+        span: Span,
+        each: &mut dyn FnMut(Span, Option<&[u8]>) -> std::io::Result<()>,
+    ) -> std::io::Result<()> {
+        self.bytes.resize(span.len() as usize, 0);
+        self.resident.read(&[span], &mut self.bytes)?;
+        each(span, Some(&self.bytes))
+    }
 }
 
 /// The VMAs of a source by which `/proc/PID/map_files` names them (none if it is no process), and the `VmFlags` of each.
@@ -220,7 +249,26 @@ impl Source {
     pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
         match self {
             Self::Resident(resident) => resident.read(spans, buffer),
-            Self::Stored(stored) => stored.pages.read(spans, buffer),
+            Self::Stored(_) => {
+                let (mut reader, mut rest) = (self.reader(), buffer);
+                for span in spans {
+                    let (here, after) = rest.split_at_mut(span.len() as usize);
+                    read_span(&mut *reader, *span, here)?;
+                    rest = after;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// What reads pages of the address space as they were.
+    pub(super) fn reader(&self) -> Box<dyn PageReader + '_> {
+        match self {
+            Self::Resident(resident) => Box::new(ResidentReader {
+                resident,
+                bytes: Vec::new(),
+            }),
+            Self::Stored(stored) => stored.pages.reader(),
         }
     }
 
@@ -370,6 +418,23 @@ impl Source {
             .ok()
             .map(|metadata| (metadata.dev(), metadata.ino()))
     }
+}
+
+/// Reads a span into a buffer.
+pub(super) fn read_span(
+    reader: &mut dyn PageReader,
+    span: Span,
+    buffer: &mut [u8],
+) -> std::io::Result<()> {
+    reader.look(span, &mut |part, bytes| {
+        let from = (part.start - span.start) as usize;
+        let here = &mut buffer[from..from + part.len() as usize];
+        match bytes {
+            Some(bytes) => here.copy_from_slice(bytes),
+            None => here.fill(0),
+        }
+        Ok(())
+    })
 }
 
 impl Stored {
