@@ -471,10 +471,15 @@ fn bad_input_is_told() {
     given.containers.status(&given.id);
 }
 
-/// Two of one checkpoint, side by side: what one does the other does not see, and each is rolled back by itself.
 #[test]
 fn a_fork_runs_beside_the_first() {
-    let program = "child_family";
+    let programs = ["child_family", "dirty_pages", "dontfork", "shared_anon"];
+    programs.into_iter().for_each(runs_beside_the_first);
+}
+
+/// Two of one checkpoint, side by side: what one does the other does not see, and each is rolled back by itself.
+#[track_caller]
+fn runs_beside_the_first(program: &str) {
     let containers = Containers::new();
     let session = &containers.session;
     let bundle = bundle(&containers, program, &[]);
@@ -482,6 +487,8 @@ fn a_fork_runs_beside_the_first() {
     let layer = ["--overlay"];
     let mut first = Fixture::launch(program, started(session, &bundle, &ids[0], &layer));
     let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
+    run(&["checkpoint", "--name", "earlier", &ids[0]]);
+    first.run_on();
     run(&["checkpoint", &ids[0]]);
     first.mutate();
     let mut command = session.command();

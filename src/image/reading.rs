@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::layout::Run;
 use super::pages::{Decoded, Store};
 use super::{Error, Result};
-use crate::memory::{PAGE, PageReader, Pages, Span};
+use crate::memory::{Lent, Look, PAGE, PageReader, Pages, Ranges, Span};
 use crate::record::ObjectId;
 
 /// Records whose contents are kept for the next pages that are asked for.
@@ -80,12 +80,12 @@ impl StoredPages {
         Ok(())
     }
 
-    /// Gives `each` the parts of a span in order; what comes without bytes is zero.
+    /// Gives `each` the parts of a span.
     fn look<E: From<Error>>(
         &self,
         records: &mut Records,
         span: Span,
-        each: &mut dyn FnMut(Span, Option<&[u8]>) -> std::result::Result<(), E>,
+        each: &mut Look<'_, E>,
     ) -> std::result::Result<(), E> {
         let store = &self.store;
         let runs = store.index(self.id).unwrap_or_default();
@@ -141,12 +141,74 @@ struct Reader<'p> {
 }
 
 impl PageReader for Reader<'_> {
-    fn look(
-        &mut self,
-        span: Span,
-        each: &mut dyn FnMut(Span, Option<&[u8]>) -> io::Result<()>,
-    ) -> io::Result<()> {
+    fn look(&mut self, span: Span, each: &mut Look<'_>) -> io::Result<()> {
         self.pages.look(&mut self.records, span, each)
+    }
+}
+
+/// The pages of an address space of which a shadow of another keeper's has the most.
+#[derive(Debug)]
+pub(super) struct Borrowed {
+    stored: StoredPages,
+    lent: Arc<Lent>,
+}
+
+impl Borrowed {
+    pub(super) fn new(stored: StoredPages, lent: Arc<Lent>) -> Self {
+        Self { stored, lent }
+    }
+}
+
+impl Pages for Borrowed {
+    fn reader(&self) -> Box<dyn PageReader + '_> {
+        Box::new(Borrower {
+            stored: self.stored.reader(),
+            lent: &self.lent,
+            bytes: Vec::new(),
+        })
+    }
+}
+
+/// Who reads these.
+struct Borrower<'p> {
+    stored: Box<dyn PageReader + 'p>,
+    lent: &'p Lent,
+    bytes: Vec<u8>,
+}
+
+impl PageReader for Borrower<'_> {
+    fn look(&mut self, span: Span, each: &mut Look<'_>) -> io::Result<()> {
+        /// Bytes read at once: they should still be in a cache when they are written.
+        const PIECE: u64 = 256 << 10;
+        let Self {
+            stored,
+            lent,
+            bytes,
+        } = self;
+        let mut at = span.start;
+        for part in lent.ranges().within(span) {
+            if at < part.start {
+                let before = Span {
+                    start: at,
+                    end: part.start,
+                };
+                stored.look(before, each)?;
+            }
+            at = part.end;
+            for piece in Ranges::from_iter([part]).pieces(PIECE) {
+                bytes.resize(piece.len() as usize, 0);
+                lent.read(piece, bytes)?;
+                each(piece, Some(bytes))?;
+            }
+        }
+        let after = Span {
+            start: at,
+            end: span.end,
+        };
+        match after.is_empty() {
+            true => Ok(()),
+            false => stored.look(after, each),
+        }
     }
 }
 

@@ -119,6 +119,9 @@ pub enum Request {
         encoding: Encoding,
         /// What it is called there, if not as in RAM.
         called: Option<String>,
+        /// Leave in the checkpoint what pages its shadows have: for a restore from there right now.
+        #[serde(default)]
+        lend: bool,
     },
     /// Make of the tree, a container's init that waits to be started, what an image says. The first request of a keeper.
     Restore {
@@ -128,6 +131,9 @@ pub enum Request {
         from: PathBuf,
         /// Compare everything with the image before it runs.
         verify: bool,
+        /// Pages may be in another keeper's checkpoint.
+        #[serde(default)]
+        lent: bool,
     },
     /// List the checkpoints.
     Checkpoints,

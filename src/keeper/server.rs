@@ -81,12 +81,13 @@ pub trait Operations {
     ///
     /// Refused or failed; nothing was touched.
     fn persist(&mut self, name: &str, to: &Path, options: Options) -> Result<Work, Failure>;
-    /// Makes of the tree what an image says.
+    /// Makes of the tree what an image says, of which pages may be in another keeper's checkpoint.
     ///
     /// # Errors
     ///
     /// Refused or failed; the tree is killed.
-    fn restore(&mut self, name: &str, from: &Path, verify: bool) -> Result<Report, Failure>;
+    fn restore(&mut self, name: &str, from: (&Path, bool), verify: bool)
+    -> Result<Report, Failure>;
     /// The checkpoints held, oldest first.
     fn checkpoints(&self) -> Vec<CheckpointInfo>;
     /// Frees one checkpoint, or all.
@@ -625,10 +626,12 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
             to,
             encoding,
             called,
+            lend,
         } => {
             let options = Options {
                 encoding: *encoding,
                 name: called.clone(),
+                lend: *lend,
             };
             match operations.persist(name, to, options) {
                 Ok(work) => return Answer::Begun(work),
@@ -654,9 +657,12 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
                     inspection: Box::new(inspection),
                 })
         }
-        Request::Restore { name, from, verify } => {
-            operations.restore(name, from, *verify).map(report)
-        }
+        Request::Restore {
+            name,
+            from,
+            verify,
+            lent,
+        } => operations.restore(name, (from, *lent), *verify).map(report),
         Request::Diff { name } => operations
             .diff(name)
             .map(|changes| Response::Changes { changes }),

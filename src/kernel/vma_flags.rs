@@ -1,5 +1,5 @@
 //! The kernel's own flags of all VMAs of a process, without a walk over its pages as `smaps` makes: by a BPF iterator over VMAs
-//! (`task_vma`, Linux 6.1 for a single process), whose program copies three words of each. What the bits mean differs between kernels.
+//! (`task_vma`, Linux 6.1 for a single process), whose program copies some words of each. What the bits mean differs between kernels.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -22,6 +22,8 @@ pub struct Flagged {
     pub end: u64,
     /// `vm_flags` of `struct vm_area_struct`.
     pub flags: u64,
+    /// 1: it has a memory policy of its own (mbind(2)).
+    pub policy: u64,
 }
 
 /// The loaded program.
@@ -111,7 +113,7 @@ fn descriptor<T>(command: libc::c_long, attributes: &T) -> Result<OwnedFd, Errno
 }
 
 /// `struct bpf_iter__task_vma` is meta, task, VMA; the first word of `struct bpf_iter_meta` is the file that is written.
-fn program([start, end, flags]: [i16; 3]) -> Vec<Instruction> {
+fn program([start, end, flags]: [i16; 3], policy: Option<i16>) -> Vec<Instruction> {
     const LOAD: u8 = 0x79;
     const STORE: u8 = 0x7b;
     let step = |code, to: u8, from: u8, offset, immediate| Instruction {
@@ -120,30 +122,44 @@ fn program([start, end, flags]: [i16; 3]) -> Vec<Instruction> {
         offset,
         immediate,
     };
-    const ZERO: u8 = 0x7a;
-    vec![
+    const SET: u8 = 0x7a;
+    const IF_ZERO: u8 = 0x15;
+    // Kernels without NUMA have no policies.
+    let policy: Vec<Instruction> = match policy {
+        Some(policy) => vec![
+            step(LOAD, 2, 7, policy, 0),
+            step(IF_ZERO, 2, 0, 1, 0),
+            step(SET, 10, 0, -8, 1),
+        ],
+        None => Vec::new(),
+    };
+    let begin = vec![
         step(0xbf, 6, 1, 0, 0),
         step(LOAD, 7, 6, 16, 0),
         step(LOAD, 1, 6, 0, 0),
         step(LOAD, 1, 1, 0, 0),
-        step(ZERO, 10, 0, -24, 0),
-        step(ZERO, 10, 0, -16, 0),
-        step(ZERO, 10, 0, -8, 0),
+        step(SET, 10, 0, -32, 0),
+        step(SET, 10, 0, -24, 0),
+        step(SET, 10, 0, -16, 0),
+        step(SET, 10, 0, -8, 0),
         // It is called without a VMA at the end: then zeroes are written.
-        step(0x15, 7, 0, 6, 0),
+        step(IF_ZERO, 7, 0, 6 + policy.len() as i16, 0),
         step(LOAD, 2, 7, start, 0),
-        step(STORE, 10, 2, -24, 0),
+        step(STORE, 10, 2, -32, 0),
         step(LOAD, 2, 7, end, 0),
-        step(STORE, 10, 2, -16, 0),
+        step(STORE, 10, 2, -24, 0),
         step(LOAD, 2, 7, flags, 0),
-        step(STORE, 10, 2, -8, 0),
+        step(STORE, 10, 2, -16, 0),
+    ];
+    let end = vec![
         step(0xbf, 2, 10, 0, 0),
-        step(0x07, 2, 0, 0, -24),
-        step(0xb7, 3, 0, 0, 24),
+        step(0x07, 2, 0, 0, -32),
+        step(0xb7, 3, 0, 0, size_of::<Flagged>() as i32),
         step(0x85, 0, 0, 0, SEQ_WRITE),
         step(0xb7, 0, 0, 0, 0),
         step(0x95, 0, 0, 0, 0),
-    ]
+    ];
+    [begin, policy, end].concat()
 }
 
 impl Reader {
@@ -161,7 +177,7 @@ impl Reader {
         else {
             return Err(Errno::ENOSYS);
         };
-        let instructions = program([start, end, flags]);
+        let instructions = program([start, end, flags], offset("vm_policy"));
         let load = Load {
             kind: TRACING,
             count: instructions.len() as u32,

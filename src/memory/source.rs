@@ -60,6 +60,7 @@ pub(super) struct Described {
     pub(super) guards: Ranges,
     pub(super) bounds: Bounds,
     pub(super) auxv: Vec<u8>,
+    pub(super) policies: Option<String>,
 }
 
 impl Base {
@@ -157,19 +158,18 @@ pub trait Pages: std::fmt::Debug + Send + Sync {
     fn reader(&self) -> Box<dyn PageReader + '_>;
 }
 
+/// Who is given parts of an address space, in order; what comes without bytes is zero.
+pub type Look<'l, E = std::io::Error> =
+    dyn FnMut(Span, Option<&[u8]>) -> std::result::Result<(), E> + 'l;
+
 /// Reads pages, best in order.
 pub trait PageReader {
-    /// Gives `each` the parts of a span in order, as the reader has them, so that nothing is copied on the way; what comes
-    /// without bytes is zero.
+    /// Gives `each` the parts of a span as the reader has them, so that nothing is copied on the way.
     ///
     /// # Errors
     ///
     /// They can't be read, or are damaged; or an error of `each`.
-    fn look(
-        &mut self,
-        span: Span,
-        each: &mut dyn FnMut(Span, Option<&[u8]>) -> std::io::Result<()>,
-    ) -> std::io::Result<()>;
+    fn look(&mut self, span: Span, each: &mut Look<'_>) -> std::io::Result<()>;
 }
 
 /// Who reads what is in RAM.
@@ -179,11 +179,7 @@ struct ResidentReader<'r> {
 }
 
 impl PageReader for ResidentReader<'_> {
-    fn look(
-        &mut self,
-        span: Span,
-        each: &mut dyn FnMut(Span, Option<&[u8]>) -> std::io::Result<()>,
-    ) -> std::io::Result<()> {
+    fn look(&mut self, span: Span, each: &mut Look<'_>) -> std::io::Result<()> {
         self.bytes.resize(span.len() as usize, 0);
         self.resident.read(&[span], &mut self.bytes)?;
         each(span, Some(&self.bytes))
@@ -295,29 +291,19 @@ impl Source {
     }
 
     /// The text of `numa_maps` (numa(7)) if it tells of another policy than the default, be it that of the task. Walks page
-    /// tables. An increment has those of its shadow.
+    /// tables.
     ///
     /// # Errors
     ///
     /// The shadow has died.
     pub fn policies(&self) -> Result<Option<String>> {
-        match self {
-            Self::Resident(Resident { base, .. }) => {
-                let shadow = &base.shadow;
-                let text = match std::fs::read(procfs::path(shadow.pid, "numa_maps")) {
-                    Ok(text) => text,
-                    // The kernel was built without NUMA.
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-                    Err(error) => {
-                        let what = "read the memory policies of a shadow";
-                        return Err(system(shadow.pid, what, error));
-                    }
-                };
-                let text = String::from_utf8_lossy(&text).into_owned();
-                let policy = |line: &str| line.split(' ').nth(1) != Some("default");
-                Ok(text.lines().any(policy).then_some(text))
-            }
-            Self::Stored(_) => Ok(None),
+        if let Some(described) = self.described() {
+            return Ok(described.policies.clone());
+        }
+        match self.shadow() {
+            Some(shadow) => policies(shadow.pid)
+                .map_err(|error| system(shadow.pid, "read the memory policies of a shadow", error)),
+            None => Ok(None),
         }
     }
 
@@ -418,6 +404,19 @@ impl Source {
             .ok()
             .map(|metadata| (metadata.dev(), metadata.ino()))
     }
+}
+
+/// The text of a process's `numa_maps`, if it tells of another policy than the default.
+pub(super) fn policies(pid: Pid) -> std::io::Result<Option<String>> {
+    let text = match std::fs::read(procfs::path(pid, "numa_maps")) {
+        Ok(text) => text,
+        // The kernel was built without NUMA.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let policy = |line: &str| line.split(' ').nth(1) != Some("default");
+    Ok(text.lines().any(policy).then_some(text))
 }
 
 /// Reads a span into a buffer.

@@ -7,7 +7,6 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use nix::fcntl::OFlag;
@@ -94,7 +93,7 @@ impl<'w, 't> Work<'w, 't> {
         let (living, zombies) = self.order()?;
         let mut live = None;
         for recorded in living {
-            self.process(recorded, live.is_none())?;
+            self.process(recorded, live.is_none(), phases)?;
             if live.is_none() {
                 live = Some(self.streams()?);
             }
@@ -152,7 +151,7 @@ impl<'w, 't> Work<'w, 't> {
     }
 
     /// Makes one process; `is_root`: it is the container's init, which is there.
-    fn process(&mut self, was: Pid, is_root: bool) -> Result<()> {
+    fn process(&mut self, was: Pid, is_root: bool, phases: &mut Phases) -> Result<()> {
         let called = to_be(was);
         let recorded = self.origin.recorded(&self.renamed)?;
         let is = match is_root {
@@ -170,6 +169,7 @@ impl<'w, 't> Work<'w, 't> {
             let kept = if is_root { STREAMS } else { 0 };
             memory::execute_program(self.stopped, pid, &image, kept)?;
         }
+        phases.end("program");
         let mut space = Space::reopen(self.stopped, pid, &image, context)?;
         image.move_to(self.stopped, &mut space)?;
         let recorded = self.origin.recorded(&self.renamed)?;
@@ -185,11 +185,13 @@ impl<'w, 't> Work<'w, 't> {
             OFlag::O_PATH | OFlag::O_DIRECTORY,
         )?;
         task::settle_anew(self.stopped, &recorded, pid, &directory)?;
+        phases.end("map");
         if !is_root {
             space.keep_equal(self.stopped, &image, &mut plan)?;
         }
         space.start_copy(self.stopped, &mut image, context, &plan)?;
         space.finish_copy(self.stopped)?;
+        phases.end("pages");
         self.spaces.insert(pid, space);
         self.images.push(image);
         Ok(())
@@ -276,7 +278,7 @@ impl<'w, 't> Work<'w, 't> {
             auxv: space.auxv.clone(),
             program: self.mapped(&program.path, program, key)?,
             files,
-            pages: Arc::new(self.origin.image.pages(id)),
+            pages: self.origin.image.pages(id),
         })
     }
 
