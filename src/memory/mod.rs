@@ -8,6 +8,7 @@ mod advice;
 mod aio;
 mod content;
 mod execute;
+mod fill;
 mod flags;
 mod fork;
 mod history;
@@ -50,7 +51,7 @@ pub use shadow::Shadow;
 pub use shared::{SharedContent, SharedImage, SharedObject};
 pub use source::{Look, PageReader, Pages, Source, Stored};
 pub use space::{Copied, Space};
-pub use verify::verify;
+pub use verify::{verify, verify_made};
 
 use crate::freeze;
 use crate::outcome::Refusal;

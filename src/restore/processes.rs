@@ -22,6 +22,7 @@ use crate::objects::{self, Made};
 use crate::outcome::Refusal;
 use crate::phases::Phases;
 use crate::record::{Context, ObjectId};
+use crate::rollback::Failure;
 use crate::task::{self, Renamed};
 
 use super::contents::Contents;
@@ -41,6 +42,8 @@ pub(super) struct Work<'w, 't> {
     stopped: &'w mut Stopped<'t>,
     spaces: &'w mut Spaces,
     origin: &'w Origin,
+    /// Compare pages with the image.
+    verify: bool,
     /// The root directory of the container.
     directory: File,
     /// The container's IPC namespace.
@@ -59,6 +62,7 @@ impl<'w, 't> Work<'w, 't> {
         stopped: &'w mut Stopped<'t>,
         spaces: &'w mut Spaces,
         origin: &'w Origin,
+        verify: bool,
     ) -> Result<Self> {
         let root = stopped.root();
         let directory = File::open(procfs::path(root, "root"));
@@ -77,6 +81,7 @@ impl<'w, 't> Work<'w, 't> {
             stopped,
             spaces,
             origin,
+            verify,
             contents: Contents::make(origin, &directory, &namespace)?,
             namespace,
             directory,
@@ -192,6 +197,13 @@ impl<'w, 't> Work<'w, 't> {
         space.start_copy(self.stopped, &mut image, context, &plan)?;
         space.finish_copy(self.stopped)?;
         phases.end("pages");
+        if self.verify {
+            let differences = memory::verify_made(self.stopped, &image, context)?;
+            if !differences.is_empty() {
+                return Err(Failure::Different(differences).into());
+            }
+            phases.end("verify");
+        }
         self.spaces.insert(pid, space);
         self.images.push(image);
         Ok(())
