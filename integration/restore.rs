@@ -61,6 +61,19 @@ fn real_comes_back(name: &str, command: &[&str]) {
     if !Path::new(command[0]).exists() {
         skip!("no {}", command[0]);
     }
+    for _ in 0..rounds() {
+        real_comes_back_once(name, command);
+    }
+}
+
+/// How often each: `SNAPBACK_ROUNDS`.
+fn rounds() -> u32 {
+    let rounds = std::env::var("SNAPBACK_ROUNDS").ok();
+    rounds.map_or(1, |text| text.parse().expect("a number"))
+}
+
+#[track_caller]
+fn real_comes_back_once(name: &str, command: &[&str]) {
     let containers = Containers::new();
     let programs = real("");
     let mount = format!("{}:/fixtures:ro", programs.display());
@@ -92,6 +105,9 @@ fn comes_back_in(containers: &Containers, program: &str, bundle: &Path, with_fil
     wait::until("the container has ended", || {
         matches!(fixture.family.child.try_wait(), Ok(Some(_)))
     });
+
+    wait::until("it is gone", || session.run(&["list", "-q"]).out.is_empty());
+    containers.wipe();
 
     let id = unique(&format!("restored-{program}-{number}"));
     let mut fixture = Fixture::take_over(program, restored(session, bundle, &image, &id, layer));
