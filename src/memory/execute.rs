@@ -60,15 +60,18 @@ impl Space {
             brk.is_none_or(|step| outputs.result(step).ok() == plan.brk)
         })?;
 
-        let mut mapped = None;
+        let (mut mapped, mut passed) = (None, None);
         for change in &plan.layout {
             if let LayoutChange::Map(vma) = change {
                 let mapped = match &mut mapped {
                     Some(read) => read,
                     unread => unread.insert(image.source.mapped()?),
                 };
-                map(stopped, pid, image, vma, mapped)?;
+                map(stopped, pid, image, vma, mapped, &mut passed)?;
             }
+        }
+        if let Some((_, descriptor)) = passed {
+            batch.call(libc::SYS_close, &[descriptor.into()]);
         }
         for change in &plan.layout {
             if let LayoutChange::Protect(span, prot) = change {
@@ -329,6 +332,10 @@ pub(super) fn blocks(pages: &Ranges) -> Ranges {
     blocks.collect()
 }
 
+/// A descriptor of the process, of a file that is mapped: its device and inode, and whether it is mapped shared. The next VMA
+/// is often of the same.
+type Passed = ((u64, u64, bool), i32);
+
 /// Maps what was there.
 fn map(
     stopped: &mut Stopped,
@@ -336,6 +343,7 @@ fn map(
     image: &SpaceImage,
     vma: &Vma,
     mapped: &Mapped,
+    passed: &mut Option<Passed>,
 ) -> Result<()> {
     let is_same_file = |of: &&Vma| (of.device, of.inode) == (vma.device, vma.inode);
     let of_shadow = mapped.vmas.iter().find(is_same_file);
@@ -358,14 +366,26 @@ fn map(
             mmap_flags |= bit;
         }
     }
-    let descriptor = if vma.is_anonymous() {
-        mmap_flags |= libc::MAP_ANONYMOUS;
-        -1
-    } else {
-        let file = open_mapped(image, vma, of_shadow)?;
-        stopped.pass_descriptor(pid, file.as_fd())?
-    };
     let mut batch = Batch::new();
+    let key = (vma.device, vma.inode, vma.shared);
+    let descriptor = match *passed {
+        _ if vma.is_anonymous() => {
+            mmap_flags |= libc::MAP_ANONYMOUS;
+            -1
+        }
+        Some((of, descriptor)) if of == key => descriptor,
+        before => {
+            if let Some((_, descriptor)) = before {
+                batch.call(libc::SYS_close, &[descriptor.into()]);
+                stopped.run(pid, &std::mem::take(&mut batch))?;
+                *passed = None;
+            }
+            let file = open_mapped(image, vma, of_shadow)?;
+            let descriptor = stopped.pass_descriptor(pid, file.as_fd())?;
+            *passed = Some((key, descriptor));
+            descriptor
+        }
+    };
     let mapped = batch.call(
         libc::SYS_mmap,
         &[
@@ -378,9 +398,6 @@ fn map(
         ],
     );
     batch.must_succeed(mapped);
-    if descriptor >= 0 {
-        batch.call(libc::SYS_close, &[descriptor.into()]);
-    }
     let outputs = stopped.run(pid, &batch)?;
     outputs.result(mapped).map(drop).map_err(|errno| {
         freeze::Error::Call {
