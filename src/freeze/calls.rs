@@ -52,6 +52,11 @@ impl Calls {
         (call.place == place(registers)).then_some(call.number)
     }
 
+    /// Takes note of a thread that is made to wait in call `number`, interrupted with these registers.
+    pub(super) fn enter(&mut self, tid: Pid, registers: &Registers, number: u64) {
+        self.0.insert(tid, Call::of(registers, number));
+    }
+
     /// Learns the number of a call that a thread was stopped in with these registers, and sleeps in again by now.
     /// `false`: it does not yet, or the kernel does not tell.
     pub(super) fn learn(&mut self, (pid, tid): (Pid, Pid), registers: &Registers) -> bool {
