@@ -16,6 +16,7 @@ mod fixtures_sockets;
 mod fixtures_task;
 mod honesty;
 mod leaks;
+mod moved;
 mod orphans;
 mod overlay;
 mod persist;

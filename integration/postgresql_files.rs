@@ -105,6 +105,7 @@ impl Server {
             &self.id,
         ]);
         run(&["delete", "--force", &self.id]);
+        self.containers.wipe();
         for name in ["layer", "volume"] {
             let directory = scratch.join(name);
             std::fs::remove_dir_all(&directory).expect("removing what the container wrote");

@@ -61,6 +61,19 @@ fn real_comes_back(name: &str, command: &[&str]) {
     if !Path::new(command[0]).exists() {
         skip!("no {}", command[0]);
     }
+    for _ in 0..rounds() {
+        real_comes_back_once(name, command);
+    }
+}
+
+/// How often each: `SNAPBACK_ROUNDS`.
+fn rounds() -> u32 {
+    let rounds = std::env::var("SNAPBACK_ROUNDS").ok();
+    rounds.map_or(1, |text| text.parse().expect("a number"))
+}
+
+#[track_caller]
+fn real_comes_back_once(name: &str, command: &[&str]) {
     let containers = Containers::new();
     let bundle = real_bundle(&containers, name, command);
     comes_back_in(&containers, name, &bundle, true);
@@ -97,6 +110,9 @@ fn comes_back_in(containers: &Containers, program: &str, bundle: &Path, with_fil
     wait::until("the container has ended", || {
         matches!(fixture.family.child.try_wait(), Ok(Some(_)))
     });
+
+    wait::until("it is gone", || session.run(&["list", "-q"]).out.is_empty());
+    containers.wipe();
 
     let id = unique(&format!("restored-{program}-{number}"));
     let mut fixture = Fixture::take_over(program, restored(session, bundle, &image, &id, layer));
@@ -484,10 +500,15 @@ fn bad_input_is_told() {
     given.containers.status(&given.id);
 }
 
-/// Two of one checkpoint, side by side: what one does the other does not see, and each is rolled back by itself.
 #[test]
 fn a_fork_runs_beside_the_first() {
-    let program = "child_family";
+    let programs = ["child_family", "dirty_pages", "dontfork", "shared_anon"];
+    programs.into_iter().for_each(runs_beside_the_first);
+}
+
+/// Two of one checkpoint, side by side: what one does the other does not see, and each is rolled back by itself.
+#[track_caller]
+fn runs_beside_the_first(program: &str) {
     let containers = Containers::new();
     let session = &containers.session;
     let bundle = bundle(&containers, program, &[]);
@@ -495,6 +516,8 @@ fn a_fork_runs_beside_the_first() {
     let layer = ["--overlay"];
     let mut first = Fixture::launch(program, started(session, &bundle, &ids[0], &layer));
     let run = |arguments: &[&str]| session.run(arguments).expect(DONE, arguments[0]);
+    run(&["checkpoint", "--name", "earlier", &ids[0]]);
+    first.run_on();
     run(&["checkpoint", &ids[0]]);
     first.mutate();
     let mut command = session.command();

@@ -15,15 +15,19 @@ pub(crate) struct Container {
 }
 
 /// Cgroups are named after it: two benches at the same time must not have the same.
-fn id() -> String {
+pub(crate) fn id() -> String {
     format!("bench-{}", std::process::id())
 }
 
 impl Container {
     /// Makes a bundle (`fixtures/bundles/make.sh` has the arguments) and runs it.
     pub(crate) fn start(bundle: &[&str]) -> Container {
-        let place = Path::new(env!("CARGO_TARGET_TMPDIR"))
-            .join(format!("container-{}", std::process::id()));
+        Container::start_in(Path::new(env!("CARGO_TARGET_TMPDIR")), bundle)
+    }
+
+    /// The same in a directory that is given.
+    pub(crate) fn start_in(above: &Path, bundle: &[&str]) -> Container {
+        let place = above.join(format!("container-{}", std::process::id()));
         let mut container = Container { place, pid: 0 };
         std::fs::create_dir_all(container.place.join("layer")).expect("making a directory");
         let make = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/bundles/make.sh");
@@ -54,7 +58,8 @@ impl Container {
         self.pid = state["pid"].as_i64().expect("a PID") as i32;
     }
 
-    fn command(&self) -> Command {
+    /// The command with our state directory.
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
         command.arg("--root").arg(self.place.join("state"));
         command

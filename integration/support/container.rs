@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use super::session::{Answer, DONE, Session, finish};
+use super::wait;
 
 /// A session whose containers are gone when it is.
 #[derive(Debug)]
@@ -89,6 +90,15 @@ impl Containers {
     pub(crate) fn pid(&self, id: &str) -> i32 {
         let state = self.session.run(&["state", id]).expect(DONE, "state");
         i32::try_from(state.number("pid")).expect("a PID")
+    }
+
+    /// Removes the state directory, when all containers are gone and their keepers have ended.
+    #[track_caller]
+    pub(crate) fn wipe(&self) {
+        wait::until("the keepers have ended", || {
+            self.session.keepers().is_empty()
+        });
+        std::fs::remove_dir_all(self.session.root()).expect("removing the state directory");
     }
 
     /// The status of a container.

@@ -9,16 +9,19 @@ use anyhow::Context;
 use clap::Args;
 
 use super::create::Overlay;
-use super::persist::{Compress, persist};
+use super::persist::summary;
 use super::restore::{Made, Wanted, check};
 use super::target::{Target, absolute, checkpoint_name};
 use super::{Global, Status};
 use crate::container;
+use crate::image::Encoding;
+use crate::keeper::protocol::Request;
+use crate::keeper::{Client, Errand};
 
 /// Make a second container of a checkpoint, which runs beside the first
 ///
-/// It is made as `restore` does it, of the checkpoint in RAM by way of the state directory, with network, cgroup and writable layer
-/// of its own; the first runs on. PIDs are those of the checkpoint, inside. Connections to the outside are reset in it.
+/// It is made as `restore` does it, of the checkpoint in RAM, with network, cgroup and writable layer of its own; the first runs
+/// on. Memory is copied. PIDs are those of the checkpoint, inside. Connections to the outside are reset in it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -74,6 +77,19 @@ impl Drop for Passing {
     }
 }
 
+/// Has the keeper of the first container write what its shadows have not, and lend the pages that they have.
+fn lend(errand: &Errand, name: &str, to: &Path) -> anyhow::Result<()> {
+    let request = Request::Persist {
+        name: name.to_owned(),
+        to: to.to_owned(),
+        encoding: Encoding::Plain,
+        called: None,
+        lend: true,
+    };
+    let answer = Client::ask_and_watch(&errand.directory(), &request, &mut |_, _| {});
+    summary(answer?).map(drop)
+}
+
 pub(crate) fn run(global: &Global, args: Fork) -> anyhow::Result<Status> {
     let began = Instant::now();
     let root = absolute(&global.root)?;
@@ -81,14 +97,8 @@ pub(crate) fn run(global: &Global, args: Fork) -> anyhow::Result<Status> {
     let bundle = args.bundle.clone().unwrap_or(located.bundle);
     let image = Passing::new(&root, &args.id)?;
     let errand = Target::container(&args.id).known(global)?;
-    persist(
-        &errand,
-        (&args.name, None),
-        &image.0,
-        Compress::None,
-        args.json,
-    )?;
-    check(&image.0)?;
+    lend(&errand, &args.name, &image.0)?;
+    check(&image.0, true)?;
     let wanted = Wanted {
         id: &args.new_id,
         bundle: &bundle,
@@ -99,6 +109,7 @@ pub(crate) fn run(global: &Global, args: Fork) -> anyhow::Result<Status> {
         no_pivot: false,
         overlay: args.overlay.place(),
         verify: args.verify,
+        is_lent: true,
         json: args.json,
     };
     let made = wanted.make(global, &image.0, began)?;

@@ -138,6 +138,7 @@ pub(super) fn persist(
         to: to.to_owned(),
         encoding: compress.into(),
         called: called.map(str::to_owned),
+        lend: false,
     };
     let mut shown = Shown::new(json);
     let mut watch = |done, total| shown.update(done, total);

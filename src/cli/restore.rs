@@ -104,7 +104,7 @@ struct OfCriu {
 pub(crate) fn run(global: &Global, args: Restore) -> anyhow::Result<Status> {
     let began = Instant::now();
     let image_path = absolute(&args.image_path)?;
-    let name = check(&image_path)?;
+    let name = check(&image_path, false)?;
     let name = args.name.clone().unwrap_or(name);
     if args.check {
         print("it can be restored\n")?;
@@ -120,6 +120,7 @@ pub(crate) fn run(global: &Global, args: Restore) -> anyhow::Result<Status> {
         no_pivot: args.no_pivot,
         overlay: args.overlay.place(),
         verify: args.verify,
+        is_lent: false,
         json: args.json,
     };
     match wanted.make(global, &image_path, began)? {
@@ -141,6 +142,8 @@ pub(super) struct Wanted<'a> {
     pub(super) no_pivot: bool,
     pub(super) overlay: Option<Place<'a>>,
     pub(super) verify: bool,
+    /// Pages may be in another container's checkpoint.
+    pub(super) is_lent: bool,
     pub(super) json: bool,
 }
 
@@ -234,6 +237,7 @@ impl Wanted<'_> {
             name: self.name.to_owned(),
             from: image_path.to_owned(),
             verify: self.verify,
+            lent: self.is_lent,
         };
         let response = Client::ask_or_start(&errand.directory(), &errand, &request)?;
         let report = report(response)?;
@@ -243,9 +247,13 @@ impl Wanted<'_> {
 }
 
 /// Whether a container can be made of the image, as far as that is to be seen in it; returns the checkpoint's name.
-pub(super) fn check(image_path: &Path) -> anyhow::Result<String> {
+pub(super) fn check(image_path: &Path, is_lent: bool) -> anyhow::Result<String> {
     let what = || format!("reading the image in {}", image_path.display());
-    let origin = restore::Origin::new(Opened::open(image_path).with_context(what)?);
+    let opened = match is_lent {
+        true => Opened::open_lent(image_path),
+        false => Opened::open(image_path),
+    };
+    let origin = restore::Origin::new(opened.with_context(what)?);
     match restore::check(&origin) {
         Ok(()) => Ok(origin.name().to_owned()),
         Err(restore::Error::Refused(refusal)) => {

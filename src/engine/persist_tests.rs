@@ -123,6 +123,104 @@ fn what_is_cancelled_or_released_leaves_the_image_that_was_there() {
     Opened::open(&target).unwrap();
 }
 
+/// Of an increment too, which has them not from its shadow.
+#[test]
+fn memory_policies_are_told() {
+    let mut program = Program::start();
+    program.ask("add 3");
+    let mut engine = Engine::attach(Target::of_pid(program.id())).unwrap();
+    engine.checkpoint("before").unwrap();
+    program.ask("bind");
+    engine.checkpoint("bound").unwrap();
+    program.ask("drop");
+    program.ask("drop");
+    engine.checkpoint("after").unwrap();
+    assert!(
+        engine.checkpoints[1].spaces[0]
+            .source
+            .shares_shadow(&engine.checkpoints[2].spaces[0].source)
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("image");
+    for (name, is_bound) in [("before", false), ("bound", true), ("after", false)] {
+        let options = Options::default();
+        engine
+            .persist(name, &target, options)
+            .unwrap()
+            .run()
+            .unwrap();
+        let opened = Opened::open(&target).unwrap();
+        let space = opened.spaces.values().next().unwrap();
+        let text = space.policies.as_deref().unwrap_or_default();
+        assert_eq!(text.contains("interleave"), is_bound, "{name}: {text}");
+    }
+}
+
+/// What `fork` has between two containers: no pages that a shadow has, and pages that are kept by copy, be they zero.
+#[test]
+fn pages_are_lent_as_long_as_the_checkpoint_is_there() {
+    let mut program = Program::start();
+    program.ask("add 3");
+    let mut engine = Engine::attach(Target::of_pid(program.id())).unwrap();
+    engine.checkpoint("a").unwrap();
+    // Pages of the array are zero again, and in the shadow they are not.
+    program.ask("add 248");
+    engine.checkpoint("b").unwrap();
+    program.ask("add 5");
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("image");
+    for name in ["a", "b"] {
+        let options = Options {
+            lend: true,
+            ..Options::default()
+        };
+        let written = engine.persist(name, &target, options).unwrap().run();
+        assert!(written.unwrap().image_bytes < 8 << 20);
+        let refused = Opened::open(&target).unwrap_err();
+        assert!(matches!(refused, crate::image::Error::Refused(_)));
+        let opened = Opened::open_lent(&target).unwrap();
+        let held = &engine.checkpoints[engine.find(name).unwrap()];
+        let image = &held.spaces[0];
+        assert_eq!(opened.runs(image.id).is_empty(), name == "a");
+        let pages = opened.pages(image.id);
+        let mut reader = pages.reader();
+        let (mut zeroes, mut others) = (0, 0);
+        let populated = image.populated(&held.context).unwrap();
+        let populated = populated.difference(image.guards().unwrap());
+        for span in populated.pieces(1 << 20) {
+            let (mut was, mut at) = (vec![0; span.len() as usize], span.start);
+            image.source.read(&[span], &mut was).unwrap();
+            let compare = &mut |part: Span, bytes: Option<&[u8]>| {
+                assert_eq!(part.start, at);
+                let from = (at - span.start) as usize;
+                let was = &was[from..from + part.len() as usize];
+                let is = bytes.map_or(vec![0; was.len()], <[u8]>::to_vec);
+                assert!(is == was, "{part:x?}");
+                at = part.end;
+                for page in is.chunks(PAGE as usize) {
+                    match page.iter().all(|byte| *byte == 0) {
+                        true => zeroes += 1,
+                        false => others += 1,
+                    }
+                }
+                Ok(())
+            };
+            reader.look(span, compare).unwrap();
+            assert_eq!(at, span.end);
+        }
+        assert!(zeroes > 100 && others > 100, "{zeroes}, {others}");
+    }
+    let opened = Opened::open_lent(&target).unwrap();
+    let held = &engine.checkpoints[engine.find("b").unwrap()];
+    let id = held.spaces[0].id;
+    let populated = held.spaces[0].populated(&held.context).unwrap();
+    engine.release(None).unwrap();
+    let pages = opened.pages(id);
+    let read = |span: &Span| pages.reader().look(*span, &mut |_, _| Ok(()));
+    assert!(populated.spans().iter().any(|span| read(span).is_err()));
+    assert!(Opened::open_lent(&target).is_err());
+}
+
 #[test]
 fn other_peoples_directories_are_not_replaced() {
     let mut program = Program::start();

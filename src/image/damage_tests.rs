@@ -234,9 +234,12 @@ fn contents_that_unpack_to_more() {
         encoding: Encoding::Zstd as u32,
         pages: 1,
     };
-    let mut payload = zerocopy::IntoBytes::as_bytes(&header).to_vec();
-    payload.extend(bomb);
-    let problem = super::pages::contents(&mut payload).unwrap_err();
+    let mut decoded = super::pages::Decoded::default();
+    decoded
+        .payload
+        .extend(zerocopy::IntoBytes::as_bytes(&header));
+    decoded.payload.extend(bomb);
+    let problem = super::pages::unpack(&mut decoded).unwrap_err();
     assert!(problem.contains("can't be unpacked"), "{problem}");
 }
 

@@ -1,6 +1,7 @@
 //! What holds for every input, the memory of an image or not.
 
-use super::pages::{Store, StoredPages};
+use super::pages::Store;
+use super::reading::StoredPages;
 use super::space::StoredSpace;
 use crate::kernel::memory_file::memory_file;
 use crate::memory::{PAGE, Span};

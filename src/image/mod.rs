@@ -18,6 +18,7 @@ mod open;
 mod pages;
 mod parts;
 mod persist;
+mod reading;
 mod space;
 mod staging;
 mod view;
@@ -34,9 +35,9 @@ pub use inspect::{AreaView, FileView, Inspection, KindView, Made};
 pub use layout::{Encoding, Info, MOST_PAGES, MappedFile, NamelessFile, PagesHeader, Program, Run};
 pub use on_disk::{Durability, OnDisk, Persisting};
 pub use open::Opened;
-pub use pages::StoredPages;
 pub use parts::Parts;
 pub use persist::{Options, Progress, Summary, Why, in_ram, persist};
+pub use reading::StoredPages;
 pub use space::StoredSpace;
 pub use view::{DescriptorView, ProcessView, SpaceView, VmaView};
 

@@ -133,8 +133,9 @@ impl Persisting {
             options,
             running,
         } = self;
+        let is_passing = options.lend;
         let done = persist(parts, &target, options, &running.progress);
-        if done.is_ok() {
+        if done.is_ok() && !is_passing {
             let identity = identity(&target);
             *running.on_disk.last.lock() = identity.map(|identity| Written {
                 directory: target,

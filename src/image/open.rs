@@ -7,12 +7,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::layout::{Info, NamelessFile, Run};
-use super::pages::{Store, StoredPages};
+use super::pages::Store;
+use super::reading::{Borrowed, Records, StoredPages};
 use super::space::StoredSpace;
 use super::{CONTEXT_FILE, Error, MEMORY_FILE, Result};
 use crate::filesystem::StoredArea;
-use crate::memory::{Segments, SharedObject, Span};
+use crate::memory::{Lent, Pages, Segments, SharedObject, Span};
+use crate::outcome::Refusal;
 use crate::record::{Context, Frames, Kind, ObjectId};
 
 /// An image that was read: all headers, and where the pages are.
@@ -33,6 +37,10 @@ pub struct Opened {
     /// The files that go back with the tree; contents are pages of the objects after each.
     pub files: Vec<(ObjectId, StoredArea)>,
     store: Arc<Store>,
+    /// Contents that were read last.
+    records: Mutex<Records>,
+    /// Shadows that have pages.
+    lent: BTreeMap<ObjectId, Arc<Lent>>,
 }
 
 impl Opened {
@@ -42,6 +50,40 @@ impl Opened {
     ///
     /// There is none, or it is damaged: which file, record and offset.
     pub fn open(directory: &Path) -> Result<Self> {
+        let opened = Self::read_all(directory)?;
+        match opened.spaces.values().any(|space| space.lender.is_some()) {
+            false => Ok(opened),
+            true => Err(Refusal {
+                object: "an image whose pages are in another container's checkpoint".into(),
+                holder: directory.display().to_string(),
+                remedy: "it is what `fork` has left that was killed; remove it, and use `persist` for an image".into(),
+            }
+            .into()),
+        }
+    }
+
+    /// Opens the image in a directory, of which pages may be in shadows: it was written with
+    /// [`Options::lend`](super::Options::lend).
+    ///
+    /// # Errors
+    ///
+    /// As [`Opened::open`]; or a shadow is gone.
+    pub fn open_lent(directory: &Path) -> Result<Self> {
+        let mut opened = Self::read_all(directory)?;
+        for (id, space) in &mut opened.spaces {
+            let Some((header, ranges)) = space.lender.take() else {
+                continue;
+            };
+            let lent = Lent::open(header, ranges).map_err(|error| Error::Source {
+                what: format!("cannot read a shadow, of process {}", header.pid),
+                error,
+            })?;
+            opened.lent.insert(*id, Arc::new(lent));
+        }
+        Ok(opened)
+    }
+
+    fn read_all(directory: &Path) -> Result<Self> {
         let (path, file) = open_in(directory, CONTEXT_FILE)?;
         let context =
             Context::load(BufReader::with_capacity(1 << 20, file)).map_err(Error::image(&path))?;
@@ -144,11 +186,21 @@ impl Opened {
             nameless,
             files,
             store: Arc::new(store),
+            records: Mutex::default(),
+            lent: BTreeMap::new(),
         })
     }
 
     /// The pages of an address space, an object of shared memory (by offset) or a nameless file (by offset).
-    pub fn pages(&self, id: ObjectId) -> StoredPages {
+    pub fn pages(&self, id: ObjectId) -> Arc<dyn Pages> {
+        let stored = self.stored(id);
+        match self.lent.get(&id) {
+            None => Arc::new(stored),
+            Some(lent) => Arc::new(Borrowed::new(stored, Arc::clone(lent))),
+        }
+    }
+
+    fn stored(&self, id: ObjectId) -> StoredPages {
         StoredPages::new(Arc::clone(&self.store), id)
     }
 
@@ -157,13 +209,15 @@ impl Opened {
         self.store.index(id).unwrap_or_default()
     }
 
-    /// Reads ranges of such an object, one after the other, into `buffer`; what is not there reads as zeroes.
+    /// Reads ranges of what the image has of such an object, one after the other, into `buffer`; what is not there reads as
+    /// zeroes.
     ///
     /// # Errors
     ///
     /// What is read is damaged, or can't be read.
     pub fn read(&self, id: ObjectId, spans: &[Span], buffer: &mut [u8]) -> Result<()> {
-        self.pages(id).read(spans, buffer)
+        let mut records = self.records.lock();
+        self.stored(id).read_with(&mut records, spans, buffer)
     }
 
     /// The objects of shared memory: their records, and the names that they had.

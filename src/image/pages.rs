@@ -1,20 +1,14 @@
-//! Contents of pages, read from an image when they are asked for.
+//! The memory file of an image: its records of pages, and where each page is.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::io;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use parking_lot::Mutex;
 use zerocopy::FromBytes;
 
 use super::layout::{Encoding, MOST_PAGES, PagesHeader, Run};
 use super::{Error, Result};
-use crate::memory::{PAGE, Pages, Span};
+use crate::memory::PAGE;
 use crate::record::{Frames, Kind, ObjectId};
-
-/// Records whose contents are kept for the next pages that are asked for.
-const CACHED: usize = 16;
 
 /// The memory file of an image.
 #[derive(Debug)]
@@ -22,15 +16,29 @@ pub(super) struct Store {
     frames: Frames,
     path: PathBuf,
     indexes: BTreeMap<ObjectId, Vec<Run>>,
-    /// Contents by their record, the last used at the end.
-    cache: Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>,
 }
 
-/// The pages of one object of an image: an address space, shared memory, a file. Several threads may read at a time.
-#[derive(Debug, Clone)]
-pub struct StoredPages {
-    store: Arc<Store>,
-    id: ObjectId,
+/// Contents of a record of pages. Used again for another record it needs no new memory.
+#[derive(Debug, Default)]
+pub(super) struct Decoded {
+    /// The payload; what is in it is behind its header unless it was packed.
+    pub(super) payload: Vec<u8>,
+    /// What was packed.
+    unpacked: Vec<u8>,
+    is_packed: bool,
+}
+
+impl Decoded {
+    /// The pages.
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self.is_packed {
+            true => &self.unpacked,
+            false => self
+                .payload
+                .get(size_of::<PagesHeader>()..)
+                .unwrap_or_default(),
+        }
+    }
 }
 
 impl Store {
@@ -50,7 +58,6 @@ impl Store {
             frames,
             path,
             indexes,
-            cache: Mutex::new(VecDeque::new()),
         })
     }
 
@@ -72,84 +79,65 @@ impl Store {
         }
         let of_kind = |frame: &&crate::record::Frame| frame.kind() == Kind::Pages;
         let records = self.frames.frames().iter().filter(of_kind);
+        let mut decoded = Decoded::default();
         records.filter_map(move |frame| {
             let end = wanted.get(&frame.sequence()).copied().unwrap_or(0);
-            match self.decode(frame.sequence()) {
-                Ok(contents) if (contents.len() as u64) < u64::from(end) * PAGE => {
+            match self.decode(frame.sequence(), &mut decoded) {
+                Ok(()) if (decoded.bytes().len() as u64) < u64::from(end) * PAGE => {
                     let at = frame.position();
                     let problem = format!("{at}: there are fewer pages than its index says");
                     Some(self.wrong(problem))
                 }
-                Ok(_) => None,
+                Ok(()) => None,
                 Err(error) => Some(error),
             }
         })
     }
 
-    fn wrong(&self, problem: String) -> Error {
+    pub(super) fn wrong(&self, problem: String) -> Error {
         Error::Inconsistent {
             path: self.path.clone(),
             problem,
         }
     }
 
-    /// The contents of a record.
-    fn contents(&self, record: u64) -> Result<Arc<Vec<u8>>> {
-        let mut cache = self.cache.lock();
-        if let Some(at) = cache.iter().position(|(of, _)| *of == record) {
-            let found = cache.remove(at);
-            cache.extend(found);
-            if let Some((_, contents)) = cache.back() {
-                return Ok(Arc::clone(contents));
-            }
-        }
-        drop(cache);
-        let contents = Arc::new(self.decode(record)?);
-        let mut cache = self.cache.lock();
-        if cache.len() >= CACHED {
-            cache.pop_front();
-        }
-        cache.push_back((record, Arc::clone(&contents)));
-        Ok(contents)
-    }
-
-    fn decode(&self, record: u64) -> Result<Vec<u8>> {
+    /// Reads the contents of a record, and checks them.
+    pub(super) fn decode(&self, record: u64, into: &mut Decoded) -> Result<()> {
         let frame = usize::try_from(record)
             .ok()
             .and_then(|number| self.frames.frames().get(number))
             .ok_or_else(|| self.wrong(format!("there is no record {record}")))?;
-        let mut payload = self
-            .frames
-            .payload(frame)
+        self.frames
+            .read_payload(frame, &mut into.payload)
             .map_err(Error::image(&self.path))?;
-        contents(&mut payload)
-            .map_err(|problem| self.wrong(format!("{}: {problem}", frame.position())))
+        unpack(into).map_err(|problem| self.wrong(format!("{}: {problem}", frame.position())))
     }
 }
 
 /// Takes the contents out of the payload of a `Pages` record.
-pub(super) fn contents(payload: &mut Vec<u8>) -> std::result::Result<Vec<u8>, String> {
-    let (header, encoded) =
-        PagesHeader::read_from_prefix(payload).map_err(|_| "shorter than its header".to_owned())?;
+pub(super) fn unpack(decoded: &mut Decoded) -> std::result::Result<(), String> {
+    let (header, encoded) = PagesHeader::read_from_prefix(&decoded.payload)
+        .map_err(|_| "shorter than its header".to_owned())?;
     if header.pages == 0 || header.pages > MOST_PAGES {
         return Err(format!("{} pages in one record", header.pages));
     }
     let len = header.pages as usize * PAGE as usize;
-    let decoded = match Encoding::from_number(header.encoding) {
+    decoded.is_packed = match Encoding::from_number(header.encoding) {
         None => return Err(format!("encoding {} is not known here", header.encoding)),
-        Some(Encoding::Plain) => {
-            payload.drain(..size_of::<PagesHeader>());
-            std::mem::take(payload)
+        Some(Encoding::Plain) => false,
+        Some(Encoding::Zstd) => {
+            decoded.unpacked.resize(len, 0);
+            let found = zstd::bulk::decompress_to_buffer(encoded, &mut decoded.unpacked)
+                .map_err(|error| format!("its contents can't be unpacked: {error}"))?;
+            decoded.unpacked.truncate(found);
+            true
         }
-        Some(Encoding::Zstd) => zstd::bulk::decompress(encoded, len)
-            .map_err(|error| format!("its contents can't be unpacked: {error}"))?,
     };
-    match decoded.len() == len {
-        true => Ok(decoded),
-        false => Err(format!(
-            "{} pages are {len} bytes, and there are {}",
+    match decoded.bytes().len() {
+        found if found == len => Ok(()),
+        found => Err(format!(
+            "{} pages are {len} bytes, and there are {found}",
             header.pages,
-            decoded.len()
         )),
     }
 }
@@ -195,60 +183,4 @@ fn runs(frames: &Frames, payload: &[u8]) -> std::result::Result<Vec<Run>, String
         runs.push(run);
     }
     Ok(runs)
-}
-
-impl StoredPages {
-    pub(super) fn new(store: Arc<Store>, id: ObjectId) -> Self {
-        Self { store, id }
-    }
-
-    /// Reads ranges one after the other into `buffer`; what is not there reads as zeroes.
-    ///
-    /// # Errors
-    ///
-    /// What is read is damaged, or can't be read. The contents of `buffer` mean nothing then.
-    pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> Result<()> {
-        let mut rest = buffer;
-        for span in spans {
-            let (here, after) = rest.split_at_mut(span.len() as usize);
-            self.read_span(*span, here)?;
-            rest = after;
-        }
-        Ok(())
-    }
-
-    fn read_span(&self, span: Span, buffer: &mut [u8]) -> Result<()> {
-        let runs = self.store.index(self.id).unwrap_or_default();
-        let end_of = |run: &Run| run.address + u64::from(run.pages) * PAGE;
-        let from = runs.partition_point(|run| end_of(run) <= span.start);
-        let mut at = span.start;
-        for run in runs[from..].iter().take_while(|run| run.address < span.end) {
-            let (start, end) = (run.address.max(span.start), end_of(run).min(span.end));
-            let place = |address: u64| (address - span.start) as usize;
-            buffer[place(at)..place(start)].fill(0);
-            let contents = self.store.contents(run.record)?;
-            let offset = (u64::from(run.first) * PAGE + (start - run.address)) as usize;
-            let len = (end - start) as usize;
-            let found = contents
-                .get(offset..offset + len)
-                .ok_or_else(|| Error::Inconsistent {
-                    path: self.store.path.clone(),
-                    problem: format!(
-                        "the page at {start:#x} of object {} would be after the end of record {}",
-                        self.id, run.record
-                    ),
-                })?;
-            buffer[place(start)..place(end)].copy_from_slice(found);
-            at = end;
-        }
-        buffer[(at - span.start) as usize..].fill(0);
-        Ok(())
-    }
-}
-
-impl Pages for StoredPages {
-    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
-        StoredPages::read(self, spans, buffer)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
-    }
 }

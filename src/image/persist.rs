@@ -31,6 +31,9 @@ pub struct Options {
     pub encoding: Encoding,
     /// What the checkpoint is called there, if not as in RAM.
     pub name: Option<String>,
+    /// Leave in the shadows what they have of pages: only [`Opened::open_lent`](super::Opened::open_lent) reads that, and only
+    /// as long as the checkpoint is there. Nothing is synced then.
+    pub lend: bool,
 }
 
 /// How far the writing of an image is; shared with who waits for it, and may cancel it.
@@ -147,7 +150,8 @@ fn write(parts: Parts, target: &Path, options: Options, progress: &Progress) -> 
     let staging = Staging::begin(target)?;
     fault::point("persist.begun");
     let (path, file) = staging.create(CONTEXT_FILE)?;
-    let header_bytes = write_context(&parts.context, &path, file)?;
+    let is_durable = !options.lend;
+    let header_bytes = write_context(&parts.context, &path, file, is_durable)?;
     fault::point("persist.context");
     staging.create(MARK_FILE)?;
     let (path, file) = staging.create(MEMORY_FILE)?;
@@ -155,7 +159,7 @@ fn write(parts: Parts, target: &Path, options: Options, progress: &Progress) -> 
     fault::point("persist.memory");
     let (memory, _) = progress.bytes();
     progress.check()?;
-    staging.publish()?;
+    staging.publish(is_durable)?;
     fault::point("persist.published");
     Ok(Summary {
         memory_bytes: memory,
@@ -164,14 +168,16 @@ fn write(parts: Parts, target: &Path, options: Options, progress: &Progress) -> 
     })
 }
 
-fn write_context(context: &Context, path: &Path, file: File) -> Result<u64> {
+fn write_context(context: &Context, path: &Path, file: File, is_durable: bool) -> Result<u64> {
     let failed = |what| Error::file(what, path);
     let mut file = BufWriter::with_capacity(1 << 20, file);
     context.write_out(&mut file).map_err(Error::image(path))?;
     let file = file
         .into_inner()
         .map_err(|error| failed("write")(error.into_error()))?;
-    file.sync_all().map_err(failed("sync"))?;
+    if is_durable {
+        file.sync_all().map_err(failed("sync"))?;
+    }
     Ok(context.stats().bytes)
 }
 
@@ -214,7 +220,16 @@ fn write_memory(
 
     let mut contents: Vec<(Box<dyn Content + '_>, Ranges)> = Vec::new();
     for space in &parts.spaces {
-        contents.push((Box::new(space), space.ranges()?));
+        let mut ranges = space.ranges()?;
+        if options.lend
+            && let Some((header, lent)) = space.lender()?
+        {
+            ranges = ranges.difference(&lent);
+            context
+                .put(Kind::Lender, space.id, &header, lent.spans().as_bytes())
+                .map_err(Error::image(path))?;
+        }
+        contents.push((Box::new(space), ranges));
     }
     for shared in &parts.shared {
         let data = whole(shared.data.spans().iter().copied());
@@ -267,7 +282,9 @@ fn write_memory(
         .put_json(Kind::Checkpoint, ObjectId::IMAGE, &info)
         .and_then(|_| context.finish())
         .map_err(Error::image(path))?;
-    file.sync_all().map_err(failed("sync"))?;
+    if !options.lend {
+        file.sync_all().map_err(failed("sync"))?;
+    }
     Ok(context.stats().bytes)
 }
 

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::layout::Encoding;
-use super::pages::{Store, StoredPages};
+use super::pages::Store;
 use super::persist::Progress;
+use super::reading::StoredPages;
 use super::write::{Content, Writer};
 use crate::memory::{PAGE, Ranges, Span};
 use crate::record::{Context, Frames, ImageHeader, Kind, ObjectId};

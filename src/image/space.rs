@@ -7,7 +7,7 @@ use zerocopy::FromBytes;
 use super::layout::Program;
 use super::{Error, Result};
 use crate::kernel::procfs::Bounds;
-use crate::memory::{Ranges, Span};
+use crate::memory::{LenderHeader, Ranges, Span};
 use crate::record::{Frames, Kind, ObjectId};
 
 /// An address space in an image.
@@ -25,6 +25,8 @@ pub struct StoredSpace {
     pub guards: Ranges,
     /// The text of its `numa_maps`, if that tells of other memory policies than the default.
     pub policies: Option<String>,
+    /// The shadow that has pages of it which are not in the image.
+    pub(super) lender: Option<(LenderHeader, Ranges)>,
 }
 
 impl StoredSpace {
@@ -49,7 +51,18 @@ impl StoredSpace {
         let policies = frames.find(Kind::MemoryPolicies, id);
         let policies = policies.map(|frame| frames.payload(frame).map_err(Error::image(path)));
         let policies = policies.transpose()?;
+        let lender = match frames.find(Kind::Lender, id) {
+            None => None,
+            Some(_) => {
+                let payload = payload(Kind::Lender)?;
+                let lender = LenderHeader::read_from_prefix(&payload).ok();
+                let lender = lender.and_then(|(header, rest)| Some((header, self::spans(rest)?)));
+                let bad = || wrong(Kind::Lender, "not a process and a list of spans".into());
+                Some(lender.ok_or_else(bad)?)
+            }
+        };
         Ok(Self {
+            lender,
             policies: policies.map(|text| String::from_utf8_lossy(&text).into_owned()),
             program: serde_json::from_slice(&program)
                 .map_err(|error| wrong(Kind::Program, error.to_string()))?,

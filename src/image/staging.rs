@@ -69,11 +69,13 @@ impl Staging {
         Ok((path, file))
     }
 
-    /// Gives it its name. All files in it have to be synced before.
-    pub(super) fn publish(mut self) -> Result<()> {
-        self.directory
-            .sync_all()
-            .map_err(Error::file("sync", &self.path))?;
+    /// Gives it its name. If it is to be durable all files in it have to be synced before.
+    pub(super) fn publish(mut self, is_durable: bool) -> Result<()> {
+        let sync = |directory: &File, path: &Path| match is_durable {
+            true => directory.sync_all().map_err(Error::file("sync", path)),
+            false => Ok(()),
+        };
+        sync(&self.directory, &self.path)?;
         fault::point("persist.synced");
         let failed = |errno: rustix::io::Errno| {
             Error::file("put an image at", &self.target)(io::Error::from(errno))
@@ -91,9 +93,8 @@ impl Staging {
         self.is_published = true;
         fault::point("persist.renamed");
         let above = above(&self.target);
-        File::open(above)
-            .and_then(|above| above.sync_all())
-            .map_err(Error::file("sync", above))?;
+        let opened = File::open(above).map_err(Error::file("open", above))?;
+        sync(&opened, above)?;
         if is_exchanged && let Err(error) = fs::remove_dir_all(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "what was replaced is left");
         }

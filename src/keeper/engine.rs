@@ -98,9 +98,17 @@ impl Operations for Engine {
         })
     }
 
-    fn restore(&mut self, name: &str, from: &Path, verify: bool) -> Result<Report, Failure> {
-        let image = Opened::open(from).map_err(engine::Error::from)?;
-        let origin = Origin::new(image);
+    fn restore(
+        &mut self,
+        name: &str,
+        (from, is_lent): (&Path, bool),
+        verify: bool,
+    ) -> Result<Report, Failure> {
+        let image = match is_lent {
+            true => Opened::open_lent(from),
+            false => Opened::open(from),
+        };
+        let origin = Origin::new(image.map_err(engine::Error::from)?);
         Ok(Engine::restore(
             self,
             &origin,

@@ -120,6 +120,9 @@ pub enum Request {
         encoding: Encoding,
         /// What it is called there, if not as in RAM.
         called: Option<String>,
+        /// Leave in the checkpoint what pages its shadows have: for a restore from there right now.
+        #[serde(default)]
+        lend: bool,
     },
     /// Make of the tree, a container's init that waits to be started, what an image says. The first request of a keeper.
     Restore {
@@ -129,6 +132,9 @@ pub enum Request {
         from: PathBuf,
         /// Compare everything with the image before it runs.
         verify: bool,
+        /// Pages may be in another keeper's checkpoint.
+        #[serde(default)]
+        lent: bool,
     },
     /// Check whether the container, which has ended, can be made again of this checkpoint, and prepare that.
     PrepareAgain {

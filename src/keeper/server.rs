@@ -81,12 +81,13 @@ pub trait Operations {
     ///
     /// Refused or failed; nothing was touched.
     fn persist(&mut self, name: &str, to: &Path, options: Options) -> Result<Work, Failure>;
-    /// Makes of the tree what an image says.
+    /// Makes of the tree what an image says, of which pages may be in another keeper's checkpoint.
     ///
     /// # Errors
     ///
     /// Refused or failed; the tree is killed.
-    fn restore(&mut self, name: &str, from: &Path, verify: bool) -> Result<Report, Failure>;
+    fn restore(&mut self, name: &str, from: (&Path, bool), verify: bool)
+    -> Result<Report, Failure>;
     /// Prepares to make a container again that has ended; returns its standard streams.
     ///
     /// # Errors
@@ -618,10 +619,12 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
             to,
             encoding,
             called,
+            lend,
         } => {
             let options = Options {
                 encoding: *encoding,
                 name: called.clone(),
+                lend: *lend,
             };
             match operations.persist(name, to, options) {
                 Ok(work) => return Answer::Begun(work),
@@ -647,9 +650,12 @@ fn answer<O: Operations>(operations: &mut O, request: &Request) -> Answer {
                     inspection: Box::new(inspection),
                 })
         }
-        Request::Restore { name, from, verify } => {
-            operations.restore(name, from, *verify).map(report)
-        }
+        Request::Restore {
+            name,
+            from,
+            verify,
+            lent,
+        } => operations.restore(name, (from, *lent), *verify).map(report),
         Request::PrepareAgain { name } => {
             let prepared = operations.prepare_again(name);
             prepared.map(|streams| Response::Prepared { streams })

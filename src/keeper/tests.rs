@@ -145,7 +145,7 @@ impl Operations for Fake {
         })
     }
 
-    fn restore(&mut self, name: &str, _: &Path, _: bool) -> Result<Report, Failure> {
+    fn restore(&mut self, name: &str, _: (&Path, bool), _: bool) -> Result<Report, Failure> {
         self.names.push(name.to_owned());
         Ok(report(Outcome::Restored))
     }
@@ -506,6 +506,7 @@ fn persist() -> Request {
         to: "/nowhere".into(),
         encoding: Encoding::Plain,
         called: None,
+        lend: false,
     }
 }
 

@@ -1,5 +1,5 @@
 //! The kernel's own flags of all VMAs of a process, without a walk over its pages as `smaps` makes: by a BPF iterator over VMAs
-//! (`task_vma`), whose program copies three words of each. What the bits mean differs between kernels.
+//! (`task_vma`), whose program copies some words of each. What the bits mean differs between kernels.
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -18,6 +18,8 @@ pub struct Flagged {
     pub end: u64,
     /// `vm_flags` of `struct vm_area_struct`.
     pub flags: u64,
+    /// 1: it has a memory policy of its own (mbind(2)).
+    pub policy: u64,
 }
 
 /// The loaded program.
@@ -25,30 +27,43 @@ pub struct Flagged {
 pub struct Reader(Program);
 
 /// `struct bpf_iter__task_vma` is meta, task, VMA; the first word of `struct bpf_iter_meta` is the file that is written.
-fn program([start, end, flags]: [i16; 3]) -> Vec<Instruction> {
-    vec![
+fn program([start, end, flags]: [i16; 3], policy: Option<i16>) -> Vec<Instruction> {
+    // Kernels without NUMA have no policies.
+    let policy: Vec<Instruction> = match policy {
+        Some(policy) => vec![
+            step(bpf::LOAD, 2, 7, policy, 0),
+            step(bpf::JUMP_IF_IS, 2, 0, 1, 0),
+            step(bpf::STORE_NUMBER, 10, 0, -8, 1),
+        ],
+        None => Vec::new(),
+    };
+    let begin = vec![
         step(bpf::MOVE, 6, 1, 0, 0),
         step(bpf::LOAD, 7, 6, 16, 0),
         step(bpf::LOAD, 1, 6, 0, 0),
         step(bpf::LOAD, 1, 1, 0, 0),
+        step(bpf::STORE_NUMBER, 10, 0, -32, 0),
         step(bpf::STORE_NUMBER, 10, 0, -24, 0),
         step(bpf::STORE_NUMBER, 10, 0, -16, 0),
         step(bpf::STORE_NUMBER, 10, 0, -8, 0),
         // It is called without a VMA at the end: then zeroes are written.
-        step(bpf::JUMP_IF_IS, 7, 0, 6, 0),
+        step(bpf::JUMP_IF_IS, 7, 0, 6 + policy.len() as i16, 0),
         step(bpf::LOAD, 2, 7, start, 0),
-        step(bpf::STORE, 10, 2, -24, 0),
+        step(bpf::STORE, 10, 2, -32, 0),
         step(bpf::LOAD, 2, 7, end, 0),
-        step(bpf::STORE, 10, 2, -16, 0),
+        step(bpf::STORE, 10, 2, -24, 0),
         step(bpf::LOAD, 2, 7, flags, 0),
-        step(bpf::STORE, 10, 2, -8, 0),
+        step(bpf::STORE, 10, 2, -16, 0),
+    ];
+    let end = vec![
         step(bpf::MOVE, 2, 10, 0, 0),
-        step(bpf::ADD_NUMBER, 2, 0, 0, -24),
-        step(bpf::MOVE_NUMBER, 3, 0, 0, 24),
+        step(bpf::ADD_NUMBER, 2, 0, 0, -32),
+        step(bpf::MOVE_NUMBER, 3, 0, 0, size_of::<Flagged>() as i32),
         step(bpf::CALL, 0, 0, 0, bpf::SEQ_WRITE),
         step(bpf::MOVE_NUMBER, 0, 0, 0, 0),
         step(bpf::EXIT, 0, 0, 0, 0),
-    ]
+    ];
+    [begin, policy, end].concat()
 }
 
 impl Reader {
@@ -65,7 +80,7 @@ impl Reader {
         else {
             return Err(Errno::ENOSYS);
         };
-        let instructions = program([start, end, flags]);
+        let instructions = program([start, end, flags], offset("vm_policy"));
         Program::load(&types, "bpf_iter_task_vma", &instructions).map(Self)
     }
 

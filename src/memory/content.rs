@@ -10,12 +10,13 @@ use std::sync::Arc;
 use crate::freeze;
 use crate::kernel::maps::Vma;
 use crate::kernel::pidfd;
-use crate::kernel::procfs::Bounds;
+use crate::kernel::procfs::{self, Bounds};
 use crate::record::{Context, ObjectId};
 
 use super::Result;
 use super::image::SpaceImage;
 use super::layout::Layout;
+use super::lent::LenderHeader;
 use super::ranges::{Ranges, Span};
 use super::source::Source;
 use super::space::system;
@@ -68,6 +69,27 @@ impl SpaceContent {
     /// The shadow has died.
     pub fn ranges(&self) -> Result<Ranges> {
         Ok(self.populated.difference(&self.guards()?))
+    }
+
+    /// The shadow, and which of these pages are in it; of the others copies are kept.
+    ///
+    /// # Errors
+    ///
+    /// The shadow has died.
+    pub fn lender(&self) -> Result<Option<(LenderHeader, Ranges)>> {
+        let Some(shadow) = self.source.shadow().filter(|_| !self.source.is_kept()) else {
+            return Ok(None);
+        };
+        let stat = || {
+            procfs::Stat::read(shadow.pid)
+                .map_err(|error| system(shadow.pid, "read the stat of a shadow", error))
+        };
+        let header = LenderHeader {
+            pid: shadow.pid.as_raw() as u64,
+            start_time: self.checked(stat)?.start_time(),
+        };
+        let ranges = self.ranges()?.difference(&self.source.copies());
+        Ok(Some((header, ranges)))
     }
 
     /// Reads ranges of pages, one after the other, into `buffer`.

@@ -2,7 +2,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -10,10 +9,11 @@ use nix::unistd::Pid;
 use crate::freeze::{self, Batch, Stopped};
 use crate::kernel::maps::Vma;
 use crate::kernel::pagemap::Scan;
-use crate::kernel::{procfs, remote_memory};
+use crate::kernel::procfs;
 use crate::record::Context;
 
 use super::advice::Advised;
+use super::fill::{self, force};
 use super::image::SpaceImage;
 use super::layout::LayoutChange;
 use super::locks;
@@ -31,8 +31,6 @@ const MADV_GUARD_INSTALL: i32 = 102;
 const MADV_GUARD_REMOVE: i32 = 103;
 /// As `MADV_DONTNEED`, also in memory that mlock2(2) keeps once it is touched (Linux 5.18).
 const MADV_DONTNEED_LOCKED: i32 = 24;
-/// Most bytes fetched from a shadow or copied past the page store at once.
-const PIECE: u64 = 1 << 20;
 
 impl Space {
     /// Puts the VMA list back and drops pages that were not there.
@@ -62,15 +60,18 @@ impl Space {
             brk.is_none_or(|step| outputs.result(step).ok() == plan.brk)
         })?;
 
-        let mut mapped = None;
+        let (mut mapped, mut passed) = (None, None);
         for change in &plan.layout {
             if let LayoutChange::Map(vma) = change {
                 let mapped = match &mut mapped {
                     Some(read) => read,
                     unread => unread.insert(image.source.mapped()?),
                 };
-                map(stopped, pid, image, vma, mapped)?;
+                map(stopped, pid, image, vma, mapped, &mut passed)?;
             }
+        }
+        if let Some((_, descriptor)) = passed {
+            batch.call(libc::SYS_close, &[descriptor.into()]);
         }
         for change in &plan.layout {
             if let LayoutChange::Protect(span, prot) = change {
@@ -167,6 +168,12 @@ impl Space {
                 batch.must_succeed(step);
             }
         }
+        if plan.remade {
+            let outputs = stopped.run(pid, &std::mem::take(&mut batch))?;
+            self.check(&outputs)?;
+            let memory = &stopped.member(pid)?.memory;
+            fill::new(&self.tracker, memory, pid, image, &overflow)?;
+        }
         if image.locks_future != 0 || self.has_future_to_unlock(stopped, image)? {
             self.flush(stopped, &mut batch, 1)?;
             locks::restore_future(&mut batch, image.locks_future);
@@ -200,7 +207,9 @@ impl Space {
             }
         }
         stopped.start(pid, &batch)?;
-        copy_past_store(&stopped.member(pid)?.memory, pid, &image.source, &overflow)?;
+        if !plan.remade {
+            fill::with(&stopped.member(pid)?.memory, pid, &image.source, &overflow)?;
+        }
         Ok(Copied {
             pages: pages.pages(),
             bytes: pages.bytes(),
@@ -323,62 +332,9 @@ pub(super) fn blocks(pages: &Ranges) -> Ranges {
     blocks.collect()
 }
 
-/// Copies pages from where they are kept straight into a process, by several threads if they are many.
-fn copy_past_store(memory: &File, pid: Pid, source: &Source, pages: &Ranges) -> Result<()> {
-    /// Pieces for which another thread pays.
-    const MANY: usize = 4;
-    let pieces: Vec<Span> = pages.pieces(PIECE).collect();
-    let copy = |pieces: &[Span]| -> Result<()> {
-        let mut bytes = vec![0; PIECE as usize];
-        for span in pieces {
-            let bytes = &mut bytes[..span.len() as usize];
-            source
-                .read(&[*span], bytes)
-                .map_err(|error| system(pid, "read its recorded pages", error))?;
-            write(memory, pid, *span, bytes)?;
-        }
-        Ok(())
-    };
-    if pieces.len() <= MANY {
-        return copy(&pieces);
-    }
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let each = pieces.len().div_ceil(threads).max(MANY);
-    if pieces.len() <= each {
-        return copy(&pieces);
-    }
-    std::thread::scope(|scope| {
-        let copying: Vec<_> = pieces
-            .chunks(each)
-            .map(|pieces| scope.spawn(move || copy(pieces)))
-            .collect();
-        copying
-            .into_iter()
-            .try_for_each(|thread| match thread.join() {
-                Ok(result) => result,
-                Err(_) => Err(system(pid, "copy its pages", Errno::EIO)),
-            })
-    })
-}
-
-/// Writes to memory, be it that the program itself may not.
-fn write(memory: &File, pid: Pid, span: Span, bytes: &[u8]) -> Result<()> {
-    let range = remote_memory::Range {
-        start: span.start,
-        len: bytes.len(),
-    };
-    match remote_memory::write(pid, &[range], bytes) {
-        Ok(()) => Ok(()),
-        Err(_) => force(memory, pid, span, bytes),
-    }
-}
-
-/// Writes to memory that the program itself may not write to.
-fn force(memory: &File, pid: Pid, span: Span, bytes: &[u8]) -> Result<()> {
-    memory
-        .write_all_at(bytes, span.start)
-        .map_err(|error| system(pid, "write to its memory", error))
-}
+/// A descriptor of the process, of a file that is mapped: its device and inode, and whether it is mapped shared. The next VMA
+/// is often of the same.
+type Passed = ((u64, u64, bool), i32);
 
 /// Maps what was there.
 fn map(
@@ -387,6 +343,7 @@ fn map(
     image: &SpaceImage,
     vma: &Vma,
     mapped: &Mapped,
+    passed: &mut Option<Passed>,
 ) -> Result<()> {
     let is_same_file = |of: &&Vma| (of.device, of.inode) == (vma.device, vma.inode);
     let of_shadow = mapped.vmas.iter().find(is_same_file);
@@ -409,14 +366,26 @@ fn map(
             mmap_flags |= bit;
         }
     }
-    let descriptor = if vma.is_anonymous() {
-        mmap_flags |= libc::MAP_ANONYMOUS;
-        -1
-    } else {
-        let file = open_mapped(image, vma, of_shadow)?;
-        stopped.pass_descriptor(pid, file.as_fd())?
-    };
     let mut batch = Batch::new();
+    let key = (vma.device, vma.inode, vma.shared);
+    let descriptor = match *passed {
+        _ if vma.is_anonymous() => {
+            mmap_flags |= libc::MAP_ANONYMOUS;
+            -1
+        }
+        Some((of, descriptor)) if of == key => descriptor,
+        before => {
+            if let Some((_, descriptor)) = before {
+                batch.call(libc::SYS_close, &[descriptor.into()]);
+                stopped.run(pid, &std::mem::take(&mut batch))?;
+                *passed = None;
+            }
+            let file = open_mapped(image, vma, of_shadow)?;
+            let descriptor = stopped.pass_descriptor(pid, file.as_fd())?;
+            *passed = Some((key, descriptor));
+            descriptor
+        }
+    };
     let mapped = batch.call(
         libc::SYS_mmap,
         &[
@@ -429,9 +398,6 @@ fn map(
         ],
     );
     batch.must_succeed(mapped);
-    if descriptor >= 0 {
-        batch.call(libc::SYS_close, &[descriptor.into()]);
-    }
     let outputs = stopped.run(pid, &batch)?;
     outputs.result(mapped).map(drop).map_err(|errno| {
         freeze::Error::Call {

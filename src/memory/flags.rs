@@ -27,13 +27,14 @@ pub fn prepare_flags() {
     });
 }
 
-/// The flags of all VMAs. The process is stopped.
-pub(super) fn read(pid: Pid) -> Result<Vec<smaps::Flags>> {
+/// The flags of all VMAs, and whether any may have a memory policy of its own. The process is stopped.
+pub(super) fn read(pid: Pid) -> Result<(Vec<smaps::Flags>, bool)> {
     static NAMES: Mutex<Option<HashMap<u64, smaps::Flags>>> = Mutex::new(None);
     let reader = READER.get().and_then(Option::as_ref);
     // A process that can't be looked at like that is by smaps.
     let raw = reader.and_then(|reader| reader.read(pid).ok());
     let raw: Vec<Flagged> = raw.unwrap_or_default();
+    let has_policies = raw.is_empty() || raw.iter().any(|vma| vma.policy != 0);
     let mut names = NAMES.lock();
     let names = names.get_or_insert_default();
     let known = raw.iter().map(|vma| {
@@ -43,7 +44,7 @@ pub(super) fn read(pid: Pid) -> Result<Vec<smaps::Flags>> {
     if let Some(known) = known.collect::<Option<Vec<_>>>()
         && !known.is_empty()
     {
-        return Ok(known);
+        return Ok((known, has_policies));
     }
     let text = std::fs::read(procfs::path(pid, "smaps"))
         .map_err(|error| system(pid, "read its memory flags", error))?;
@@ -54,5 +55,5 @@ pub(super) fn read(pid: Pid) -> Result<Vec<smaps::Flags>> {
             names.insert(vma.flags, flags.clone());
         }
     }
-    Ok(read)
+    Ok((read, has_policies))
 }

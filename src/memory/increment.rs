@@ -25,7 +25,7 @@ use super::observe::Observed;
 use super::page_map::PageMap;
 use super::plan;
 use super::ranges::{Ranges, Span};
-use super::source::{Base, Described, Resident, Source};
+use super::source::{Base, Described, Resident, Source, policies};
 use super::space::{Copied, Space, Taken, check_layout, parse_map, read_maps, system, window_span};
 use super::{PAGE, Result};
 
@@ -360,8 +360,14 @@ fn read(pid: Pid, memory: &File, pages: &Ranges, bytes: &mut [u8]) -> std::io::R
 /// What a shadow would tell of the process otherwise.
 fn describe(stopped: &Stopped, pid: Pid, guards: Ranges) -> Result<Described> {
     let failed = |error| system(pid, "read what is known of its memory", error);
-    let flags = flags::read(pid)?.into_iter();
+    let (flags, may_have_policies) = flags::read(pid)?;
+    let flags = flags.into_iter();
+    let policies = match may_have_policies {
+        true => policies(pid)?,
+        false => None,
+    };
     Ok(Described {
+        policies,
         // Locks are in a record.
         flags: flags
             .map(|flags| flags.without(&[LOCKED, ON_FAULT]))

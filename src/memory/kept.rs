@@ -18,7 +18,7 @@ use super::layout::Layout;
 use super::ranges::{Ranges, Span};
 use super::room::check_available;
 use super::shadow::Shadow;
-use super::source::{self, Base, Pages, Stored};
+use super::source::{self, Base, Look, PageReader, Pages, Stored};
 use super::space::system;
 use super::{PAGE, Result};
 
@@ -145,31 +145,35 @@ fn fill<'b>(shadow: &Shadow, pieces: &[Span], buffer: &'b mut [u8]) -> io::Resul
 }
 
 impl Pages for Copies {
-    /// A page that was not copied is an error: who asks for it knows that it was there.
-    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> io::Result<()> {
-        let mut rest = buffer;
-        for span in spans {
-            let mut at = span.start;
-            while at < span.end {
-                let number = self.ranges.spans().partition_point(|of| of.end <= at);
-                let of = self.ranges.spans().get(number);
-                let of = of.filter(|of| of.start <= at).ok_or_else(|| {
-                    let problem = format!("the page {:#x} was not kept", at / PAGE * PAGE);
-                    io::Error::new(ErrorKind::NotFound, problem)
-                })?;
-                let len = (of.end.min(span.end) - at) as usize;
-                let from = self.begins[number] + (at - of.start) as usize;
-                let (here, after) = rest.split_at_mut(len);
-                here.copy_from_slice(&self.bytes[from..from + len]);
-                rest = after;
-                at += len as u64;
-            }
-        }
-        Ok(())
+    fn reader(&self) -> Box<dyn PageReader + '_> {
+        Box::new(self)
     }
 
     fn own_bytes(&self) -> u64 {
         self.bytes.len() as u64
+    }
+}
+
+impl PageReader for &Copies {
+    /// A page that was not copied is an error: who asks for it knows that it was there.
+    fn look(&mut self, span: Span, each: &mut Look<'_>) -> io::Result<()> {
+        let mut at = span.start;
+        while at < span.end {
+            let number = self.ranges.spans().partition_point(|of| of.end <= at);
+            let of = self.ranges.spans().get(number);
+            let of = of.filter(|of| of.start <= at).ok_or_else(|| {
+                let problem = format!("the page {:#x} was not kept", at / PAGE * PAGE);
+                io::Error::new(ErrorKind::NotFound, problem)
+            })?;
+            let part = Span {
+                start: at,
+                end: of.end.min(span.end),
+            };
+            let from = self.begins[number] + (at - of.start) as usize;
+            each(part, Some(&self.bytes[from..from + part.len() as usize]))?;
+            at = part.end;
+        }
+        Ok(())
     }
 }
 
@@ -197,7 +201,7 @@ mod tests {
         let read = |spans: &[Span]| {
             let len: u64 = spans.iter().map(Span::len).sum();
             let mut buffer = vec![0; len as usize];
-            let read = copies.read(spans, &mut buffer);
+            let read = source::read_spans(&copies, spans, &mut buffer);
             read.map(|()| {
                 buffer
                     .chunks(PAGE as usize)

@@ -123,6 +123,17 @@ impl Ranges {
         self.0.get(index).is_some_and(|held| held.start < span.end)
     }
 
+    /// What of a span is in it, in order.
+    pub fn within(&self, span: Span) -> impl Iterator<Item = Span> {
+        let first = self.0.partition_point(|held| held.end <= span.start);
+        let held = self.0[first..].iter();
+        held.take_while(move |held| held.start < span.end)
+            .map(move |held| Span {
+                start: held.start.max(span.start),
+                end: held.end.min(span.end),
+            })
+    }
+
     /// Number of bytes in it.
     pub fn bytes(&self) -> u64 {
         self.0.iter().map(Span::len).sum()
@@ -248,6 +259,10 @@ mod tests {
             prop_assert_eq!(model(&a.union(&b)), &model(&a) | &model(&b));
             prop_assert_eq!(model(&a.intersection(&b)), &model(&a) & &model(&b));
             prop_assert_eq!(model(&a.difference(&b)), &model(&a) - &model(&b));
+            for span in b.spans() {
+                let within: Ranges = a.within(*span).collect();
+                prop_assert_eq!(within, a.intersection(&Ranges::from_iter([*span])));
+            }
             let touches = b.spans().iter().any(|span| a.touches(*span));
             prop_assert_eq!(touches, !model(&a).is_disjoint(&model(&b)));
         }

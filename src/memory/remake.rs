@@ -22,7 +22,7 @@ use super::layout::Layout;
 use super::observe::{Observed, check_shadow};
 use super::plan::{Plan, Recorded, plan};
 use super::ranges::{Ranges, Span};
-use super::source::Source;
+use super::source::{Source, read_span};
 use super::space::{Space, parse_map, read_maps, system, window_span};
 use super::{PAGE, Result};
 
@@ -201,6 +201,7 @@ impl Space {
         let member = stopped.member(self.pid)?;
         let mut same = Ranges::new();
         let (mut here, mut there) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
+        let mut reader = image.source.reader();
         for span in plan.copy.pieces(PIECE) {
             let frames = pagemap::frames(&member.pagemap, span.start, span.end)
                 .map_err(|error| system(self.pid, "look at its page frames", error))?;
@@ -213,9 +214,7 @@ impl Space {
                 .memory
                 .read_exact_at(here, span.start)
                 .map_err(|error| system(self.pid, "read its memory", error))?;
-            image
-                .source
-                .read(&[span], there)
+            read_span(&mut *reader, span, there)
                 .map_err(|error| system(self.pid, "read its recorded pages", error))?;
             let pages = (span.start..span.end).step_by(PAGE as usize);
             let both = here.chunks(PAGE as usize).zip(there.chunks(PAGE as usize));

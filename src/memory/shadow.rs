@@ -171,24 +171,7 @@ impl Shadow {
 
     /// Reads ranges of the address space as they were, one after the other, into `buffer`.
     pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
-        let ranges: Vec<_> = spans
-            .iter()
-            .map(|span| remote_memory::Range {
-                start: span.start,
-                len: span.len() as usize,
-            })
-            .collect();
-        if remote_memory::read(self.pid, &ranges, buffer).is_ok() {
-            return Ok(());
-        }
-        // Some of it is not readable to the program itself.
-        let mut at = 0;
-        for range in ranges {
-            self.memory
-                .read_exact_at(&mut buffer[at..at + range.len], range.start)?;
-            at += range.len;
-        }
-        Ok(())
+        read(self.pid, &self.memory, spans, buffer)
     }
 
     /// Kills it and collects its exit. Its parent still has to reap it.
@@ -200,6 +183,32 @@ impl Shadow {
         kill(self.pid);
         self.end.store(DEAD, Ordering::Relaxed);
     }
+}
+
+/// Reads ranges of the address space of a process that is stopped, of which `memory` is the file.
+pub(super) fn read(
+    pid: Pid,
+    memory: &File,
+    spans: &[Span],
+    buffer: &mut [u8],
+) -> std::io::Result<()> {
+    let ranges: Vec<_> = spans
+        .iter()
+        .map(|span| remote_memory::Range {
+            start: span.start,
+            len: span.len() as usize,
+        })
+        .collect();
+    if remote_memory::read(pid, &ranges, buffer).is_ok() {
+        return Ok(());
+    }
+    // Some of it is not readable to the program itself.
+    let mut at = 0;
+    for range in ranges {
+        memory.read_exact_at(&mut buffer[at..at + range.len], range.start)?;
+        at += range.len;
+    }
+    Ok(())
 }
 
 /// Kills a tracee of ours and collects its exit.

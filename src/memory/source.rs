@@ -65,6 +65,7 @@ pub(super) struct Described {
     pub(super) guards: Ranges,
     pub(super) bounds: Bounds,
     pub(super) auxv: Vec<u8>,
+    pub(super) policies: Option<String>,
 }
 
 impl Base {
@@ -111,7 +112,7 @@ impl Base {
 
     fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
         match self.kept() {
-            Some(kept) => kept.pages.read(spans, buffer),
+            Some(kept) => read_spans(&*kept.pages, spans, buffer),
             None => self.shadow.read(spans, buffer),
         }
     }
@@ -188,16 +189,40 @@ pub struct Stored {
 
 /// Pages as they were.
 pub trait Pages: std::fmt::Debug + Send + Sync {
-    /// Reads ranges one after the other into `buffer`, which is as long as all of them. What is not there reads as zeroes.
-    ///
-    /// # Errors
-    ///
-    /// They can't be read, or are damaged.
-    fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()>;
+    /// What reads them. Each thread has one of its own.
+    fn reader(&self) -> Box<dyn PageReader + '_>;
 
     /// Bytes of memory that they take.
     fn own_bytes(&self) -> u64 {
         0
+    }
+}
+
+/// Who is given parts of an address space, in order; what comes without bytes is zero.
+pub type Look<'l, E = std::io::Error> =
+    dyn FnMut(Span, Option<&[u8]>) -> std::result::Result<(), E> + 'l;
+
+/// Reads pages, best in order.
+pub trait PageReader {
+    /// Gives `each` the parts of a span as the reader has them, so that nothing is copied on the way.
+    ///
+    /// # Errors
+    ///
+    /// They can't be read, or are damaged; or an error of `each`.
+    fn look(&mut self, span: Span, each: &mut Look<'_>) -> std::io::Result<()>;
+}
+
+/// Who reads what is in RAM.
+struct ResidentReader<'r> {
+    resident: &'r Resident,
+    bytes: Vec<u8>,
+}
+
+impl PageReader for ResidentReader<'_> {
+    fn look(&mut self, span: Span, each: &mut Look<'_>) -> std::io::Result<()> {
+        self.bytes.resize(span.len() as usize, 0);
+        self.resident.read(&[span], &mut self.bytes)?;
+        each(span, Some(&self.bytes))
     }
 }
 
@@ -321,7 +346,18 @@ impl Source {
     pub fn read(&self, spans: &[Span], buffer: &mut [u8]) -> std::io::Result<()> {
         match self {
             Self::Resident(resident) => resident.read(spans, buffer),
-            Self::Stored(stored) => stored.pages.read(spans, buffer),
+            Self::Stored(stored) => read_spans(&*stored.pages, spans, buffer),
+        }
+    }
+
+    /// What reads pages of the address space as they were.
+    pub(super) fn reader(&self) -> Box<dyn PageReader + '_> {
+        match self {
+            Self::Resident(resident) => Box::new(ResidentReader {
+                resident,
+                bytes: Vec::new(),
+            }),
+            Self::Stored(stored) => stored.pages.reader(),
         }
     }
 
@@ -340,15 +376,16 @@ impl Source {
     }
 
     /// The text of `numa_maps` (numa(7)) if it tells of another policy than the default, be it that of the task. Walks page
-    /// tables. An increment has those of its shadow.
+    /// tables.
     ///
     /// # Errors
     ///
     /// The shadow has died.
     pub fn policies(&self) -> Result<Option<String>> {
-        match self.stored() {
-            Some(stored) => Ok(stored.policies.clone()),
-            None => policies(self.pid()),
+        match (self.described(), self.stored()) {
+            (Some(described), _) => Ok(described.policies.clone()),
+            (None, Some(stored)) => Ok(stored.policies.clone()),
+            (None, None) => policies(self.pid()),
         }
     }
 
@@ -455,6 +492,38 @@ impl Source {
     }
 }
 
+/// Reads spans, one after the other, into a buffer.
+pub(super) fn read_spans(
+    pages: &dyn Pages,
+    spans: &[Span],
+    buffer: &mut [u8],
+) -> std::io::Result<()> {
+    let (mut reader, mut rest) = (pages.reader(), buffer);
+    for span in spans {
+        let (here, after) = rest.split_at_mut(span.len() as usize);
+        read_span(&mut *reader, *span, here)?;
+        rest = after;
+    }
+    Ok(())
+}
+
+/// Reads a span into a buffer.
+pub(super) fn read_span(
+    reader: &mut dyn PageReader,
+    span: Span,
+    buffer: &mut [u8],
+) -> std::io::Result<()> {
+    reader.look(span, &mut |part, bytes| {
+        let from = (part.start - span.start) as usize;
+        let here = &mut buffer[from..from + part.len() as usize];
+        match bytes {
+            Some(bytes) => here.copy_from_slice(bytes),
+            None => here.fill(0),
+        }
+        Ok(())
+    })
+}
+
 impl Stored {
     /// Opens the file behind a recorded VMA, if it is known; to write, if that can be.
     pub(super) fn open_mapped(&self, vma: &Vma) -> Option<std::io::Result<File>> {
@@ -470,13 +539,13 @@ pub(super) fn smaps(pid: Pid) -> Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// The text of a shadow's `numa_maps`, if it tells of another policy than the default.
+/// The text of the `numa_maps` of a process, if it tells of another policy than the default.
 pub(super) fn policies(pid: Pid) -> Result<Option<String>> {
     let text = match std::fs::read(procfs::path(pid, "numa_maps")) {
         Ok(text) => text,
         // The kernel was built without NUMA.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(system(pid, "read the memory policies of a shadow", error)),
+        Err(error) => return Err(system(pid, "read its memory policies", error)),
     };
     let text = String::from_utf8_lossy(&text).into_owned();
     let policy = |line: &str| line.split(' ').nth(1) != Some("default");

@@ -20,6 +20,41 @@ use super::{Result, USER_END};
 /// Most bytes compared at once.
 const PIECE: u64 = 1 << 20;
 
+/// Compares the pages of a process with where they came from, as long as nothing of its own runs in it: a shadow that is made
+/// of it later has the same faults.
+pub fn verify_made(
+    stopped: &Stopped,
+    image: &SpaceImage,
+    context: &Context,
+) -> Result<Vec<Difference>> {
+    let pid = image.pid;
+    let memory = &stopped.member(pid)?.memory;
+    let pages = image.populated(context)?.difference(image.guards()?);
+    let mut reader = image.source.reader();
+    let mut differences = Vec::new();
+    let mut live = vec![0; PIECE as usize];
+    for span in pages.pieces(PIECE) {
+        let compared = reader.look(span, &mut |part, bytes| {
+            let live = &mut live[..part.len() as usize];
+            memory.read_exact_at(live, part.start)?;
+            let is_same = match bytes {
+                Some(bytes) => bytes == live,
+                None => live.iter().all(|byte| *byte == 0),
+            };
+            if !is_same {
+                differences.push(Difference {
+                    what: format!("pid {pid}: pages {:#x} to {:#x}", part.start, part.end),
+                    expected: "those of the image".into(),
+                    found: "others".into(),
+                });
+            }
+            Ok(())
+        });
+        compared.map_err(|error| system(pid, "compare its pages", error))?;
+    }
+    Ok(differences)
+}
+
 /// Compares VMA list and every page, byte for byte. `ignored` are bytes that the kernel writes whenever it likes.
 pub fn verify(
     stopped: &Stopped,

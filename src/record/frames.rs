@@ -146,16 +146,26 @@ impl Frames {
     ///
     /// [`Error::Source`], [`Error::Truncated`], [`Error::Checksum`], [`Error::Malformed`].
     pub fn payload(&self, frame: &Frame) -> Result<Vec<u8>> {
-        let at = frame.position();
         let mut body = Vec::new();
+        self.read_payload(frame, &mut body)?;
+        Ok(body)
+    }
+
+    /// As [`Frames::payload`], into memory that there is.
+    ///
+    /// # Errors
+    ///
+    /// As above; what is in `body` means nothing then.
+    pub fn read_payload(&self, frame: &Frame, body: &mut Vec<u8>) -> Result<()> {
+        let at = frame.position();
         read(
             &self.file,
             frame.offset + FrameHeader::LEN as u64,
             frame.header.length.next_multiple_of(8) as usize,
-            &mut body,
+            body,
             at,
         )?;
-        let expected = frame.header.expected_checksum(&body);
+        let expected = frame.header.expected_checksum(body);
         if expected != frame.header.checksum {
             return Err(Error::Checksum {
                 at,
@@ -164,7 +174,7 @@ impl Frames {
             });
         }
         body.truncate(frame.header.length as usize);
-        Ok(body)
+        Ok(())
     }
 }
 

@@ -136,6 +136,8 @@ kinds! {
     OtherFile = 60, version 1, "other file";
     /// The file locks of a tree.
     FileLocks = 61, version 1, "file locks";
+    /// The shadow that has the pages of an address space, while a fork is made of it.
+    Lender = 62, version 1, "lender";
     /// A terminal: what all its descriptions have in common.
     Terminal = 72, version 1, "terminal";
     /// The System V semaphores and message queues of a tree.

@@ -117,7 +117,7 @@ pub fn run(
     let mut stopped = tree.stop(OnTracerDeath::Die)?;
     phases.end("stop");
     fault::point("restore.stopped");
-    let work = Work::new(&mut stopped, spaces, origin)?;
+    let work = Work::new(&mut stopped, spaces, origin, verify)?;
     let mut checkpoint = work.run(name, phases)?;
     checkpoint.files = image;
     for image in &checkpoint.spaces {

@@ -7,7 +7,6 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use nix::fcntl::OFlag;
@@ -23,6 +22,7 @@ use crate::objects::{self, Made};
 use crate::outcome::Refusal;
 use crate::phases::Phases;
 use crate::record::{Context, ObjectId};
+use crate::rollback::Failure;
 use crate::task::{self, Renamed};
 
 use super::contents::Contents;
@@ -42,6 +42,8 @@ pub(super) struct Work<'w, 't> {
     stopped: &'w mut Stopped<'t>,
     spaces: &'w mut Spaces,
     origin: &'w Origin,
+    /// Compare pages with the image.
+    verify: bool,
     /// The root directory of the container.
     directory: File,
     /// The container's IPC namespace.
@@ -60,6 +62,7 @@ impl<'w, 't> Work<'w, 't> {
         stopped: &'w mut Stopped<'t>,
         spaces: &'w mut Spaces,
         origin: &'w Origin,
+        verify: bool,
     ) -> Result<Self> {
         let root = stopped.root();
         let directory = File::open(procfs::path(root, "root"));
@@ -78,6 +81,7 @@ impl<'w, 't> Work<'w, 't> {
             stopped,
             spaces,
             origin,
+            verify,
             contents: Contents::make(origin, &directory, &namespace)?,
             namespace,
             directory,
@@ -94,7 +98,7 @@ impl<'w, 't> Work<'w, 't> {
         let (living, zombies) = self.order()?;
         let mut live = None;
         for recorded in living {
-            self.process(recorded, live.is_none())?;
+            self.process(recorded, live.is_none(), phases)?;
             if live.is_none() {
                 live = Some(self.streams()?);
             }
@@ -152,7 +156,7 @@ impl<'w, 't> Work<'w, 't> {
     }
 
     /// Makes one process; `is_root`: it is the container's init, which is there.
-    fn process(&mut self, was: Pid, is_root: bool) -> Result<()> {
+    fn process(&mut self, was: Pid, is_root: bool, phases: &mut Phases) -> Result<()> {
         let called = to_be(was);
         let recorded = self.origin.recorded(&self.renamed)?;
         let is = match is_root {
@@ -170,6 +174,7 @@ impl<'w, 't> Work<'w, 't> {
             let kept = if is_root { STREAMS } else { 0 };
             memory::execute_program(self.stopped, pid, &image, kept)?;
         }
+        phases.end("program");
         let mut space = Space::reopen(self.stopped, pid, &image, context)?;
         image.move_to(self.stopped, &mut space)?;
         let recorded = self.origin.recorded(&self.renamed)?;
@@ -185,11 +190,20 @@ impl<'w, 't> Work<'w, 't> {
             OFlag::O_PATH | OFlag::O_DIRECTORY,
         )?;
         task::settle_anew(self.stopped, &recorded, pid, &directory)?;
+        phases.end("map");
         if !is_root {
             space.keep_equal(self.stopped, &image, &mut plan)?;
         }
         space.start_copy(self.stopped, &mut image, context, &plan)?;
         space.finish_copy(self.stopped)?;
+        phases.end("pages");
+        if self.verify {
+            let differences = memory::verify_made(self.stopped, &image, context)?;
+            if !differences.is_empty() {
+                return Err(Failure::Different(differences).into());
+            }
+            phases.end("verify");
+        }
         self.spaces.insert(pid, space);
         self.images.push(image);
         Ok(())
@@ -279,7 +293,7 @@ impl<'w, 't> Work<'w, 't> {
             program: self.mapped(&program.path, program, key)?,
             program_path: program.path.clone(),
             files,
-            pages: Arc::new(self.origin.image.pages(id)),
+            pages: self.origin.image.pages(id),
         })
     }
 
