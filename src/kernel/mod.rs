@@ -1,6 +1,7 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
 pub mod anonymous;
+mod bpf;
 mod btf;
 pub mod cgroup_path;
 pub mod confined;
@@ -8,6 +9,7 @@ pub mod credentials;
 pub mod detached;
 pub mod disposition;
 pub mod host_names;
+pub mod inode_changes;
 pub mod kcmp;
 pub mod keyring;
 pub mod last_pid;

@@ -4,12 +4,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::bpf::{self, CALL, EXIT, Instruction, LOAD, MOVE, SET, STORE, step};
 use super::btf;
 
 /// A VMA and its flags.
@@ -28,54 +29,6 @@ pub struct Flagged {
 #[derive(Debug)]
 pub struct Reader(OwnedFd);
 
-/// `struct bpf_insn`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-/// Part of `union bpf_attr` for `BPF_PROG_LOAD`.
-#[repr(C)]
-struct Load {
-    kind: u32,
-    count: u32,
-    instructions: u64,
-    license: u64,
-    log: [u32; 4],
-    version: u32,
-    flags: u32,
-    name: [u8; 16],
-    interface: u32,
-    attach_type: u32,
-    debug: [u32; 9],
-    attach_to: u32,
-}
-
-/// Part of it for `BPF_LINK_CREATE`.
-#[repr(C)]
-struct Link {
-    program: u32,
-    target: u32,
-    attach_type: u32,
-    flags: u32,
-    info: u64,
-    info_len: u32,
-    pad: u32,
-}
-
-/// `union bpf_iter_link_info`, of a task.
-#[repr(C)]
-struct OfTask {
-    thread: u32,
-    process: u32,
-    pidfd: u32,
-    pad: u32,
-}
-
 /// Part of `union bpf_attr` for `BPF_ITER_CREATE`.
 #[repr(C)]
 struct Iterate {
@@ -83,46 +36,15 @@ struct Iterate {
     flags: u32,
 }
 
-const _: () = assert!(std::mem::offset_of!(Load, attach_type) == 68);
-const _: () = assert!(std::mem::offset_of!(Load, attach_to) == 108 && size_of::<OfTask>() == 16);
-
-const PROG_LOAD: libc::c_long = 5;
-const LINK_CREATE: libc::c_long = 28;
 const ITER_CREATE: libc::c_long = 33;
-const TRACING: u32 = 26;
 const TRACE_ITER: u32 = 28;
 const SEQ_WRITE: i32 = 127;
 
-/// bpf(2) with a call that gives a descriptor.
-fn descriptor<T>(command: libc::c_long, attributes: &T) -> Result<OwnedFd, Errno> {
-    // SAFETY: `attributes` is the part of union bpf_attr that the command looks at, its size is given, the kernel takes the
-    // rest for zero; what it points to outlives the call in all callers.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attributes),
-            size_of::<T>(),
-        )
-    };
-    let fd = Errno::result(fd)?;
-    // SAFETY: the kernel has just returned this descriptor; nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
 /// `struct bpf_iter__task_vma` is meta, task, VMA; the first word of `struct bpf_iter_meta` is the file that is written.
 fn program([start, end, flags]: [i16; 3]) -> Vec<Instruction> {
-    const LOAD: u8 = 0x79;
-    const STORE: u8 = 0x7b;
-    let step = |code, to: u8, from: u8, offset, immediate| Instruction {
-        code,
-        registers: to | from << 4,
-        offset,
-        immediate,
-    };
     const ZERO: u8 = 0x7a;
     vec![
-        step(0xbf, 6, 1, 0, 0),
+        step(MOVE, 6, 1, 0, 0),
         step(LOAD, 7, 6, 16, 0),
         step(LOAD, 1, 6, 0, 0),
         step(LOAD, 1, 1, 0, 0),
@@ -137,12 +59,12 @@ fn program([start, end, flags]: [i16; 3]) -> Vec<Instruction> {
         step(STORE, 10, 2, -16, 0),
         step(LOAD, 2, 7, flags, 0),
         step(STORE, 10, 2, -8, 0),
-        step(0xbf, 2, 10, 0, 0),
+        step(MOVE, 2, 10, 0, 0),
         step(0x07, 2, 0, 0, -24),
-        step(0xb7, 3, 0, 0, 24),
-        step(0x85, 0, 0, 0, SEQ_WRITE),
-        step(0xb7, 0, 0, 0, 0),
-        step(0x95, 0, 0, 0, 0),
+        step(SET, 3, 0, 0, 24),
+        step(CALL, 0, 0, 0, SEQ_WRITE),
+        step(SET, 0, 0, 0, 0),
+        step(EXIT, 0, 0, 0, 0),
     ]
 }
 
@@ -162,21 +84,7 @@ impl Reader {
             return Err(Errno::ENOSYS);
         };
         let instructions = program([start, end, flags]);
-        let load = Load {
-            kind: TRACING,
-            count: instructions.len() as u32,
-            instructions: instructions.as_ptr() as u64,
-            license: c"Dual MIT/GPL".as_ptr() as u64,
-            log: [0; 4],
-            version: 0,
-            flags: 0,
-            name: *b"snapback_flags\0\0",
-            interface: 0,
-            attach_type: TRACE_ITER,
-            debug: [0; 9],
-            attach_to,
-        };
-        descriptor(PROG_LOAD, &load).map(Self)
+        bpf::load(b"snapback_flags\0\0", &instructions, TRACE_ITER, attach_to).map(Self)
     }
 
     /// Reads the flags of all VMAs of a process, in the order of addresses.
@@ -185,27 +93,15 @@ impl Reader {
     ///
     /// It has no memory, or this kernel can't look at a single one.
     pub fn read(&self, pid: Pid) -> std::io::Result<Vec<Flagged>> {
-        let task = OfTask {
-            thread: pid.as_raw() as u32,
-            process: 0,
-            pidfd: 0,
-            pad: 0,
-        };
-        let link = Link {
-            program: self.0.as_raw_fd() as u32,
-            target: 0,
-            attach_type: TRACE_ITER,
-            flags: 0,
-            info: std::ptr::from_ref(&task) as u64,
-            info_len: size_of::<OfTask>() as u32,
-            pad: 0,
-        };
-        let link = descriptor(LINK_CREATE, &link)?;
+        // `union bpf_iter_link_info` of a single task: thread, process, pidfd.
+        let task = [pid.as_raw() as u32, 0, 0, 0];
+        let link = bpf::attach(self.0.as_fd(), TRACE_ITER, &task)?;
         let iterate = Iterate {
             link: link.as_raw_fd() as u32,
             flags: 0,
         };
-        let mut file = File::from(descriptor(ITER_CREATE, &iterate)?);
+        // SAFETY: it is what the command takes, and points to nothing.
+        let mut file = File::from(unsafe { bpf::descriptor(ITER_CREATE, &iterate) }?);
         let mut bytes = Vec::new();
         let mut found = Vec::new();
         // After the end the kernel begins anew, so that has to be told from what was written.
