@@ -12,7 +12,10 @@ use nix::unistd::Pid;
 
 use super::area::{Area, Found, Kind, LeftOut, Options};
 use super::areas::discover;
-use super::capture::{self, capture, keep_early, recognize};
+use super::capture::{
+    self, Base, capture, capture_among, keep_early, keep_early_among, lacks_names, measure,
+    recognize,
+};
 use super::check::{check, check_uses};
 use super::complete::complete;
 use super::diff::{Change, changes};
@@ -21,37 +24,52 @@ use super::image::{AreaImage, Image};
 use super::journal::{Journal, Seen};
 use super::known::{Inodes, Read, Trust};
 use super::mapped::mapped;
-use super::meta::{Identity, Meta, Stat, Time};
+use super::meta::{Meta, Time};
 use super::mounted::{Mounted, descend, split};
 use super::plan::{Plan, plan};
 use super::rebound::{rebound, visited};
 use super::store::{Kept, Store};
+use super::touched::Touched;
 use super::tree::{Content, Node, Tree};
-use super::uses::{Use, exposed};
+use super::uses::{Use, exposed, shown};
 use super::verify::verify;
-use super::walk::{At, Watched, walk_changed};
+use super::walk::{At, Watched, walk_among, walk_changed};
 use super::{Error, Result};
 use crate::outcome::Difference;
 
-/// How often content is kept while the tree runs, at most.
-const EARLY_PASSES: usize = 3;
 /// A pass that takes no longer leaves little to be done in the stop.
 const SHORT: Duration = Duration::from_millis(20);
+/// No more than that, in bytes, is left to the stop.
+const LITTLE: u64 = 4 << 20;
+/// The same in files.
+const FEW: usize = 500;
 
 /// The files of a tree: what content is kept, and what is known of live ones.
 #[derive(Debug)]
 pub struct Files {
     options: Options,
     store: Store,
-    known: Vec<(Area, Inodes)>,
-    /// `None`: nothing is watched (yet).
+    known: Vec<Live>,
+    /// Where there is no journal of inodes. `None`: nothing is watched (yet).
     journal: Option<Journal>,
+    /// `None`: not begun yet, or this kernel can't.
+    touched: Option<Touched>,
+    tried: bool,
+}
+
+/// What is known of the live files of an area.
+#[derive(Debug)]
+struct Live {
+    area: Area,
+    inodes: Inodes,
+    /// The file system that the journal of inodes tells of.
+    device: Option<u64>,
 }
 
 /// The areas of a tree, open for a checkpoint.
 #[derive(Debug)]
 pub struct Prepared {
-    areas: Vec<(Area, Mounted)>,
+    areas: Vec<(Area, Mounted, Option<Base>)>,
     left_out: Vec<LeftOut>,
 }
 
@@ -81,6 +99,8 @@ impl Files {
             options,
             known: Vec::new(),
             journal: None,
+            touched: None,
+            tried: false,
         }
     }
 
@@ -110,58 +130,137 @@ impl Files {
 
     /// Frees content that no checkpoint has: one was released, or refused.
     pub fn forget_unused(&mut self) {
-        for (_, known) in &mut self.known {
-            known.forget_unused();
+        for live in &mut self.known {
+            live.inodes.forget_unused();
         }
     }
 
-    /// Finds and opens what belongs to a tree, which may run meanwhile. `root` is its root.
+    /// Finds and opens what belongs to a tree, which may run meanwhile. `root` is its root, `others` what other checkpoints have.
     ///
     /// # Errors
     ///
     /// Refused if something can't be taken, naming it.
-    pub fn prepare(&mut self, root: Pid) -> Result<Prepared> {
+    pub fn prepare<'a>(
+        &mut self,
+        root: Pid,
+        others: impl Iterator<Item = &'a Image> + Clone,
+    ) -> Result<Prepared> {
         let found = match self.options.include {
             true => discover(root, &self.options)?,
             false => Found::default(),
         };
         let prepared = Self::open_found(root, found)?;
-        self.keep_early(root, &prepared)?;
-        Ok(prepared)
+        self.begin(prepared, others)
     }
 
-    /// Keeps content while the tree runs, again if that took long, so that little is left to be done in the stop.
-    fn keep_early(&mut self, root: Pid, prepared: &Prepared) -> Result<()> {
+    /// Watches what is prepared, and finds out what is known of it.
+    fn begin<'a>(
+        &mut self,
+        mut prepared: Prepared,
+        others: impl Iterator<Item = &'a Image> + Clone,
+    ) -> Result<Prepared> {
         if prepared.is_empty() {
-            return Ok(());
+            return Ok(prepared);
         }
-        if self.journal.is_none() {
+        if !std::mem::replace(&mut self.tried, true) {
+            let started = Touched::start();
+            let started = started.inspect_err(|error| {
+                tracing::info!(%error, "changes of files are told by inotify");
+            });
+            self.touched = started.ok();
+        }
+        let told = prepared.areas.iter();
+        let told = told.map(|(area, ..)| self.index(area));
+        let told: Vec<usize> = told.collect();
+        if self.journal.is_none() && told.iter().any(|live| self.known[*live].device.is_none()) {
             match Journal::start() {
                 Ok(journal) => self.journal = Some(journal),
                 Err(error) => tracing::warn!(%error, "changes of files are not watched"),
             }
         }
-        for _ in 0..EARLY_PASSES {
-            let started = Instant::now();
-            let since = clock(ClockId::CLOCK_REALTIME_COARSE)?;
-            let mapped = mapped(root);
-            for (area, mounted) in &prepared.areas {
-                let index = self.index(area);
-                let known = &mut self.known[index].1;
-                let Some(journal) = &mut self.journal else {
-                    break;
-                };
-                // What is read there is opened, which the journal takes for a change.
-                if known.trust() == Trust::All {
-                    let (store, early) = (&mut self.store, (since, &mapped));
-                    keep_early(mounted, area.device, known, store, journal, early)?;
-                }
-            }
-            if started.elapsed() < SHORT {
-                break;
+        self.take(true);
+        for ((area, _, base), live) in prepared.areas.iter_mut().zip(told) {
+            let live = &mut self.known[live];
+            let images = others.clone().flat_map(|image| &image.areas);
+            let images = images.filter(|image| image.area == *area);
+            let Some(touched) = &self.touched else {
+                continue;
+            };
+            let latest = images.max_by_key(|image| image.moment);
+            let usable = latest.filter(|image| {
+                let told = live.device.zip(image.moment);
+                told.is_some_and(|(device, moment)| touched.since(device, moment).is_some())
+            });
+            *base = usable.map(|image| Base::of(&image.tree, image.moment));
+            if let Some(base) = base
+                && live.inodes.len() > 2 * base.tree.nodes.len() + 1000
+            {
+                let numbers = base.tree.nodes.iter().map(|node| node.meta.stat.ino);
+                live.inodes.keep_only(&numbers.collect());
             }
         }
-        Ok(())
+        Ok(prepared)
+    }
+
+    /// Whether so much has changed that it should be kept before the stop.
+    ///
+    /// # Errors
+    ///
+    /// It can't be looked at.
+    pub fn is_much(&mut self, prepared: &Prepared) -> Result<bool> {
+        let (mut bytes, mut files) = (0u64, 0usize);
+        for (area, mounted, base) in &prepared.areas {
+            let live = self.index(area);
+            let live = &self.known[live];
+            let (of_area, number) = match (base, &self.touched, live.device) {
+                (Some(base), Some(touched), Some(device)) => {
+                    measure(mounted, &live.inodes, base, (touched, device))?
+                }
+                _ => return Ok(true),
+            };
+            bytes = bytes.saturating_add(of_area);
+            files = files.saturating_add(number);
+        }
+        Ok(bytes > LITTLE || files > FEW)
+    }
+
+    /// Keeps content while the tree runs, so that little is left to be done in the stop. All calls that were under way in the tree
+    /// when this or [`Self::prepare`] was called last have ended. True: that took long, and should be done again.
+    ///
+    /// # Errors
+    ///
+    /// Refused if there is no room.
+    pub fn keep_early(&mut self, root: Pid, prepared: &mut Prepared) -> Result<bool> {
+        if prepared.is_empty() {
+            return Ok(false);
+        }
+        let started = Instant::now();
+        let since = clock(ClockId::CLOCK_REALTIME_COARSE)?;
+        let mapped = mapped(root);
+        for (area, mounted, base) in &mut prepared.areas {
+            let index = self.index(area);
+            let live = &mut self.known[index];
+            let (store, early) = (&mut self.store, (since, &mapped));
+            let known = &mut live.inodes;
+            match (live.device, &mut self.touched, &mut self.journal) {
+                (Some(device), Some(touched), _) => {
+                    let told = (touched, device);
+                    let found = base.take();
+                    *base = Some(keep_early_among(
+                        mounted, area, known, store, found, told, early,
+                    )?);
+                }
+                // What is read elsewhere is opened, which the journal takes for a change.
+                (_, _, Some(journal)) if known.trust() == Trust::All => {
+                    keep_early(mounted, area.device, known, store, journal, early)?;
+                }
+                _ => {}
+            }
+        }
+        if !self.take(false) {
+            prepared.forget();
+        }
+        Ok(started.elapsed() >= SHORT)
     }
 
     /// Keeps a content for a file of an area that is told by `read`, as far as it is no hole.
@@ -180,7 +279,7 @@ impl Files {
     fn open_found(root: Pid, found: Found) -> Result<Prepared> {
         let areas = found.areas.into_iter().filter(|area| !area.read_only);
         let opened: Result<_> = areas
-            .map(|area| Ok((area.clone(), Mounted::open(root, &area)?)))
+            .map(|area| Ok((area.clone(), Mounted::open(root, &area)?, None)))
             .collect();
         Ok(Prepared {
             areas: opened?,
@@ -193,21 +292,49 @@ impl Files {
     /// # Errors
     ///
     /// Refused if there is no room.
-    pub fn capture(&mut self, prepared: Prepared, uses: &[Use]) -> Result<Image> {
+    pub fn capture(&mut self, mut prepared: Prepared, uses: &[Use]) -> Result<Image> {
         let mut image = Image {
             areas: Vec::new(),
-            left_out: prepared.left_out,
+            left_out: std::mem::take(&mut prepared.left_out),
         };
-        for (area, mounted) in prepared.areas {
+        if !self.take(false) {
+            prepared.forget();
+        }
+        for (area, mounted, base) in prepared.areas {
             let index = self.index(&area);
-            let known = &mut self.known[index].1;
+            let live = &mut self.known[index];
+            let (known, store) = (&mut live.inodes, &mut self.store);
+            let mut told = self.touched.as_mut().zip(live.device);
+            let among = match (base, &mut told) {
+                (Some(base), Some((touched, device))) => {
+                    let told = (&mut **touched, *device);
+                    capture_among(&mounted, &area, known, store, base, told, uses)?
+                }
+                _ => None,
+            };
             let seen = seen(&mut self.journal);
-            let watched = watched(&mut self.journal, &seen);
-            let captured = capture(&mounted, area, known, &mut self.store, watched, uses)?;
+            let mut captured = match (among, told) {
+                (Some(captured), _) => captured,
+                (None, Some((touched, device))) => {
+                    let watched = self::told(touched, device);
+                    capture(&mounted, area, known, store, watched, uses)?
+                }
+                (None, None) => {
+                    let watched = watched(&mut self.journal, &seen);
+                    capture(&mounted, area, known, store, watched, uses)?
+                }
+            };
+            captured.moment = self.moment(index);
             image.areas.push(captured);
         }
         self.rest();
         Ok(image)
+    }
+
+    /// The moment that this operation ends at.
+    fn moment(&self, index: usize) -> Option<u64> {
+        self.known[index].device?;
+        self.touched.as_ref().map(Touched::next)
     }
 
     /// All is as it is known: to be called at the end of an operation, before the tree runs.
@@ -215,11 +342,28 @@ impl Files {
         if let Some(journal) = &mut self.journal {
             journal.clear();
         }
+        let complete = self.touched.as_mut().is_none_or(Touched::rest);
+        self.doubt_unless(complete);
+    }
+
+    /// Takes what the journal of inodes tells: see [`Touched::take`].
+    fn take(&mut self, begins: bool) -> bool {
+        let touched = self.touched.as_mut();
+        let complete = touched.is_none_or(|touched| touched.take(begins));
+        self.doubt_unless(complete);
+        complete
+    }
+
+    fn doubt_unless(&mut self, complete: bool) {
+        if !complete {
+            let told = self.known.iter_mut().filter(|live| live.device.is_some());
+            told.for_each(|live| live.inodes.doubt());
+        }
     }
 
     /// The place in `known` of an area.
     fn index(&mut self, area: &Area) -> usize {
-        let is_it = |(other, _): &(Area, Inodes)| other == area;
+        let is_it = |live: &Live| live.area == *area;
         if let Some(index) = self.known.iter().position(is_it) {
             return index;
         }
@@ -227,7 +371,17 @@ impl Files {
             Kind::Overlay { upper, .. } => Trust::of_path(upper),
             _ => Trust::of(&area.file_system),
         };
-        self.known.push((area.clone(), Inodes::new(trust)));
+        // Where stores to mappings change no times they would not be told of.
+        let device = (trust == Trust::All).then(|| area.superblock()).flatten();
+        let touched = self.touched.as_mut();
+        let is_told = touched
+            .zip(device)
+            .is_some_and(|(touched, device)| touched.watch(device));
+        self.known.push(Live {
+            area: area.clone(),
+            inodes: Inodes::new(trust),
+            device: device.filter(|_| is_told),
+        });
         self.known.len() - 1
     }
 
@@ -238,7 +392,12 @@ impl Files {
     /// Refused if a mount is not the one that was there.
     pub fn open(&self, root: Pid, image: &Image) -> Result<Mounts> {
         let areas = image.areas.iter();
-        let mounts: Result<_> = areas.map(|area| Mounted::open(root, &area.area)).collect();
+        let open = |area: &AreaImage| {
+            // Before the stop.
+            area.index();
+            Mounted::open(root, &area.area)
+        };
+        let mounts: Result<_> = areas.map(open).collect();
         Ok(Mounts(mounts?))
     }
 
@@ -249,14 +408,11 @@ impl Files {
     /// Refused if what has changed can't be changed back.
     pub fn plan(&mut self, mounts: &Mounts, image: &Image, uses: &[Use]) -> Result<Plans> {
         let mut plans = Vec::new();
+        self.take(true);
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
+            let (mut wanted, mut live) = self.changed(mounted, area)?;
             let index = self.index(&area.area);
-            let known = &self.known[index].1;
-            let seen = seen(&mut self.journal);
-            let watched = watched(&mut self.journal, &seen);
-            let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
-            let changed = walk_changed(mounted, known, watched, &mut recognize, &area.tree);
-            let (mut wanted, mut live) = changed?;
+            let known = &self.known[index].inodes;
             let is_news = |node: &&Node| {
                 !matches!(node.content, Content::Unknown)
                     && known.find(&node.meta.stat, true).1 != node.content
@@ -279,6 +435,31 @@ impl Files {
         Ok(Plans(plans))
     }
 
+    /// Recorded and live tree without what is the same in both.
+    fn changed(&mut self, mounted: &Mounted, area: &AreaImage) -> Result<(Tree, Tree)> {
+        let index = self.index(&area.area);
+        let live = &self.known[index];
+        let known = &live.inodes;
+        let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
+        if let Some((touched, device)) = self.touched.as_mut().zip(live.device) {
+            let among = area.moment.and_then(|moment| touched.since(device, moment));
+            if let Some(mut among) = among {
+                among.extend(known.exposed());
+                let watched = told(touched, device);
+                let recorded = (&area.tree, area.index());
+                let found = walk_among(mounted, known, watched, &mut recognize, recorded, &among)?;
+                if !lacks_names(&found.0, &among) {
+                    return Ok(found);
+                }
+            }
+            let watched = told(touched, device);
+            return walk_changed(mounted, known, watched, &mut recognize, &area.tree);
+        }
+        let seen = seen(&mut self.journal);
+        let watched = watched(&mut self.journal, &seen);
+        walk_changed(mounted, known, watched, &mut recognize, &area.tree)
+    }
+
     /// What has become of the files of a stopped tree; in the order of paths. Nothing is touched.
     ///
     /// # Errors
@@ -288,8 +469,8 @@ impl Files {
         let nothing = Inodes::default();
         let mut found = Vec::new();
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
-            let known = self.known.iter().find(|(other, _)| *other == area.area);
-            let known = known.map_or(&nothing, |(_, known)| known);
+            let known = self.known.iter().find(|live| live.area == area.area);
+            let known = known.map_or(&nothing, |live| &live.inodes);
             // Without the journal: only checkpoints and rollbacks take from that.
             let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
             let changed = walk_changed(mounted, known, Watched::Not, &mut recognize, &area.tree);
@@ -379,24 +560,28 @@ impl Files {
         for (number, (mounted, todo)) in mounts.0.iter().zip(&plans.0).enumerate() {
             let area = images[to].areas[number].area.clone();
             let index = self.index(&area);
-            let recorded = &images[to].areas[number].tree;
-            let trust = self.known[index].1.trust();
+            let recorded = &images[to].areas[number];
+            let trust = self.known[index].inodes.trust();
             // What is as it was is in the recorded tree only, what is of lower layers in the wanted one.
-            let mut exposing = exposed(uses, &area, recorded, trust);
-            exposing.extend(exposed(uses, &area, &todo.wanted, trust));
-            let exposed = exposing;
+            let nodes = shown(&todo.wanted.nodes);
+            let find = |number| {
+                let old = recorded.index().shown(number);
+                let old = old.map(|node| &recorded.tree.nodes[node]);
+                old.chain(nodes.get(&number).into_iter().flatten().copied())
+            };
+            let exposed = exposed(uses, &area, trust, find);
             let read = |ino: u64| match exposed.contains(&ino) {
                 true => Read::Exposed,
                 false => Read::Stopped,
             };
-            let known = &mut self.known[index].1;
+            let known = &mut self.known[index].inodes;
             for (meta, content) in &todo.recognized {
                 let (meta, ino) = (Arc::clone(meta), meta.stat.ino);
                 known.learn(meta, content.clone(), read(ino));
             }
             exposed.iter().for_each(|ino| known.expose(*ino));
             let mut rebound = rebound(mounted, recorded, &exposed)?;
-            rebound.extend(visited(mounted, recorded, directories)?);
+            rebound.extend(visited(mounted, &recorded.tree, directories)?);
             let after = todo.plan.after.iter();
             let after = after.map(|(node, path)| (&todo.wanted.nodes[*node], path.clone()));
             let mut after: Vec<(&Node, PathBuf)> = after.collect();
@@ -416,6 +601,7 @@ impl Files {
                     .map_err(mounted.error("set times of", &path))?;
                 after.push((node, path));
             }
+            self.take(false);
             let mut changed = HashMap::new();
             for (was, path) in after {
                 let now = mounted
@@ -432,9 +618,20 @@ impl Files {
                     true => Read::Exposed,
                     false => read(meta.stat.ino),
                 };
-                let known = &mut self.known[index].1;
-                known.learn(meta, was.content.clone(), read);
+                let live = &mut self.known[index];
+                if let Some((touched, device)) = self.touched.as_mut().zip(live.device) {
+                    touched.looked_at(device, meta.stat.ino);
+                }
+                live.inodes.learn(meta, was.content.clone(), read);
             }
+            let device = self.known[index].device;
+            if let Some((touched, device)) = self.touched.as_mut().zip(device) {
+                // What has been copied up stays, and is not among what was recorded.
+                for directory in holding_lower(&todo.wanted) {
+                    touched.again(device, directory);
+                }
+            }
+            images[to].areas[number].moment = self.moment(index);
             for image in images.iter_mut() {
                 let of_area = image.areas.iter_mut().filter(|other| other.area == area);
                 of_area.for_each(|other| other.renumber(&changed));
@@ -447,8 +644,12 @@ impl Files {
     pub fn expose(&mut self, image: &Image, uses: &[Use]) {
         for area in &image.areas {
             let index = self.index(&area.area);
-            let known = &mut self.known[index].1;
-            let exposed = exposed(uses, &area.area, &area.tree, known.trust());
+            let known = &mut self.known[index].inodes;
+            let find = |number| {
+                let nodes = area.index().shown(number);
+                nodes.map(|node| &area.tree.nodes[node])
+            };
+            let exposed = exposed(uses, &area.area, known.trust(), find);
             exposed.iter().for_each(|ino| known.expose(*ino));
         }
     }
@@ -478,6 +679,24 @@ fn seen(journal: &mut Option<Journal>) -> Seen {
     }
 }
 
+/// Recorded directories that have names of the lower layers.
+fn holding_lower(wanted: &Tree) -> impl Iterator<Item = u64> {
+    let holds = |node: &&Node| {
+        let mut below = node.entries.values();
+        !node.of_lower && below.any(|below| wanted.nodes[*below].of_lower)
+    };
+    let directories = wanted.nodes.iter().filter(holds);
+    directories.map(|node| node.meta.stat.ino)
+}
+
+fn told(touched: &mut Touched, device: u64) -> Watched<'_> {
+    Watched::Inodes {
+        touched,
+        device,
+        running: false,
+    }
+}
+
 fn watched<'a>(journal: &'a mut Option<Journal>, seen: &'a Seen) -> Watched<'a> {
     match journal {
         Some(journal) => Watched::Stopped(journal, seen),
@@ -495,25 +714,14 @@ fn clock(clock: ClockId) -> Result<Time> {
 }
 
 impl Prepared {
+    /// What is known of files is not told to be so.
+    fn forget(&mut self) {
+        self.areas.iter_mut().for_each(|(_, _, base)| *base = None);
+    }
+
     /// Whether no files are to be recorded.
     pub fn is_empty(&self) -> bool {
         self.areas.is_empty()
-    }
-}
-
-impl AreaImage {
-    /// Learns what names inodes that were made again: before and now.
-    fn renumber(&mut self, changed: &HashMap<Identity, Stat>) {
-        if changed.is_empty() {
-            return;
-        }
-        for node in &mut self.tree.nodes {
-            if let Some(new) = changed.get(&node.meta.stat.identity()) {
-                let mut meta = Meta::clone(&node.meta);
-                meta.stat = meta.stat.named_as(new);
-                node.meta = Arc::new(meta);
-            }
-        }
     }
 }
 
@@ -545,9 +753,13 @@ pub(super) mod tests_only {
     ) -> Result<[BTreeSet<String>; 2]> {
         let (area, mounted, cut) = (&image.areas[0], &mounts.0[0], &plans.0[0]);
         let index = files.index(&area.area);
-        let known = &files.known[index].1;
+        let live = &files.known[index];
+        let known = &live.inodes;
         let seen = seen(&mut files.journal);
-        let watched = watched(&mut files.journal, &seen);
+        let watched = match (&mut files.touched, live.device) {
+            (Some(touched), Some(device)) => super::told(touched, device),
+            _ => watched(&mut files.journal, &seen),
+        };
         let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
         let mut live = crate::filesystem::walk::walk(mounted, known, watched, &mut recognize)?;
         let mut wanted = area.tree.clone();
@@ -577,9 +789,18 @@ pub(super) mod tests_only {
     }
 
     /// Prepares areas that were not discovered.
-    pub(crate) fn files_of(files: &mut Files, root: Pid, found: Found) -> Result<Prepared> {
+    pub(crate) fn files_of(
+        files: &mut Files,
+        root: Pid,
+        found: Found,
+        others: &[&Image],
+    ) -> Result<Prepared> {
         let prepared = Files::open_found(root, found)?;
-        files.keep_early(root, &prepared)?;
-        Ok(prepared)
+        files.begin(prepared, others.iter().copied())
+    }
+
+    /// Whether the journal of inodes is there.
+    pub(crate) fn has_journal(files: &Files) -> bool {
+        files.touched.is_some()
     }
 }

@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
@@ -18,6 +19,8 @@ use super::btf::Types;
 /// Tracepoints whose first argument is an inode whose `ctime` is set.
 const SETTERS: [&str; 3] = ["inode_set_ctime_to_ts", "ctime_xchg_skip", "ctime_ns_xchg"];
 
+/// How long a record may be about to be written.
+const LONG: Duration = Duration::from_millis(5);
 /// Bytes of a page.
 const PAGE: usize = 4096;
 
@@ -261,11 +264,17 @@ impl InodeChanges {
         self.word(GENERATION).fetch_add(1, Ordering::SeqCst);
         let (read, written) = (self.position(&self.consumer), self.position(&self.ring));
         let mut at = read.load(Ordering::Relaxed);
+        let (begun, mut late) = (Instant::now(), false);
         while at < written.load(Ordering::Acquire) {
             let (length, value) = self.record(at);
-            // It is being written: by no task that is stopped.
+            // It is being written, and others behind it have been: by a task that may wait for a processor.
             if length & 1 << 31 != 0 {
-                break;
+                if begun.elapsed() > LONG {
+                    late = true;
+                    break;
+                }
+                std::thread::yield_now();
+                continue;
             }
             if let Some(device) = self.devices.get((value >> PLACE) as usize) {
                 each(*device, value & ((1 << PLACE) - 1));
@@ -276,7 +285,8 @@ impl InodeChanges {
         let missed: Result<Vec<u64>, Errno> = self.programs.iter().map(bpf::missed).collect();
         let missed = missed.map_or(u64::MAX, |missed| missed.iter().sum());
         let is_complete = std::mem::replace(&mut self.missed, missed) == missed;
-        self.word(LOST).swap(0, Ordering::SeqCst) == 0 && is_complete && missed != u64::MAX
+        let lost = self.word(LOST).swap(0, Ordering::SeqCst) != 0;
+        is_complete && missed != u64::MAX && !lost && !late
     }
 
     /// Changes a file in memory, to see whether that is told on this kernel.
