@@ -128,11 +128,15 @@ impl Base {
     }
 }
 
-/// Whether names of what is not `among` may be missing: those of an inode that has several, of which one or its directory has
-/// another name now.
-pub fn lacks_names(cut: &Tree, among: &HashSet<u64>) -> bool {
-    let mut stats = cut.nodes.iter().map(|node| &node.meta.stat);
-    stats.any(|stat| stat.links > 1 && !stat.is_directory() && !among.contains(&stat.ino))
+/// Whether names of a recorded inode that is not `among` may be missing in one of these trees: it has several, and one or its
+/// directory has another name now.
+pub fn lacks_names<const N: usize>(cut: [&Tree; N], index: &Index, among: &HashSet<u64>) -> bool {
+    let nodes = cut.into_iter().flat_map(|tree| &tree.nodes);
+    let mut stats = nodes.map(|node| &node.meta.stat);
+    stats.any(|stat| {
+        let is_linked = stat.links > 1 && !stat.is_directory();
+        is_linked && !among.contains(&stat.ino) && index.nodes(stat.ino).next().is_some()
+    })
 }
 
 /// How much there is that may have changed since, in bytes and files, to be kept.
@@ -187,7 +191,7 @@ pub fn keep_early_among(
             walk_among(mounted, known, watched, unknown, recorded, &among)
         })?;
         learn_early(known, area.device, &live, early);
-        if !lacks_names(&was, &among) {
+        if !lacks_names([&was, &live], &base.index, &among) {
             return Ok(Base::found(patch(base.tree, &was, &live)));
         }
     }
@@ -287,7 +291,7 @@ pub fn capture_among(
     let (was, live) = keep(mounted, known, store, |unknown| {
         walk_among(mounted, known, watched, unknown, recorded, &among)
     })?;
-    if lacks_names(&was, &among) {
+    if lacks_names([&was, &live], &base.index, &among) {
         return Ok(None);
     }
     let new = shown(&live.nodes);

@@ -276,9 +276,11 @@ impl Planner<'_> {
             let live = &self.live.nodes[found];
             let rewrite = wanted.meta.stat.is_file() && wanted.content != live.content;
             let rights = !wanted.meta.has_same_rights(&live.meta);
+            // A directory that is moved may get another time with it: seen on XFS.
             if rewrite
                 || rights
                 || self.changed.contains(&node)
+                || self.stashed.contains(&node)
                 || differ_in_time(&wanted.meta, &live.meta)
             {
                 self.touch(found, &path);

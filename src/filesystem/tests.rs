@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::Pid;
 
-use super::session::tests_only::{files_of, full_plan};
+use super::session::tests_only::{files_of, full_plan, without_journal};
 use super::*;
 use crate::kernel::mountinfo;
 
@@ -142,7 +142,9 @@ impl Place {
             files.keep_early(self.pid(), &mut prepared).unwrap();
             meanwhile();
         }
-        files.capture(prepared, &[]).unwrap()
+        let image = files.capture(prepared, &[]).unwrap();
+        assert_no_inode_twice(&image);
+        image
     }
 
     fn rollback(&self, files: &mut Files, images: &mut [&mut Image], to: usize) -> Put {
@@ -216,6 +218,13 @@ fn fill_lowers(directory: &Path) {
         }
         symlink("a", layer.join("link")).unwrap();
     }
+}
+
+/// An inode is one node, whatever names it has.
+fn assert_no_inode_twice(image: &Image) {
+    let nodes = &image.areas[0].tree.nodes;
+    let numbers: BTreeSet<u64> = nodes.iter().map(|node| node.meta.stat.ino).collect();
+    assert_eq!(numbers.len(), nodes.len());
 }
 
 /// All there is to know of a name.
@@ -494,6 +503,9 @@ fn random_changes(sort: Sort) {
     for seed in seeds() {
         let place = Place::new(sort);
         let mut files = place.files();
+        if seed % 4 == 0 {
+            without_journal(&mut files);
+        }
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let run = std::panic::AssertUnwindSafe(|| {
             for _ in 0..40 {
@@ -554,6 +566,60 @@ fn volume_goes_back() {
 #[test]
 fn overlay_goes_back_by_sharing_blocks() {
     random_changes(Sort::Reflink);
+}
+
+/// Inodes, and when they were changed.
+fn changed_at(directory: &Path) -> BTreeMap<u64, (PathBuf, i64, i64)> {
+    let mut found = BTreeMap::new();
+    let mut pending = vec![directory.to_owned()];
+    while let Some(path) = pending.pop() {
+        let meta = fs::symlink_metadata(&path).unwrap();
+        if meta.is_dir() {
+            pending.extend(
+                fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path()),
+            );
+        }
+        found.insert(meta.ino(), (path, meta.ctime(), meta.ctime_nsec()));
+    }
+    found
+}
+
+#[test]
+fn the_journal_tells_of_every_change_of_ctime() {
+    for sort in [Sort::Overlay, Sort::Volume, Sort::Reflink] {
+        let place = Place::new(sort);
+        let Ok(mut changes) = crate::kernel::inode_changes::InodeChanges::start() else {
+            println!("SKIP no journal of inodes");
+            return;
+        };
+        let device = place.area.superblock().unwrap();
+        assert!(changes.watch(device));
+        let own = match &place.area.kind {
+            Kind::Overlay { upper, .. } => upper.clone(),
+            _ => place.directory.path().join("source"),
+        };
+        let mut random = Random(7);
+        for step in 0..300 {
+            changes.take(|_, _| {});
+            let before = changed_at(&own);
+            change(&place.seen, &mut random);
+            let mut told = BTreeSet::new();
+            assert!(changes.take(|_, number| {
+                told.insert(number);
+            }));
+            for (number, was) in changed_at(&own) {
+                let is_told = told.contains(&number);
+                match before.get(&number) {
+                    Some(other) if (other.1, other.2) != (was.1, was.2) => {
+                        assert!(is_told, "{sort:?} {step}: {other:?} became {was:?}");
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
 }
 
 /// Of a file that shares its blocks with the store only what was written since is another.
