@@ -152,8 +152,10 @@ fn program(maps: &Maps, offsets: &Offsets) -> Vec<Instruction> {
     code.add(0x67, 8, 0, 0, PLACE as i32);
     code.add(0x4f, 3, 8, 0, 0);
     code.add(STORE, 10, 3, -8, 0);
-    // Before the record is written: once this is another it is written again.
+    // Before the record is written: once this is another it is written again. With the number of the inode in it, as the kernel
+    // may give what was looked up to another meanwhile.
     code.add(LOAD, 9, 7, (8 * GENERATION) as i16, 0);
+    code.add(0xaf, 9, 3, 0, 0);
     code.map(1, &maps.recent, false);
     code.add(MOVE, 2, 10, 0, 0);
     code.add(0x07, 2, 0, 0, -8);
