@@ -286,6 +286,11 @@ impl Planner<'_> {
                 self.touch(found, &path);
                 times.push(Op::Times(path.clone(), node));
             }
+            // Another inode does for it, which is to be known from now on.
+            let is_another = wanted.meta.stat.identity() != live.meta.stat.identity();
+            if is_another && !wanted.of_lower {
+                self.touch(found, &path);
+            }
             if self.plan.touched.contains_key(&found) {
                 self.plan.after.insert(node, path.clone());
             }

@@ -11,7 +11,7 @@ use crate::filesystem::Result;
 use crate::filesystem::execute::set_times;
 use crate::filesystem::image::Image;
 use crate::filesystem::known::Read;
-use crate::filesystem::meta::Meta;
+use crate::filesystem::meta::{Meta, Stat};
 use crate::filesystem::mounted::{descend, split};
 use crate::filesystem::rebound::{rebound, visited};
 use crate::filesystem::tree::{Node, Tree};
@@ -104,7 +104,8 @@ impl Files {
             if let Some((touched, device)) = self.touched.as_mut().zip(device) {
                 // What has been copied up stays, and is not among what was recorded.
                 for directory in holding_lower(&todo.wanted) {
-                    touched.again(device, directory);
+                    let now = changed.get(&directory.identity()).unwrap_or(directory);
+                    touched.again(device, now.ino);
                 }
             }
             images[to].areas[number].moment = self.moment(index);
@@ -132,11 +133,11 @@ impl Files {
 }
 
 /// Recorded directories that have names of the lower layers.
-fn holding_lower(wanted: &Tree) -> impl Iterator<Item = u64> {
+fn holding_lower(wanted: &Tree) -> impl Iterator<Item = &Stat> {
     let holds = |node: &&Node| {
         let mut below = node.entries.values();
         !node.of_lower && below.any(|below| wanted.nodes[*below].of_lower)
     };
     let directories = wanted.nodes.iter().filter(holds);
-    directories.map(|node| node.meta.stat.ino)
+    directories.map(|node| &node.meta.stat)
 }
