@@ -13,6 +13,7 @@ crate::support::fixture_tests! {
     child_had_left,
     child_leaves,
     child_memory,
+    child_proc_files,
     child_program,
     child_threads,
     child_zombie,
@@ -53,6 +54,7 @@ crate::support::fixture_tests! {
     timer_of_thread,
     timer_overruns,
     umask,
+    waits_go_on,
     xstate,
     zombie_child,
 }
@@ -101,6 +103,12 @@ fn child_family_unprivileged() {
 #[test]
 fn child_memory_unprivileged() {
     crate::support::fixture::unprivileged_run("child_memory");
+}
+
+/// Where `/proc` has other numbers than ours.
+#[test]
+fn child_proc_files_unprivileged() {
+    crate::support::fixture::unprivileged_run("child_proc_files");
 }
 
 /// Where it may not tell the kernel what program it is, it executes it.

@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 
 use super::config::{self, Bundle};
-use super::locate::{self, Init, Located, Status, locate, write_whole};
+use super::locate::{self, Init, Located, Starting, Status, locate, write_whole};
 use super::overlay::{self, Layer};
 use super::program::Program;
 use super::{Error, cgroups, children, copy_up};
@@ -220,6 +220,7 @@ pub(crate) fn start(root: &Path, id: &str) -> Result<(), Error> {
         return Err(located.wrong_status("only a created container can be started"));
     }
     let mut container = load(id, &located.directory)?;
+    let _starting = Starting::begin(&located.directory)?;
     container
         .start()
         .map_err(Error::runtime(format!("starting container {id:?}")))

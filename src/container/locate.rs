@@ -1,12 +1,13 @@
 //! Find a container by its ID: its init process, bundle and status, read from its state without side effects.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use libcontainer::container::{ContainerStatus, State};
+use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
@@ -174,7 +175,12 @@ pub(super) fn check_id(id: &str) -> Result<(), Error> {
 pub fn locate(root: &Path, id: &str) -> Result<Located, Error> {
     check_id(id)?;
     let directory = root.join(id);
-    let state = load_state(root, id, &directory)?;
+    let mut state = load_state(root, id, &directory)?;
+    if state.status == ContainerStatus::Created {
+        // Where it can't be waited the container has just been deleted, which the next look tells.
+        let _ = Starting::wait(&directory);
+        state = load_state(root, id, &directory)?;
+    }
     let init = Init::load(id, &directory)?;
     let alive = state.pid.filter(|&pid| {
         alive_since(pid)
@@ -198,6 +204,30 @@ pub fn locate(root: &Path, id: &str) -> Result<Located, Error> {
         directory,
         state,
     })
+}
+
+/// Held by `start` from before the program runs until the state says so: a program may be seen at work before that.
+pub(super) struct Starting {
+    _lock: Flock<File>,
+}
+
+impl Starting {
+    /// Tells others that a container is being started.
+    pub(super) fn begin(directory: &Path) -> Result<Self, Error> {
+        Self::lock(directory, FlockArg::LockExclusive)
+    }
+
+    /// Waits while it is being started.
+    fn wait(directory: &Path) -> Result<Self, Error> {
+        Self::lock(directory, FlockArg::LockShared)
+    }
+
+    fn lock(directory: &Path, how: FlockArg) -> Result<Self, Error> {
+        let file = File::open(directory).map_err(Error::io("opening", directory))?;
+        let lock = Flock::lock(file, how)
+            .map_err(|(_, error)| Error::io("locking", directory)(error.into()))?;
+        Ok(Self { _lock: lock })
+    }
 }
 
 /// The containers whose state is below `root`, by ID; none if there is no such directory.

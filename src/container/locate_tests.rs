@@ -89,6 +89,31 @@ fn a_reused_pid_is_not_the_init() {
 }
 
 #[test]
+fn a_container_that_is_being_started_is_seen_when_it_has_been() {
+    let root = tempfile::tempdir().unwrap();
+    write_state(root.path(), "d", ContainerStatus::Created, None);
+    let starting = Starting::begin(&root.path().join("d")).unwrap();
+    let seen = std::thread::scope(|scope| {
+        let seen = scope.spawn(|| locate(root.path(), "d").unwrap().state.status);
+        while !waits_for_a_lock() {
+            assert!(!seen.is_finished());
+            std::thread::yield_now();
+        }
+        write_state(root.path(), "d", ContainerStatus::Running, None);
+        drop(starting);
+        seen.join().unwrap()
+    });
+    assert_eq!(seen, ContainerStatus::Running);
+}
+
+/// Whether a thread of this process is blocked in flock(2).
+fn waits_for_a_lock() -> bool {
+    let tasks = fs::read_dir("/proc/self/task").unwrap().flatten();
+    let mut calls = tasks.filter_map(|task| fs::read_to_string(task.path().join("syscall")).ok());
+    calls.any(|call| call.starts_with(&format!("{} ", libc::SYS_flock)))
+}
+
+#[test]
 fn list_skips_what_is_no_container() {
     let root = tempfile::tempdir().unwrap();
     write_state(root.path(), "b", ContainerStatus::Created, None);

@@ -286,10 +286,10 @@ impl Walker<'_> {
         }
         let unchanged = self.watched.is_unchanged(key, &name, own.ino);
         self.watched.looked_at(own.ino);
-        if let (Some(was), Some(same)) = (was, &mut self.same) {
-            if same.leaves_out(was, &name, self.known, &own, unchanged) {
-                return Ok(());
-            }
+        if let (Some(was), Some(same)) = (was, &mut self.same)
+            && same.leaves_out(was, &name, self.known, &own, unchanged)
+        {
+            return Ok(());
         }
         let found = match upper {
             Some(_) => {

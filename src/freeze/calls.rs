@@ -11,7 +11,8 @@ use nix::unistd::Pid;
 
 use crate::kernel::procfs;
 use crate::kernel::ptrace::Registers;
-use crate::kernel::runner::goes_on_by_block;
+use crate::kernel::remote_memory::{self, Range};
+use crate::kernel::runner::{ERESTART_RESTARTBLOCK, goes_on_by_block};
 
 /// The calls that threads were in when they were stopped last.
 #[derive(Debug, Default)]
@@ -51,6 +52,11 @@ impl Calls {
         (call.place == place(registers)).then_some(call.number)
     }
 
+    /// Takes note of a thread that is made to wait in call `number`, interrupted with these registers.
+    pub(super) fn enter(&mut self, tid: Pid, registers: &Registers, number: u64) {
+        self.0.insert(tid, Call::of(registers, number));
+    }
+
     /// Learns the number of a call that a thread was stopped in with these registers, and sleeps in again by now.
     /// `false`: it does not yet, or the kernel does not tell.
     pub(super) fn learn(&mut self, (pid, tid): (Pid, Pid), registers: &Registers) -> bool {
@@ -68,6 +74,25 @@ impl Calls {
 }
 
 const RESTART: u64 = libc::SYS_restart_syscall as u64;
+/// The instruction `syscall`.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+/// The registers of a thread that still was in the call, if it stands at an instruction that will make it go on: it was let go
+/// and is stopped again before it got there. The kernel makes the one of the other when the thread runs on.
+pub(super) fn back_in_call(pid: Pid, registers: &Registers) -> Option<Registers> {
+    if registers.rax != RESTART {
+        return None;
+    }
+    let mut code = [0; SYSCALL.len()];
+    let (start, len) = (registers.rip, code.len());
+    remote_memory::read(pid, &[Range { start, len }], &mut code).ok()?;
+    (code == SYSCALL).then_some(Registers {
+        rax: -ERESTART_RESTARTBLOCK as u64,
+        orig_rax: RESTART,
+        rip: registers.rip + SYSCALL.len() as u64,
+        ..*registers
+    })
+}
 
 fn place(registers: &Registers) -> [u64; 8] {
     let Registers {
@@ -149,7 +174,6 @@ const USER_END: u64 = 1 << 47;
 mod tests {
     use super::*;
     use crate::kernel::registers::{WORDS, from_words};
-    use crate::kernel::runner::ERESTART_RESTARTBLOCK;
 
     fn interrupted(number: u64, rdi: u64) -> Registers {
         Registers {

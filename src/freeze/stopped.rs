@@ -14,7 +14,7 @@ use crate::kernel::scheduling;
 
 use super::thread::Thread;
 use super::tree::{Member, OnTracerDeath, Tree, UnknownCall};
-use super::{Context, Error, Result, discover, refuse};
+use super::{Context, Error, Result, calls, discover, refuse};
 
 /// How long a task may take to stop: one in an uninterruptible wait (disk, a vfork child) does not.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -528,13 +528,18 @@ impl<'t> Stopped<'t> {
             .sum()
     }
 
-    /// Takes note of the system calls that the threads are in. To be called once per stop, before their registers change;
-    /// returns those whose call is not known.
+    /// Takes note of the system calls that the threads are in, or about to go on with. To be called once per stop, before
+    /// their registers change; returns those whose call is not known.
     pub fn note_calls(&mut self) -> Result<Vec<UnknownCall>> {
         let mut found = Vec::new();
         for process in self.processes.values_mut() {
             for thread in &mut process.threads {
-                found.push((process.pid, thread.tid, *thread.registers()?));
+                let registers = *thread.registers()?;
+                let back = calls::back_in_call(process.pid, &registers);
+                if let Some(registers) = &back {
+                    thread.set_registers(registers);
+                }
+                found.push((process.pid, thread.tid, back.unwrap_or(registers)));
             }
         }
         let calls = &mut self.tree.calls;

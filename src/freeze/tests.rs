@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::Pid;
 
 use super::*;
+use crate::kernel::ptrace::Registers;
 
 struct Victim(Child);
 
@@ -171,5 +172,46 @@ fn the_death_of_an_init_whose_namespace_holds_a_child_of_ours_is_noticed() {
     for child in born {
         let ended = crate::kernel::ptrace::wait(child);
         assert!(matches!(ended, Ok(crate::kernel::ptrace::Event::Exited(_))));
+    }
+}
+
+#[test]
+fn a_call_is_known_also_between_its_interruption_and_its_going_on() {
+    let sleeper = Victim::start("sleep", &["1000"]);
+    let pid = sleeper.pid();
+    let sleeps = || {
+        crate::kernel::procfs::call(pid, pid)
+            .is_some_and(|call| call[0] == libc::SYS_clock_nanosleep as u64)
+    };
+    while !sleeps() {
+        std::thread::yield_now();
+    }
+    let mut tree = Tree::new(pid).unwrap();
+    let mut stopped = tree.stop(OnTracerDeath::RunOn).unwrap();
+    assert!(stopped.note_calls().unwrap().is_empty());
+    let thread = &mut stopped.process_mut(pid).unwrap().threads[0];
+    let registers = *thread.registers().unwrap();
+    assert_eq!(registers.orig_rax, libc::SYS_clock_nanosleep as u64);
+    // What the kernel makes of these when it lets the thread go.
+    thread.set_registers(&Registers {
+        rax: libc::SYS_restart_syscall as u64,
+        orig_rax: u64::MAX,
+        rip: registers.rip - 2,
+        ..registers
+    });
+    assert!(stopped.note_calls().unwrap().is_empty());
+    let now = *stopped.process_mut(pid).unwrap().threads[0]
+        .registers()
+        .unwrap();
+    assert_eq!((now.rax, now.rip), (registers.rax, registers.rip));
+    assert_eq!(
+        stopped.number_of_call(pid, &now),
+        Some(libc::SYS_clock_nanosleep as u64)
+    );
+    stopped.resume().unwrap();
+    while crate::kernel::procfs::call(pid, pid)
+        .is_none_or(|call| call[0] != libc::SYS_restart_syscall as u64)
+    {
+        std::thread::yield_now();
     }
 }

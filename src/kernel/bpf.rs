@@ -16,7 +16,7 @@ pub(super) struct Instruction {
     immediate: i32,
 }
 
-/// One instruction: its code, the register it writes or compares, the one it reads, offset and immediate value.
+/// An instruction: its code, the registers it writes to and reads from, an offset and a number (RFC 9669).
 pub(super) fn step(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
     let registers = to | from << 4;
     Instruction {
@@ -34,18 +34,34 @@ impl Instruction {
     }
 }
 
-/// `BPF_LDX`: loads eight bytes.
+// Codes of instructions (RFC 9669), on 64 bits but for `LOAD_HALF`.
 pub(super) const LOAD: u8 = 0x79;
-/// `BPF_STX`: stores eight bytes.
+pub(super) const LOAD_HALF: u8 = 0x61;
+pub(super) const LOAD_MAP: u8 = 0x18;
 pub(super) const STORE: u8 = 0x7b;
-/// `BPF_MOV` of a register.
+pub(super) const STORE_NUMBER: u8 = 0x7a;
 pub(super) const MOVE: u8 = 0xbf;
-/// `BPF_MOV` of an immediate value.
-pub(super) const SET: u8 = 0xb7;
-/// `BPF_CALL` of a helper.
+pub(super) const MOVE_NUMBER: u8 = 0xb7;
+pub(super) const ADD_NUMBER: u8 = 0x07;
+pub(super) const SHIFT_LEFT: u8 = 0x67;
+pub(super) const SHIFT_RIGHT: u8 = 0x77;
+pub(super) const OR: u8 = 0x4f;
+pub(super) const XOR: u8 = 0xaf;
+pub(super) const JUMP: u8 = 0x05;
+pub(super) const JUMP_IF_IS: u8 = 0x15;
+pub(super) const JUMP_IF_NOT: u8 = 0x55;
+pub(super) const JUMP_IF_SAME: u8 = 0x1d;
 pub(super) const CALL: u8 = 0x85;
-/// `BPF_EXIT`.
 pub(super) const EXIT: u8 = 0x95;
+
+// Functions of the kernel that a program may call (bpf-helpers(7)).
+pub(super) const MAP_LOOKUP: i32 = 1;
+pub(super) const MAP_UPDATE: i32 = 2;
+pub(super) const KTIME_GET_NS: i32 = 5;
+pub(super) const PROBE_READ_KERNEL: i32 = 113;
+pub(super) const KTIME_GET_BOOT_NS: i32 = 125;
+pub(super) const SEQ_WRITE: i32 = 127;
+pub(super) const RING_OUTPUT: i32 = 130;
 
 /// Part of `union bpf_attr` for `BPF_PROG_LOAD`.
 #[repr(C)]
@@ -145,7 +161,6 @@ pub(super) unsafe fn descriptor<T>(
 ///
 /// Those of the kernel: its verifier says `EACCES` or `EINVAL`.
 pub(super) fn load(
-    name: &[u8; 16],
     instructions: &[Instruction],
     attach_type: u32,
     attach_to: u32,
@@ -158,7 +173,7 @@ pub(super) fn load(
         log: [0; 4],
         version: 0,
         flags: 0,
-        name: *name,
+        name: *b"snapback\0\0\0\0\0\0\0\0",
         interface: 0,
         attach_type,
         debug: [0; 9],

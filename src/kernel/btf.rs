@@ -86,11 +86,21 @@ impl Types {
 
     /// The offset in bytes of a member of a structure, be it in one without a name.
     pub(super) fn offset(&self, of: &str, member: &str) -> Option<i16> {
-        let bits = self.offset_in(self.find(STRUCT, of)?, member, 0)?;
-        i16::try_from(bits / 8).ok().filter(|_| bits % 64 == 0)
+        self.offset_along(of, &[member])
     }
 
-    fn offset_in(&self, number: usize, member: &str, depth: u32) -> Option<u32> {
+    /// The same of a member of a member, and so on.
+    pub(super) fn offset_along(&self, of: &str, path: &[&str]) -> Option<i16> {
+        let start = (0, self.find(STRUCT, of)?);
+        let (bits, _) = path.iter().try_fold(start, |(bits, of), member| {
+            let (offset, is) = self.member_in(of, member, 0)?;
+            Some((bits + offset, is))
+        })?;
+        i16::try_from(bits / 8).ok().filter(|_| bits % 8 == 0)
+    }
+
+    /// The offset in bits of a member, and the number of its type.
+    fn member_in(&self, number: usize, member: &str, depth: u32) -> Option<(u32, usize)> {
         let place = *self.places.get(number)?;
         if !matches!(self.kind(place), STRUCT | UNION) || depth > 8 {
             return None;
@@ -100,11 +110,13 @@ impl Types {
             let at = place + HEADER + index * 12;
             // Bit fields have their length above.
             let offset = self.word(at + 8) & 0xff_ffff;
+            let its_type = self.word(at + 4) as usize;
             if self.is_named(at, member) {
-                return Some(offset);
+                return Some((offset, its_type));
             }
-            let inside = self.is_named(at, "").then(|| self.word(at + 4) as usize)?;
-            Some(offset + self.offset_in(inside, member, depth + 1)?)
+            let inside = self.is_named(at, "").then_some(its_type)?;
+            let (further, its_type) = self.member_in(inside, member, depth + 1)?;
+            Some((offset + further, its_type))
         })
     }
 }

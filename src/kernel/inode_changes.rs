@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
 
-use super::bpf::{self, CALL, EXIT, Instruction, LOAD, MOVE, SET, STORE, step};
+use super::bpf::{
+    self, ADD_NUMBER, CALL, EXIT, Instruction, JUMP, LOAD, MOVE, MOVE_NUMBER, STORE, step,
+};
 use super::btf::Types;
 
 /// Tracepoints whose first argument is an inode whose `ctime` is set.
@@ -101,7 +103,7 @@ impl Assembly {
 
     /// Loads a map, or the address of its value, into a register.
     fn map(&mut self, to: u8, map: &OwnedFd, value: bool) {
-        self.add(0x18, to, 1 + u8::from(value), 0, map.as_raw_fd());
+        self.add(bpf::LOAD_MAP, to, 1 + u8::from(value), 0, map.as_raw_fd());
         self.add(0, 0, 0, 0, 0);
     }
 
@@ -124,69 +126,61 @@ struct Maps {
 
 /// A program whose first argument is an inode.
 fn program(maps: &Maps, offsets: &Offsets) -> Vec<Instruction> {
-    const LOAD_HALF: u8 = 0x61;
-    const JUMP: u8 = 0x05;
-    const IF_IS: u8 = 0x15;
-    const IF_SAME: u8 = 0x1d;
-    const IF_NOT: u8 = 0x55;
-    const LOOK_UP: i32 = 1;
-    const UPDATE: i32 = 2;
-    const OUTPUT: i32 = 130;
     let mut code = Assembly::default();
     code.add(LOAD, 6, 1, 0, 0);
     code.add(LOAD, 2, 6, offsets.superblock, 0);
-    code.add(LOAD_HALF, 2, 2, offsets.device, 0);
+    code.add(bpf::LOAD_HALF, 2, 2, offsets.device, 0);
     code.map(7, &maps.shared, true);
     for place in 0..DEVICES {
-        code.add(SET, 8, 0, 0, place as i32);
+        code.add(MOVE_NUMBER, 8, 0, 0, place as i32);
         code.add(LOAD, 3, 7, (8 * (DEVICE + place)) as i16, 0);
-        code.jump(IF_IS, 3, 0, 0, Label::Out);
-        code.jump(IF_SAME, 3, 2, 0, Label::Watched);
+        code.jump(bpf::JUMP_IF_IS, 3, 0, 0, Label::Out);
+        code.jump(bpf::JUMP_IF_SAME, 3, 2, 0, Label::Watched);
     }
     code.jump(JUMP, 0, 0, 0, Label::Out);
     code.label(Label::Watched);
     code.add(LOAD, 3, 6, offsets.number, 0);
     code.add(MOVE, 4, 3, 0, 0);
-    code.add(0x77, 4, 0, 0, PLACE as i32);
-    code.jump(IF_NOT, 4, 0, 0, Label::Lost);
-    code.add(0x67, 8, 0, 0, PLACE as i32);
-    code.add(0x4f, 3, 8, 0, 0);
+    code.add(bpf::SHIFT_RIGHT, 4, 0, 0, PLACE as i32);
+    code.jump(bpf::JUMP_IF_NOT, 4, 0, 0, Label::Lost);
+    code.add(bpf::SHIFT_LEFT, 8, 0, 0, PLACE as i32);
+    code.add(bpf::OR, 3, 8, 0, 0);
     code.add(STORE, 10, 3, -8, 0);
     // Before the record is written: once this is another it is written again. With the number of the inode in it, as the kernel
     // may give what was looked up to another meanwhile.
     code.add(LOAD, 9, 7, (8 * GENERATION) as i16, 0);
-    code.add(0xaf, 9, 3, 0, 0);
+    code.add(bpf::XOR, 9, 3, 0, 0);
     code.map(1, &maps.recent, false);
     code.add(MOVE, 2, 10, 0, 0);
-    code.add(0x07, 2, 0, 0, -8);
-    code.add(CALL, 0, 0, 0, LOOK_UP);
-    code.jump(IF_IS, 0, 0, 0, Label::Log);
+    code.add(ADD_NUMBER, 2, 0, 0, -8);
+    code.add(CALL, 0, 0, 0, bpf::MAP_LOOKUP);
+    code.jump(bpf::JUMP_IF_IS, 0, 0, 0, Label::Log);
     code.add(LOAD, 1, 0, 0, 0);
-    code.jump(IF_SAME, 1, 9, 0, Label::Out);
+    code.jump(bpf::JUMP_IF_SAME, 1, 9, 0, Label::Out);
     code.label(Label::Log);
     code.map(1, &maps.ring, false);
     code.add(MOVE, 2, 10, 0, 0);
-    code.add(0x07, 2, 0, 0, -8);
-    code.add(SET, 3, 0, 0, 8);
+    code.add(ADD_NUMBER, 2, 0, 0, -8);
+    code.add(MOVE_NUMBER, 3, 0, 0, 8);
     // `BPF_RB_NO_WAKEUP`
-    code.add(SET, 4, 0, 0, 1);
-    code.add(CALL, 0, 0, 0, OUTPUT);
-    code.jump(IF_NOT, 0, 0, 0, Label::Lost);
+    code.add(MOVE_NUMBER, 4, 0, 0, 1);
+    code.add(CALL, 0, 0, 0, bpf::RING_OUTPUT);
+    code.jump(bpf::JUMP_IF_NOT, 0, 0, 0, Label::Lost);
     // Only then: whoever finds it there is right that it was written. If that fails it is written again.
     code.add(STORE, 10, 9, -16, 0);
     code.map(1, &maps.recent, false);
     code.add(MOVE, 2, 10, 0, 0);
-    code.add(0x07, 2, 0, 0, -8);
+    code.add(ADD_NUMBER, 2, 0, 0, -8);
     code.add(MOVE, 3, 10, 0, 0);
-    code.add(0x07, 3, 0, 0, -16);
-    code.add(SET, 4, 0, 0, 0);
-    code.add(CALL, 0, 0, 0, UPDATE);
+    code.add(ADD_NUMBER, 3, 0, 0, -16);
+    code.add(MOVE_NUMBER, 4, 0, 0, 0);
+    code.add(CALL, 0, 0, 0, bpf::MAP_UPDATE);
     code.jump(JUMP, 0, 0, 0, Label::Out);
     code.label(Label::Lost);
-    code.add(SET, 1, 0, 0, 1);
+    code.add(MOVE_NUMBER, 1, 0, 0, 1);
     code.add(STORE, 7, 1, (8 * LOST) as i16, 0);
     code.label(Label::Out);
-    code.add(SET, 0, 0, 0, 0);
+    code.add(MOVE_NUMBER, 0, 0, 0, 0);
     code.add(EXIT, 0, 0, 0, 0);
     code.finish()
 }
@@ -219,7 +213,7 @@ impl InodeChanges {
         let code = program(&maps, &offsets);
         for name in SETTERS {
             let tracepoint = types.tracepoint(name).ok_or(Errno::ENOSYS)?;
-            let loaded = bpf::load(b"snapback_inodes\0", &code, TRACEPOINT, tracepoint)?;
+            let loaded = bpf::load(&code, TRACEPOINT, tracepoint)?;
             attached.push(bpf::attach(loaded.as_fd(), TRACEPOINT, &[])?);
             programs.push(loaded);
         }

@@ -1,7 +1,9 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
 pub mod anonymous;
+pub mod bootstrap;
 mod bpf;
+mod bpf_iterator;
 mod btf;
 pub mod cgroup_path;
 pub mod confined;
@@ -34,6 +36,7 @@ pub mod ptrace;
 pub mod reflink;
 pub mod registers;
 pub mod remote_memory;
+pub mod restart_block;
 pub mod runner;
 pub mod scheduling;
 pub mod shared_map;

@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::live::Live;
 use super::model::{Common, Complaint};
-use super::reborn::Gone;
 use super::state::State as AnyState;
 
 /// What sort of file it is.
@@ -155,13 +154,6 @@ pub fn must_be_pinned(state: &AnyState) -> bool {
     matches!(state, AnyState::File(file) if file.pinned)
 }
 
-/// Whether it is one of those that `/proc` has of a process that is gone.
-pub fn is_of_any(state: &State, gone: &Gone) -> bool {
-    let rest = state.path.strip_prefix("/proc/").unwrap_or_default();
-    let pid = rest.split('/').next().and_then(|pid| pid.parse().ok());
-    pid.is_some_and(|pid| gone.contains_key(&pid))
-}
-
 /// Whether it can be opened again through a pin: a regular file, a directory, a FIFO.
 pub fn may_be_pinned(state: &AnyState, common: &Common) -> bool {
     match state {
@@ -175,7 +167,12 @@ pub fn may_be_pinned(state: &AnyState, common: &Common) -> bool {
 
 /// Opens an `O_PATH` pin: it keeps the inode, and no more, as long as the checkpoint lives.
 pub fn pin(live: &Live<'_>) -> Result<OwnedFd, Error> {
-    open_flags(&live.path(), libc::O_PATH).map_err(live.failed("open O_PATH"))
+    open_path(&live.path()).map_err(live.failed("open O_PATH"))
+}
+
+/// Opens what a path leads to, and not for reading or writing.
+pub(super) fn open_path(path: &str) -> Result<OwnedFd, Errno> {
+    open_flags(path, libc::O_PATH)
 }
 
 fn open_flags(path: &str, flags: i32) -> Result<OwnedFd, Errno> {

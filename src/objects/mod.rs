@@ -46,6 +46,7 @@ pub mod multicast;
 pub mod observe;
 pub mod pipe;
 pub mod plan;
+mod proc_file;
 mod reborn;
 pub mod records;
 mod side_by_side;
@@ -84,7 +85,7 @@ pub use model::{Observed, Recorded};
 pub use moved::moved;
 pub use observe::{Asked, ask, observe};
 pub use plan::{Plan, plan, prepare};
-pub use reborn::{Gone, reborn};
+pub use reborn::{Gone, Reborn, Stead, reborn};
 pub use transplant::{Made, Nameless, check_transplant, transplant};
 pub use verify::{Difference, verify};
 

@@ -11,8 +11,11 @@ use super::file::{self, Form};
 use super::live::{Holder, Live};
 use super::locks;
 use super::matching::matching;
-use super::model::{Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source};
+use super::model::{
+    Complaint, Description, Inode, LiveDescription, ObjectId, Observed, Recorded, Source,
+};
 use super::pipe::{self, Pipe};
+use super::proc_file;
 use super::reborn::Gone;
 use super::side_by_side;
 use super::socket;
@@ -320,12 +323,34 @@ fn observe_gone(capture: &Capture, observed: &mut Observed, lost: &Gone) -> Resu
     is_there.sort_unstable();
     let mut gone = BTreeMap::new();
     for (id, description) in &recorded.descriptions {
-        if is_there.binary_search(id).is_err() {
+        if let Some(complaint) = is_of_lost(capture, lost, *id, description) {
+            gone.insert(*id, Source::Nowhere(complaint));
+        } else if is_there.binary_search(id).is_err() {
             gone.insert(*id, source(capture, observed, lost, *id, description)?);
         }
     }
     observed.gone = gone;
     Ok(())
+}
+
+/// Whether it is a file that `/proc` has of a process that is to be made again, and can't be had of that one.
+fn is_of_lost(
+    capture: &Capture,
+    lost: &Gone,
+    id: ObjectId,
+    description: &Description,
+) -> Option<Complaint> {
+    let State::File(state) = &description.state else {
+        return None;
+    };
+    if lost.is_empty() {
+        return None;
+    }
+    let common = &description.common;
+    let (_, of) = proc_file::owner(state, common, capture.pins.get(&id)?, lost)?;
+    let remedy = "it is of a process that has ended since the checkpoint or is to be made again; take the checkpoint when it is closed";
+    let complaint = (state.path.clone(), remedy.into());
+    (!proc_file::is_had_again(state, common, of.other)).then_some(complaint)
 }
 
 fn source(
@@ -339,7 +364,7 @@ fn source(
     let common = &description.common;
     let by_path = |path: &str| {
         let places = recorded.places(id);
-        let mut pids = places.map(|place| *lost.get(&place.pid).unwrap_or(&place.pid));
+        let mut pids = places.map(|place| lost.get(&place.pid).map_or(place.pid, |of| of.other));
         pids.find(|pid| file::locate(*pid, path, common).is_some())
             .map(Source::Path)
     };
@@ -349,13 +374,7 @@ fn source(
             .map(|live| Source::Inode(live.place))
     };
     Ok(match &description.state {
-        State::File(state) if capture.pins.contains_key(&id) => match file::is_of_any(state, lost) {
-            false => Source::Pin,
-            true => Source::Nowhere((
-                state.path.clone(),
-                "it is of a process that has ended since the checkpoint or is to be made again; take the checkpoint when it is closed".into(),
-            )),
-        },
+        State::File(_) if capture.pins.contains_key(&id) => Source::Pin,
         State::File(state) => match state.form {
             Form::Process(pid) => match lost.contains_key(&pid) || is_process(pid, common) {
                 true => Source::New,

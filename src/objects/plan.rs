@@ -143,7 +143,7 @@ pub fn prepare(
         inside.extend(born.iter().flat_map(|&pid| socket_make::sockets_of(pid)));
         let mut homes = homes(recorded);
         for home in homes.values_mut() {
-            *home = *lost.get(home).unwrap_or(home);
+            *home = lost.get(home).map_or(*home, |of| of.other);
         }
         socket_make::check_names(&plan.sockets, &sockets, &homes, &inside).map_err(refuse)?;
     }

@@ -15,7 +15,7 @@ use super::capture::Capture;
 use super::epoll;
 use super::file::{self, Form};
 use super::model::{Complaint, Description, Inode, ObjectId, Recorded};
-use super::reborn::reborn;
+use super::reborn::{Reborn, reborn};
 use super::records;
 use super::state::State;
 use super::sysv::Sysv;
@@ -191,16 +191,21 @@ pub fn transplant(
         pins: BTreeMap::new(),
         mounts: live.mounts,
     };
+    for process in made {
+        let name = process.name.clone();
+        capture.recorded.names.insert(process.was.0, name);
+    }
     // Old numbers may be new ones of others: so they are all taken out of the way first.
-    for process in made {
-        let (was, inode) = process.was;
-        capture.recorded.names.insert(was, process.name.clone());
-        reborn(&mut capture, (was, inode), (was + LEAST_NO_PID, inode));
-    }
-    for process in made {
-        let (was, inode) = process.was;
-        reborn(&mut capture, (was + LEAST_NO_PID, inode), process.is);
-    }
+    let mut rename = |was, is| {
+        // No file is pinned yet, so that the number in a path means nothing.
+        let number = 0;
+        reborn(&mut capture, Reborn { was, is, number });
+    };
+    let between = |(was, inode): (i32, u64)| (was + LEAST_NO_PID, inode);
+    made.iter()
+        .for_each(|process| rename(process.was, between(process.was)));
+    made.iter()
+        .for_each(|process| rename(between(process.was), process.is));
     capture.recorded.mounts = live.recorded.mounts.clone();
     capture.recorded.sysv = Sysv {
         own_namespace: live.recorded.sysv.own_namespace,

@@ -70,6 +70,8 @@ kinds! {
     Credentials = 22, version 1, "credentials";
     /// The namespaces a process lives in.
     Namespaces = 23, version 1, "namespaces";
+    /// How long the call that a thread waits in was to wait still.
+    TimeLeft = 24, version 1, "time left";
 
     /// One address space, shared by `CLONE_VM`.
     AddressSpace = 32, version 1, "address space";

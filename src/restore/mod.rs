@@ -142,6 +142,7 @@ pub fn run(
             checkpoint::files_in_use(&stopped, &checkpoint.objects, &checkpoint.spaces)?;
         files.expose(&checkpoint.files, &checkpoint.uses);
     }
+    rollback::wait_on(&mut stopped, &checkpoint, phases)?;
     fault::point("restore.resuming");
     stopped.resume()?;
     phases.end("resume");

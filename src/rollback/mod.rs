@@ -14,6 +14,7 @@ use crate::freeze::{OnTracerDeath, Stopped, Tree};
 use crate::memory::{self, Copied, Span};
 use crate::outcome::{Difference, Refusal};
 use crate::phases::Phases;
+use crate::record::Kind;
 use crate::{fault, objects, task};
 
 use observe::{Plan, observe};
@@ -82,6 +83,7 @@ pub fn run(
         (to, verify),
         phases,
     )?;
+    wait_on(&mut stopped, &checkpoints[to], phases).map_err(Failure::HalfWay)?;
     fault::point("rollback.resuming");
     stopped
         .resume()
@@ -140,6 +142,25 @@ pub(crate) fn bring_back(
     }
     writable.files.rest();
     Ok(done)
+}
+
+/// The last that is done before the tree runs on: has threads wait in their calls for the time that was left.
+pub(crate) fn wait_on(
+    stopped: &mut Stopped,
+    checkpoint: &Checkpoint,
+    phases: &mut Phases,
+) -> Result<()> {
+    if checkpoint
+        .context
+        .records_of(Kind::TimeLeft)
+        .next()
+        .is_none()
+    {
+        return Ok(());
+    }
+    task::wait_on(stopped, &recorded(checkpoint)?)?;
+    phases.end("waits");
+    Ok(())
 }
 
 /// The files, open, and what is to be done with them.

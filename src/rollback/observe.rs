@@ -148,7 +148,7 @@ fn look(
         &checkpoint.objects,
         &questions.tables,
         &answers.outputs,
-        &gone(checkpoint, &lost),
+        &gone(checkpoint, recorded, &lost),
     )?;
     let mounts = objects::mounts::prepare(&checkpoint.objects)?;
     phases.end("plan");
@@ -163,11 +163,18 @@ fn look(
 }
 
 /// The lost processes, and their shadows, which have their namespaces and directories.
-fn gone(checkpoint: &Checkpoint, lost: &Lost) -> objects::Gone {
+fn gone(checkpoint: &Checkpoint, recorded: &task::Recorded<'_>, lost: &Lost) -> objects::Gone {
     let images = checkpoint.spaces.iter();
+    let stead = |image: &SpaceImage| {
+        let stead = objects::Stead {
+            other: image.source.shadow()?.pid.as_raw(),
+            number: recorded.process(image.pid)?.identity.namespace_pid,
+        };
+        Some((image.pid.as_raw(), stead))
+    };
     images
         .filter(|image| lost.contains(image.pid))
-        .filter_map(|image| Some((image.pid.as_raw(), image.source.shadow()?.pid.as_raw())))
+        .filter_map(stead)
         .collect()
 }
 

@@ -171,11 +171,12 @@ fn learn(checkpoints: &mut [Checkpoint], to: usize, was: Pid, is: &task::Identit
             continue;
         }
         checkpoint.renamed.reborn(was, is);
-        objects::reborn(
-            &mut checkpoint.objects,
-            (old.pid, old.pidfd_inode),
-            (is.pid, is.pidfd_inode),
-        );
+        let process = objects::Reborn {
+            was: (old.pid, old.pidfd_inode),
+            is: (is.pid, is.pidfd_inode),
+            number: old.namespace_pid,
+        };
+        objects::reborn(&mut checkpoint.objects, process);
         for image in &mut checkpoint.spaces {
             if image.pid == was {
                 image.pid = Pid::from_raw(is.pid);

@@ -5,7 +5,7 @@
 //! | function | when | what |
 //! |---|---|---|
 //! | [`prepare`] | after every stop, before any batch | makes it safe to run something else on a thread: restartable sequences are aborted, calls that only the stop has ended start again |
-//! | [`capture`] | checkpoint | live state to records |
+//! | [`ask`], [`Asked::record`] | checkpoint | live state to records |
 //! | [`Recorded::read`] | rollback | a view of the records, in place |
 //! | [`Lost`], [`Questions`], [`check_from_outside`], [`check`] | rollback, before anything is touched | observes the live state; which processes are to be made again; refuses what can't be undone |
 //! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
@@ -14,6 +14,7 @@
 //! | [`loosen`] | rollback, before memory and descriptors | what would be in the way of those: limits, rseq areas |
 //! | [`restore`] | rollback, after memory and descriptors | puts back what differs |
 //! | [`verify`] | after a rollback | compares live and recorded state by other means |
+//! | [`wait_on`] | last of all | has threads wait in their calls for the time that was left |
 //!
 //! State that only the thread itself can be asked for is read by one batch per thread ([`probe`]); a batch that changes
 //! something is run only where something differs, so that a thread that did nothing special since the checkpoint costs
@@ -21,14 +22,14 @@
 //!
 //! # What is not exact
 //!
-//! - A relative sleep (`nanosleep`, `poll`, a futex wait with a time limit) that was interrupted by the checkpoint
-//!   starts again with its whole time after a rollback: how long it had slept is known to the kernel alone. Sleeps that
-//!   have what is left written over what they asked for, as most do, go on with that. An
+//! - What was left to wait of a sleep, a poll or a futex wait is known to the kernel alone, and is read by BPF. Where that can't
+//!   be had they start again with their whole time, but for sleeps that have what is left written over what they asked for. An
 //!   `epoll_wait` with a time limit does so at every stop, where the kernel would have ended it with `EINTR`.
 //! - A POSIX timer signal that was pending at the checkpoint is queued again as a plain signal, with the overrun count
 //!   that it had when it was queued.
 //! - Processor time (`times(2)`, `ITIMER_PROF`'s clock) goes on; timers on such clocks get back their remaining time.
 
+mod ask;
 mod born;
 mod capture;
 mod check;
@@ -48,11 +49,13 @@ mod room;
 mod settings;
 mod standing;
 mod steps;
+mod time_left;
 mod transplant;
 mod verify;
 
+pub use ask::{Asked, ask};
 pub use born::kill_born;
-pub use capture::{capture, identify};
+pub use capture::identify;
 pub use check::{Changed, Observed, check, check_from_outside};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,
@@ -69,6 +72,7 @@ pub use rights::{has_rights_of, keeps_rights, may_set_program};
 pub use room::check_room;
 pub use settings::Settings;
 pub use standing::Standing;
+pub use time_left::{prepare_time_left, wait_on};
 pub use transplant::{check_transplant, transplant};
 pub use verify::verify;
 

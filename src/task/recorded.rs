@@ -1,6 +1,7 @@
 //! A typed view of what a context holds of processes and threads.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use nix::unistd::Pid;
 
@@ -8,9 +9,9 @@ use crate::kernel::ptrace::{Registers, SignalInfo};
 use crate::kernel::registers;
 use crate::record::{Context, Error, Kind, ObjectId, Record};
 
-use super::Result;
 use super::layout::{Action, Identity, ProcessRecord, SIGNALS, ThreadRecord, TimersRecord};
 use super::posix_timers::PosixTimer;
+use super::{Result, time_left};
 
 /// All that a context holds of processes and threads, in place.
 #[derive(Debug, Clone)]
@@ -52,6 +53,8 @@ pub struct RecordedThread<'c> {
     pub xstate: &'c [u8],
     /// Signals that waited for this thread.
     pub pending: &'c [SignalInfo],
+    /// What was left to wait of the call that it was in.
+    pub(super) time_left: Option<Duration>,
 }
 
 impl RecordedProcess<'_> {
@@ -168,6 +171,7 @@ impl<'c> Recorded<'c> {
                     record: thread,
                     xstate,
                     pending: pending(context, record.id())?,
+                    time_left: time_left::read(context, record.id())?,
                 });
         }
         let mut processes = BTreeMap::new();

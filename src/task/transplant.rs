@@ -173,8 +173,10 @@ fn threads(
             thread.namespaces = namespaces;
         }
         to.put(Kind::Thread, id, &thread, extended)?;
-        if let Some(pending) = from.find(Kind::PendingSignals, id) {
-            to.append(Kind::PendingSignals, id, &[pending.payload()])?;
+        for kind in [Kind::PendingSignals, Kind::TimeLeft] {
+            if let Some(record) = from.find(kind, id) {
+                to.append(kind, id, &[record.payload()])?;
+            }
         }
     }
     Ok(())
