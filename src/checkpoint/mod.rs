@@ -21,7 +21,7 @@ use std::time::SystemTime;
 
 use nix::unistd::Pid;
 
-use crate::filesystem::{self, Files};
+use crate::filesystem::{self, Files, Prepared};
 use crate::freeze::{self, OnTracerDeath, Process, Stopped, Tree};
 use crate::kernel::kcmp;
 use crate::memory::{self, SharedImage, Space, SpaceImage};
@@ -178,14 +178,21 @@ pub fn take(
     phases: &mut Phases,
     decide: impl FnOnce(&Checkpoint) -> Then,
 ) -> Result<Checkpoint> {
-    let prepared = files.prepare(tree.root())?;
+    let images = others.iter().map(|other| &other.files);
+    let mut prepared = files.prepare(tree.root(), images)?;
     phases.end_running("mounts");
     match spaces.is_empty() {
         true => {
             memory::check_room(tree.root())?;
-            warm_up(tree, spaces, phases)?;
+            warm_up(tree, spaces, (files, &mut prepared), phases)?;
         }
-        false => memory::prepare_flags(),
+        false => {
+            memory::prepare_flags();
+            if files.is_much(&prepared)? {
+                pass(tree)?;
+                keep_early(tree, files, &mut prepared)?;
+            }
+        }
     }
     task::prepare_time_left();
     phases.end_running("prepare");
@@ -239,9 +246,39 @@ pub fn take(
     }
 }
 
-/// Before the first checkpoint: windows into all processes in a short stop of its own, then their memory is armed while
-/// they run, so that the stop of the checkpoint has to arm only what was written meanwhile.
-fn warm_up(tree: &mut Tree, spaces: &mut Spaces, phases: &mut Phases) -> Result<()> {
+/// How often content of files is kept while the tree runs, at most.
+const EARLY_PASSES: usize = 3;
+
+/// Keeps content of files while the tree runs, again if that takes long. Calls that were under way when `files` were prepared
+/// have ended.
+fn keep_early(tree: &mut Tree, files: &mut Files, prepared: &mut Prepared) -> Result<()> {
+    for _ in 1..EARLY_PASSES {
+        if !files.keep_early(tree.root(), prepared)? {
+            return Ok(());
+        }
+        pass(tree)?;
+    }
+    files.keep_early(tree.root(), prepared)?;
+    Ok(())
+}
+
+/// All calls that are under way in the tree end: stops it for a moment.
+fn pass(tree: &mut Tree) -> Result<()> {
+    let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+    let unknown = task::prepare(&mut stopped)?;
+    stopped.resume()?;
+    tree.learn_calls(&unknown);
+    Ok(())
+}
+
+/// Before the first checkpoint: windows into all processes in a short stop of its own, then files are looked at and memory is
+/// armed while they run, so that the stop of the checkpoint has to do only what has changed meanwhile.
+fn warm_up(
+    tree: &mut Tree,
+    spaces: &mut Spaces,
+    (files, prepared): (&mut Files, &mut Prepared),
+    phases: &mut Phases,
+) -> Result<()> {
     let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
     fault::point("checkpoint.opening");
     let unknown = task::prepare(&mut stopped)?;
@@ -254,6 +291,14 @@ fn warm_up(tree: &mut Tree, spaces: &mut Spaces, phases: &mut Phases) -> Result<
     phases.end("open");
     opened?;
     tree.learn_calls(&unknown);
+    let kept = keep_early(tree, files, prepared);
+    phases.end_running("keep");
+    if kept.is_err() {
+        let mut stopped = tree.stop(OnTracerDeath::RunOn)?;
+        forget_unused(&mut stopped, spaces, &[]);
+        stopped.resume()?;
+        return kept;
+    }
     for space in spaces.values() {
         space.arm_running(tree);
     }

@@ -2,6 +2,11 @@
 
 use std::path::PathBuf;
 
+use nix::unistd::Pid;
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
+use crate::kernel::mountinfo::{self, Mount};
+
 /// One mounted file system of the tree whose files go back with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Area {
@@ -17,6 +22,19 @@ pub struct Area {
     pub file_system: String,
     /// Mounted read-only, or its superblock is: nothing of it is recorded.
     pub read_only: bool,
+}
+
+impl Area {
+    /// The device of the superblock of the file system that has its files, if it can be told.
+    pub fn superblock(&self) -> Option<u64> {
+        let Kind::Overlay { upper, .. } = &self.kind else {
+            return Some(self.device);
+        };
+        let found = statx(CWD, upper, AtFlags::empty(), StatxFlags::MNT_ID).ok()?;
+        let ours = mountinfo::read(Pid::this()).ok()?.into_iter();
+        let is_it = |mount: &Mount| mount.id == found.stx_mnt_id;
+        ours.filter(is_it).map(|mount| mount.device).next()
+    }
 }
 
 /// What an area is.

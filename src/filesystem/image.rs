@@ -1,5 +1,7 @@
 //! What a checkpoint holds of files.
 
+use std::cell::OnceCell;
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io;
@@ -10,7 +12,8 @@ use std::sync::Arc;
 use super::area::{Area, LeftOut};
 use super::content::{Source, put_back};
 use super::execute::{set_rights, set_times};
-use super::meta::Meta;
+use super::index::Index;
+use super::meta::{Identity, Meta, Stat};
 use super::store::Kept;
 use super::tree::{Content, Tree};
 
@@ -32,6 +35,43 @@ pub struct AreaImage {
     pub tree: Tree,
     /// Files without a name that were open.
     pub nameless: Vec<Nameless>,
+    /// When it was equal to the live files last, as [`super::touched::Touched`] counts. `None`: that tells nothing of it.
+    pub moment: Option<u64>,
+    /// Made when it is needed.
+    index: OnceCell<Index>,
+}
+
+impl AreaImage {
+    /// The files of an area.
+    pub fn new(area: Area, tree: Tree, nameless: Vec<Nameless>) -> Self {
+        Self {
+            area,
+            tree,
+            nameless,
+            moment: None,
+            index: OnceCell::new(),
+        }
+    }
+
+    /// What is where.
+    pub fn index(&self) -> &Index {
+        self.index.get_or_init(|| Index::of(&self.tree))
+    }
+
+    /// Learns what names inodes that were made again: before and now.
+    pub fn renumber(&mut self, changed: &HashMap<Identity, Stat>) {
+        if changed.is_empty() {
+            return;
+        }
+        for node in &mut self.tree.nodes {
+            if let Some(new) = changed.get(&node.meta.stat.identity()) {
+                let mut meta = Meta::clone(&node.meta);
+                meta.stat = meta.stat.named_as(new);
+                node.meta = Arc::new(meta);
+                self.index.take();
+            }
+        }
+    }
 }
 
 /// A file without a name that somebody has open.

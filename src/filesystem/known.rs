@@ -6,7 +6,7 @@
 //! read; changes within one tick of the clock, before Linux 6.13, and on file systems that still work so. The journal tells of
 //! all of them, unless a file stays mapped or open: such a one is *exposed*, and compared.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -36,6 +36,8 @@ pub enum Read {
 #[derive(Debug, Default)]
 pub struct Inodes {
     known: HashMap<u64, Known>,
+    /// Those of them that may change unseen.
+    exposed: HashSet<u64>,
     trust: Trust,
 }
 
@@ -97,6 +99,7 @@ impl Inodes {
     pub fn new(trust: Trust) -> Self {
         Self {
             known: HashMap::new(),
+            exposed: HashSet::new(),
             trust,
         }
     }
@@ -159,7 +162,33 @@ impl Inodes {
             content,
             read,
         };
-        self.known.insert(known.meta.stat.ino, known);
+        let number = known.meta.stat.ino;
+        match read {
+            Read::Exposed => self.exposed.insert(number),
+            Read::Stopped | Read::Running => self.exposed.remove(&number),
+        };
+        self.known.insert(number, known);
+    }
+
+    /// Inodes that may change unseen.
+    pub fn exposed(&self) -> &HashSet<u64> {
+        &self.exposed
+    }
+
+    /// How many are known, some of which may have ended.
+    pub fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// Forgets all but these.
+    pub fn keep_only(&mut self, numbers: &HashSet<u64>) {
+        self.known.retain(|number, _| numbers.contains(number));
+        self.exposed.retain(|number| numbers.contains(number));
     }
 
     /// Forgets content that nothing else refers to, so that its space is free.
@@ -186,6 +215,17 @@ impl Inodes {
     pub fn expose(&mut self, ino: u64) {
         if let Some(known) = self.known.get_mut(&ino) {
             known.read = Read::Exposed;
+            self.exposed.insert(ino);
+        }
+    }
+
+    /// The journal has lost something: what it would have vouched for may have changed unseen.
+    pub fn doubt(&mut self) {
+        for (number, known) in &mut self.known {
+            if known.read == Read::Running {
+                known.read = Read::Exposed;
+                self.exposed.insert(*number);
+            }
         }
     }
 

@@ -254,18 +254,36 @@ pub fn open_directory(directory: BorrowedFd<'_>, name: &OsStr) -> io::Result<Own
     Ok(rustix::fs::openat(directory, name, flags, Mode::empty())?)
 }
 
-/// The names in a directory, sorted.
-pub fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<std::ffi::OsString>> {
+/// What a directory says of a name in it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// The name.
+    pub name: std::ffi::OsString,
+    /// The number of the inode.
+    pub number: u64,
+}
+
+/// What is in a directory, sorted by name.
+pub fn entries(directory: BorrowedFd<'_>) -> io::Result<Vec<Entry>> {
     // A descriptor of its own: the position is not shared.
     let own = open_directory(directory, OsStr::new("."))?;
-    let mut names = Vec::new();
+    let mut entries = Vec::new();
     for entry in rustix::fs::Dir::read_from(own.as_fd())? {
         let entry = entry?;
         let name = entry.file_name().to_bytes();
         if name != b"." && name != b".." {
-            names.push(OsStr::from_bytes(name).to_owned());
+            entries.push(Entry {
+                name: OsStr::from_bytes(name).to_owned(),
+                number: entry.ino(),
+            });
         }
     }
-    names.sort_unstable();
-    Ok(names)
+    entries.sort_unstable();
+    Ok(entries)
+}
+
+/// The names in a directory, sorted.
+pub fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<std::ffi::OsString>> {
+    let entries = entries(directory)?.into_iter();
+    Ok(entries.map(|entry| entry.name).collect())
 }

@@ -276,13 +276,20 @@ impl Planner<'_> {
             let live = &self.live.nodes[found];
             let rewrite = wanted.meta.stat.is_file() && wanted.content != live.content;
             let rights = !wanted.meta.has_same_rights(&live.meta);
+            // A directory that is moved may get another time with it: seen on XFS.
             if rewrite
                 || rights
                 || self.changed.contains(&node)
+                || self.stashed.contains(&node)
                 || differ_in_time(&wanted.meta, &live.meta)
             {
                 self.touch(found, &path);
                 times.push(Op::Times(path.clone(), node));
+            }
+            // Another inode does for it, which is to be known from now on.
+            let is_another = wanted.meta.stat.identity() != live.meta.stat.identity();
+            if is_another && !wanted.of_lower {
+                self.touch(found, &path);
             }
             if self.plan.touched.contains_key(&found) {
                 self.plan.after.insert(node, path.clone());

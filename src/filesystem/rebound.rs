@@ -1,41 +1,32 @@
 //! Files that other parts of a rollback have changed after the files went back.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Result;
+use super::image::AreaImage;
 use super::mounted::Mounted;
 use super::tree::{Node, ROOT, Tree};
 
 /// Sockets, FIFOs and exposed files that other parts of the rollback have made again or written to, and their directories.
 pub fn rebound<'a>(
     mounted: &Mounted,
-    recorded: &'a Tree,
+    recorded: &'a AreaImage,
     exposed: &HashSet<u64>,
 ) -> Result<Vec<(&'a Node, PathBuf)>> {
-    let is_rebound = |node: &Node| {
-        let stat = &node.meta.stat;
-        matches!(stat.file_type(), libc::S_IFSOCK | libc::S_IFIFO) || exposed.contains(&stat.ino)
-    };
+    let (tree, index) = (&recorded.tree, recorded.index());
+    let mut nodes = index.special().to_vec();
+    nodes.extend(exposed.iter().flat_map(|number| index.nodes(*number)));
+    nodes.retain(|node| !tree.nodes[*node].meta.stat.is_directory());
     let mut found = Vec::new();
-    if !recorded.nodes.iter().any(is_rebound) {
-        return Ok(found);
-    }
-    let mut pending = vec![(ROOT, PathBuf::new())];
-    while let Some((directory, parent)) = pending.pop() {
-        for (name, &node) in &recorded.nodes[directory].entries {
-            let was = &recorded.nodes[node];
-            if was.meta.stat.is_directory() {
-                pending.push((node, parent.join(name)));
-            } else if is_rebound(was) {
-                let path = parent.join(name);
-                let now = mounted.stat(&path);
-                let now = now.map_err(mounted.error("look at", &path))?;
-                if (now.ino, now.mtime) != (was.meta.stat.ino, was.meta.stat.mtime) {
-                    found.push((was, path));
-                    found.push((&recorded.nodes[directory], parent.clone()));
-                }
-            }
+    for (directory, node, path) in index.paths(tree, &nodes) {
+        let was = &tree.nodes[node];
+        let now = mounted.stat(&path);
+        let now = now.map_err(mounted.error("look at", &path))?;
+        if (now.ino, now.mtime) != (was.meta.stat.ino, was.meta.stat.mtime) {
+            let parent = path.parent().unwrap_or(Path::new("")).to_owned();
+            found.push((was, path));
+            found.push((&tree.nodes[directory], parent));
         }
     }
     Ok(found)

@@ -1,58 +1,56 @@
 //! The files of one tree, across its checkpoints.
 
-use std::collections::HashMap;
-use std::ffi::OsStr;
-use std::os::fd::AsFd;
+mod early;
+mod settle;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-use super::area::{Area, Found, Kind, LeftOut, Options};
-use super::areas::discover;
-use super::capture::{self, capture, keep_early, recognize};
+use super::Result;
+use super::area::{Area, Kind, Options};
+use super::capture::{self, lacks_names, recognize};
 use super::check::{check, check_uses};
 use super::complete::complete;
 use super::diff::{Change, changes};
-use super::execute::{Put, execute, set_times};
+use super::execute::{Put, execute};
 use super::image::{AreaImage, Image};
 use super::journal::{Journal, Seen};
-use super::known::{Inodes, Read, Trust};
-use super::mapped::mapped;
-use super::meta::{Identity, Meta, Stat, Time};
-use super::mounted::{Mounted, descend, split};
+use super::known::{Inodes, Trust};
+use super::meta::Meta;
+use super::mounted::Mounted;
 use super::plan::{Plan, plan};
-use super::rebound::{rebound, visited};
 use super::store::{Kept, Store};
+use super::touched::Touched;
 use super::tree::{Content, Node, Tree};
-use super::uses::{Use, exposed};
+use super::uses::Use;
 use super::verify::verify;
-use super::walk::{At, Watched, walk_changed};
-use super::{Error, Result};
+use super::walk::{At, Watched, walk_among, walk_changed};
 use crate::outcome::Difference;
 
-/// How often content is kept while the tree runs, at most.
-const EARLY_PASSES: usize = 3;
-/// A pass that takes no longer leaves little to be done in the stop.
-const SHORT: Duration = Duration::from_millis(20);
+pub use early::Prepared;
 
 /// The files of a tree: what content is kept, and what is known of live ones.
 #[derive(Debug)]
 pub struct Files {
     options: Options,
     store: Store,
-    known: Vec<(Area, Inodes)>,
-    /// `None`: nothing is watched (yet).
+    known: Vec<Live>,
+    /// Where there is no journal of inodes. `None`: nothing is watched (yet).
     journal: Option<Journal>,
+    /// `None`: not begun yet, or this kernel can't.
+    touched: Option<Touched>,
+    tried: bool,
 }
 
-/// The areas of a tree, open for a checkpoint.
+/// What is known of the live files of an area.
 #[derive(Debug)]
-pub struct Prepared {
-    areas: Vec<(Area, Mounted)>,
-    left_out: Vec<LeftOut>,
+struct Live {
+    area: Area,
+    inodes: Inodes,
+    /// The file system that the journal of inodes tells of.
+    device: Option<u64>,
 }
 
 /// The areas of a checkpoint, open for a rollback.
@@ -81,6 +79,8 @@ impl Files {
             options,
             known: Vec::new(),
             journal: None,
+            touched: None,
+            tried: false,
         }
     }
 
@@ -110,8 +110,8 @@ impl Files {
 
     /// Frees content that no checkpoint has: one was released, or refused.
     pub fn forget_unused(&mut self) {
-        for (_, known) in &mut self.known {
-            known.forget_unused();
+        for live in &mut self.known {
+            live.inodes.forget_unused();
         }
     }
 
@@ -119,55 +119,8 @@ impl Files {
     pub fn start_again(&mut self) {
         self.known.clear();
         self.journal = None;
-    }
-
-    /// Finds and opens what belongs to a tree, which may run meanwhile. `root` is its root.
-    ///
-    /// # Errors
-    ///
-    /// Refused if something can't be taken, naming it.
-    pub fn prepare(&mut self, root: Pid) -> Result<Prepared> {
-        let found = match self.options.include {
-            true => discover(root, &self.options)?,
-            false => Found::default(),
-        };
-        let prepared = Self::open_found(root, found)?;
-        self.keep_early(root, &prepared)?;
-        Ok(prepared)
-    }
-
-    /// Keeps content while the tree runs, again if that took long, so that little is left to be done in the stop.
-    fn keep_early(&mut self, root: Pid, prepared: &Prepared) -> Result<()> {
-        if prepared.is_empty() {
-            return Ok(());
-        }
-        if self.journal.is_none() {
-            match Journal::start() {
-                Ok(journal) => self.journal = Some(journal),
-                Err(error) => tracing::warn!(%error, "changes of files are not watched"),
-            }
-        }
-        for _ in 0..EARLY_PASSES {
-            let started = Instant::now();
-            let since = clock(ClockId::CLOCK_REALTIME_COARSE)?;
-            let mapped = mapped(root);
-            for (area, mounted) in &prepared.areas {
-                let index = self.index(area);
-                let known = &mut self.known[index].1;
-                let Some(journal) = &mut self.journal else {
-                    break;
-                };
-                // What is read there is opened, which the journal takes for a change.
-                if known.trust() == Trust::All {
-                    let (store, early) = (&mut self.store, (since, &mapped));
-                    keep_early(mounted, area.device, known, store, journal, early)?;
-                }
-            }
-            if started.elapsed() < SHORT {
-                break;
-            }
-        }
-        Ok(())
+        self.touched = None;
+        self.tried = false;
     }
 
     /// Keeps a content for a file of an area that is told by `read`, as far as it is no hole.
@@ -183,37 +136,10 @@ impl Files {
         self.store.keep_read(size, data, beside, read)
     }
 
-    fn open_found(root: Pid, found: Found) -> Result<Prepared> {
-        let areas = found.areas.into_iter().filter(|area| !area.read_only);
-        let opened: Result<_> = areas
-            .map(|area| Ok((area.clone(), Mounted::open(root, &area)?)))
-            .collect();
-        Ok(Prepared {
-            areas: opened?,
-            left_out: found.left_out,
-        })
-    }
-
-    /// Records the files of a stopped tree.
-    ///
-    /// # Errors
-    ///
-    /// Refused if there is no room.
-    pub fn capture(&mut self, prepared: Prepared, uses: &[Use]) -> Result<Image> {
-        let mut image = Image {
-            areas: Vec::new(),
-            left_out: prepared.left_out,
-        };
-        for (area, mounted) in prepared.areas {
-            let index = self.index(&area);
-            let known = &mut self.known[index].1;
-            let seen = seen(&mut self.journal);
-            let watched = watched(&mut self.journal, &seen);
-            let captured = capture(&mounted, area, known, &mut self.store, watched, uses)?;
-            image.areas.push(captured);
-        }
-        self.rest();
-        Ok(image)
+    /// The moment that this operation ends at.
+    fn moment(&self, index: usize) -> Option<u64> {
+        self.known[index].device?;
+        self.touched.as_ref().map(Touched::next)
     }
 
     /// All is as it is known: to be called at the end of an operation, before the tree runs.
@@ -221,11 +147,28 @@ impl Files {
         if let Some(journal) = &mut self.journal {
             journal.clear();
         }
+        let complete = self.touched.as_mut().is_none_or(Touched::rest);
+        self.doubt_unless(complete);
+    }
+
+    /// Takes what the journal of inodes tells: see [`Touched::take`].
+    fn take(&mut self, begins: bool) -> bool {
+        let touched = self.touched.as_mut();
+        let complete = touched.is_none_or(|touched| touched.take(begins));
+        self.doubt_unless(complete);
+        complete
+    }
+
+    fn doubt_unless(&mut self, complete: bool) {
+        if !complete {
+            let told = self.known.iter_mut().filter(|live| live.device.is_some());
+            told.for_each(|live| live.inodes.doubt());
+        }
     }
 
     /// The place in `known` of an area.
     fn index(&mut self, area: &Area) -> usize {
-        let is_it = |(other, _): &(Area, Inodes)| other == area;
+        let is_it = |live: &Live| live.area == *area;
         if let Some(index) = self.known.iter().position(is_it) {
             return index;
         }
@@ -233,7 +176,17 @@ impl Files {
             Kind::Overlay { upper, .. } => Trust::of_path(upper),
             _ => Trust::of(&area.file_system),
         };
-        self.known.push((area.clone(), Inodes::new(trust)));
+        // Where stores to mappings change no times they would not be told of.
+        let device = (trust == Trust::All).then(|| area.superblock()).flatten();
+        let touched = self.touched.as_mut();
+        let is_told = touched
+            .zip(device)
+            .is_some_and(|(touched, device)| touched.watch(device));
+        self.known.push(Live {
+            area: area.clone(),
+            inodes: Inodes::new(trust),
+            device: device.filter(|_| is_told),
+        });
         self.known.len() - 1
     }
 
@@ -244,7 +197,12 @@ impl Files {
     /// Refused if a mount is not the one that was there.
     pub fn open(&self, root: Pid, image: &Image) -> Result<Mounts> {
         let areas = image.areas.iter();
-        let mounts: Result<_> = areas.map(|area| Mounted::open(root, &area.area)).collect();
+        let open = |area: &AreaImage| {
+            // Before the stop.
+            area.index();
+            Mounted::open(root, &area.area)
+        };
+        let mounts: Result<_> = areas.map(open).collect();
         Ok(Mounts(mounts?))
     }
 
@@ -255,14 +213,11 @@ impl Files {
     /// Refused if what has changed can't be changed back.
     pub fn plan(&mut self, mounts: &Mounts, image: &Image, uses: &[Use]) -> Result<Plans> {
         let mut plans = Vec::new();
+        self.take(true);
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
+            let (mut wanted, mut live) = self.changed(mounted, area)?;
             let index = self.index(&area.area);
-            let known = &self.known[index].1;
-            let seen = seen(&mut self.journal);
-            let watched = watched(&mut self.journal, &seen);
-            let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
-            let changed = walk_changed(mounted, known, watched, &mut recognize, &area.tree);
-            let (mut wanted, mut live) = changed?;
+            let known = &self.known[index].inodes;
             let is_news = |node: &&Node| {
                 !matches!(node.content, Content::Unknown)
                     && known.find(&node.meta.stat, true).1 != node.content
@@ -285,6 +240,31 @@ impl Files {
         Ok(Plans(plans))
     }
 
+    /// Recorded and live tree without what is the same in both.
+    fn changed(&mut self, mounted: &Mounted, area: &AreaImage) -> Result<(Tree, Tree)> {
+        let index = self.index(&area.area);
+        let live = &self.known[index];
+        let known = &live.inodes;
+        let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
+        if let Some((touched, device)) = self.touched.as_mut().zip(live.device) {
+            let among = area.moment.and_then(|moment| touched.since(device, moment));
+            if let Some(mut among) = among {
+                among.extend(known.exposed());
+                let watched = told(touched, device);
+                let recorded = (&area.tree, area.index());
+                let found = walk_among(mounted, known, watched, &mut recognize, recorded, &among)?;
+                if !lacks_names([&found.0, &found.1], area.index(), &among) {
+                    return Ok(found);
+                }
+            }
+            let watched = told(touched, device);
+            return walk_changed(mounted, known, watched, &mut recognize, &area.tree);
+        }
+        let seen = seen(&mut self.journal);
+        let watched = watched(&mut self.journal, &seen);
+        walk_changed(mounted, known, watched, &mut recognize, &area.tree)
+    }
+
     /// What has become of the files of a stopped tree; in the order of paths. Nothing is touched.
     ///
     /// # Errors
@@ -294,8 +274,8 @@ impl Files {
         let nothing = Inodes::default();
         let mut found = Vec::new();
         for (area, mounted) in image.areas.iter().zip(&mounts.0) {
-            let known = self.known.iter().find(|(other, _)| *other == area.area);
-            let known = known.map_or(&nothing, |(_, known)| known);
+            let known = self.known.iter().find(|live| live.area == area.area);
+            let known = known.map_or(&nothing, |live| &live.inodes);
             // Without the journal: only checkpoints and rollbacks take from that.
             let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
             let changed = walk_changed(mounted, known, Watched::Not, &mut recognize, &area.tree);
@@ -367,98 +347,6 @@ impl Files {
         Ok(put)
     }
 
-    /// After all else went back: times that this has changed, and what is known now. `to` is the checkpoint among `images`;
-    /// `directories` those, as the tree sees them, in which names may have come and gone.
-    ///
-    /// # Errors
-    ///
-    /// Those of the kernel; the tree must be killed.
-    pub fn settle(
-        &mut self,
-        mounts: &Mounts,
-        images: &mut [&mut Image],
-        to: usize,
-        plans: &Plans,
-        uses: &[Use],
-        directories: &[PathBuf],
-    ) -> Result<()> {
-        for (number, (mounted, todo)) in mounts.0.iter().zip(&plans.0).enumerate() {
-            let area = images[to].areas[number].area.clone();
-            let index = self.index(&area);
-            let recorded = &images[to].areas[number].tree;
-            let trust = self.known[index].1.trust();
-            // What is as it was is in the recorded tree only, what is of lower layers in the wanted one.
-            let mut exposing = exposed(uses, &area, recorded, trust);
-            exposing.extend(exposed(uses, &area, &todo.wanted, trust));
-            let exposed = exposing;
-            let read = |ino: u64| match exposed.contains(&ino) {
-                true => Read::Exposed,
-                false => Read::Stopped,
-            };
-            let known = &mut self.known[index].1;
-            for (meta, content) in &todo.recognized {
-                let (meta, ino) = (Arc::clone(meta), meta.stat.ino);
-                known.learn(meta, content.clone(), read(ino));
-            }
-            exposed.iter().for_each(|ino| known.expose(*ino));
-            let mut rebound = rebound(mounted, recorded, &exposed)?;
-            rebound.extend(visited(mounted, recorded, directories)?);
-            let after = todo.plan.after.iter();
-            let after = after.map(|(node, path)| (&todo.wanted.nodes[*node], path.clone()));
-            let mut after: Vec<(&Node, PathBuf)> = after.collect();
-            // The deepest first: what is done to a name changes the times of its directory only.
-            for (node, path) in rebound {
-                let (parent, name) = split(&path);
-                let directory = descend(mounted.root.as_fd(), parent);
-                directory
-                    .and_then(|directory| {
-                        let name = if name.is_empty() {
-                            OsStr::new(".")
-                        } else {
-                            name
-                        };
-                        set_times(directory.as_fd(), name, &node.meta)
-                    })
-                    .map_err(mounted.error("set times of", &path))?;
-                after.push((node, path));
-            }
-            let mut changed = HashMap::new();
-            for (was, path) in after {
-                let now = mounted
-                    .stat(&path)
-                    .map_err(mounted.error("look at", &path))?;
-                let meta = Arc::new(Meta {
-                    stat: now,
-                    ..Meta::clone(&was.meta)
-                });
-                if was.meta.stat.identity() != meta.stat.identity() && !was.of_lower {
-                    changed.insert(was.meta.stat.identity(), meta.stat.clone());
-                }
-                let read = match exposed.contains(&was.meta.stat.ino) {
-                    true => Read::Exposed,
-                    false => read(meta.stat.ino),
-                };
-                let known = &mut self.known[index].1;
-                known.learn(meta, was.content.clone(), read);
-            }
-            for image in images.iter_mut() {
-                let of_area = image.areas.iter_mut().filter(|other| other.area == area);
-                of_area.for_each(|other| other.renumber(&changed));
-            }
-        }
-        Ok(())
-    }
-
-    /// Learns which files of a checkpoint are in use, and may change unseen.
-    pub fn expose(&mut self, image: &Image, uses: &[Use]) {
-        for area in &image.areas {
-            let index = self.index(&area.area);
-            let known = &mut self.known[index].1;
-            let exposed = exposed(uses, &area.area, &area.tree, known.trust());
-            exposed.iter().for_each(|ino| known.expose(*ino));
-        }
-    }
-
     /// Compares all files with a checkpoint.
     ///
     /// # Errors
@@ -484,42 +372,18 @@ fn seen(journal: &mut Option<Journal>) -> Seen {
     }
 }
 
+fn told(touched: &mut Touched, device: u64) -> Watched<'_> {
+    Watched::Inodes {
+        touched,
+        device,
+        running: false,
+    }
+}
+
 fn watched<'a>(journal: &'a mut Option<Journal>, seen: &'a Seen) -> Watched<'a> {
     match journal {
         Some(journal) => Watched::Stopped(journal, seen),
         None => Watched::Not,
-    }
-}
-
-fn clock(clock: ClockId) -> Result<Time> {
-    let now = clock_gettime(clock).map_err(|errno| Error::File {
-        what: "read the clock for",
-        path: PathBuf::from("files"),
-        error: errno.into(),
-    })?;
-    Ok((now.tv_sec(), now.tv_nsec() as u32))
-}
-
-impl Prepared {
-    /// Whether no files are to be recorded.
-    pub fn is_empty(&self) -> bool {
-        self.areas.is_empty()
-    }
-}
-
-impl AreaImage {
-    /// Learns what names inodes that were made again: before and now.
-    fn renumber(&mut self, changed: &HashMap<Identity, Stat>) {
-        if changed.is_empty() {
-            return;
-        }
-        for node in &mut self.tree.nodes {
-            if let Some(new) = changed.get(&node.meta.stat.identity()) {
-                let mut meta = Meta::clone(&node.meta);
-                meta.stat = meta.stat.named_as(new);
-                node.meta = Arc::new(meta);
-            }
-        }
     }
 }
 
@@ -535,57 +399,4 @@ pub struct Moved {
 }
 
 #[cfg(test)]
-pub(super) mod tests_only {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::filesystem::plan::Op;
-    use crate::filesystem::tree::NodeId;
-
-    /// The plan of the only area by all of both trees, to be called after [`Files::plan`]; and what that planned.
-    pub(crate) fn full_plan(
-        files: &mut Files,
-        mounts: &Mounts,
-        image: &Image,
-        plans: &Plans,
-    ) -> Result<[BTreeSet<String>; 2]> {
-        let (area, mounted, cut) = (&image.areas[0], &mounts.0[0], &plans.0[0]);
-        let index = files.index(&area.area);
-        let known = &files.known[index].1;
-        let seen = seen(&mut files.journal);
-        let watched = watched(&mut files.journal, &seen);
-        let mut recognize = |at: At<'_>, node: &mut Node| recognize(mounted, known, at, node);
-        let mut live = crate::filesystem::walk::walk(mounted, known, watched, &mut recognize)?;
-        let mut wanted = area.tree.clone();
-        complete(mounted, &mut wanted, &mut live)?;
-        let full = plan(&wanted, &live);
-        Ok([told(&wanted, &full), told(&cut.wanted, &cut.plan)])
-    }
-
-    /// What a plan does, without the numbers of nodes. Names are changed in an order, which is told; inodes in any.
-    fn told(wanted: &Tree, plan: &Plan) -> BTreeSet<String> {
-        let of = |node: &NodeId| wanted.nodes[*node].meta.stat.identity();
-        let ops = plan.ops.iter().enumerate().map(|(number, op)| match op {
-            Op::Stash(path, node) => format!("{number} stash {path:?} {:?}", of(node)),
-            Op::Make(path, node) => format!("{number} make {path:?} {:?}", of(node)),
-            Op::Unstash(node, path) => format!("{number} unstash {path:?} {:?}", of(node)),
-            Op::Rewrite(path, node) => format!("rewrite {path:?} {:?}", of(node)),
-            Op::Rights(path, node) => format!("rights {path:?} {:?}", of(node)),
-            Op::Times(path, node) => format!("times {path:?} {:?}", of(node)),
-            other => format!("{number} {other:?}"),
-        });
-        let after = plan.after.iter();
-        let after = after.map(|(node, path)| format!("after {path:?} {:?}", of(node)));
-        let made = plan.made.iter().map(|node| format!("made {:?}", of(node)));
-        let touched = plan.touched.values();
-        let touched = touched.map(|path| format!("touched {path:?}"));
-        ops.chain(after).chain(made).chain(touched).collect()
-    }
-
-    /// Prepares areas that were not discovered.
-    pub(crate) fn files_of(files: &mut Files, root: Pid, found: Found) -> Result<Prepared> {
-        let prepared = Files::open_found(root, found)?;
-        files.keep_early(root, &prepared)?;
-        Ok(prepared)
-    }
-}
+pub(super) mod tests_only;

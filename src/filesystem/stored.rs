@@ -343,11 +343,8 @@ impl Files {
                 contents.insert(content, kept);
             }
             let tree = stored.tree(&contents);
-            image.areas.push(AreaImage {
-                tree: tree.ok_or_else(|| missing("the image lacks contents of its files"))?,
-                area,
-                nameless: Vec::new(),
-            });
+            let tree = tree.ok_or_else(|| missing("the image lacks contents of its files"))?;
+            image.areas.push(AreaImage::new(area, tree, Vec::new()));
         }
         let mounts = self.open(root, &image)?;
         let plans = self.plan(&mounts, &image, &[])?;

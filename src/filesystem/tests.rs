@@ -1,6 +1,6 @@
 //! Areas in a mount namespace of their own, changed at random, and compared with what they were by other code.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::Pid;
 
-use super::session::tests_only::{files_of, full_plan};
+use super::session::tests_only::{files_of, full_plan, without_journal};
 use super::*;
 use crate::kernel::mountinfo;
 
@@ -120,12 +120,31 @@ impl Place {
     }
 
     fn checkpoint(&self, files: &mut Files) -> Image {
+        self.checkpoint_after(files, &[], 1, &mut || {})
+    }
+
+    /// Content is kept early some times; each time things happen meanwhile.
+    fn checkpoint_after(
+        &self,
+        files: &mut Files,
+        others: &[&Image],
+        early: usize,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Image {
         let found = Found {
             areas: vec![self.area.clone()],
             left_out: Vec::new(),
         };
-        let prepared = files_of(files, self.pid(), found).unwrap();
-        files.capture(prepared, &[]).unwrap()
+        let mut prepared = files_of(files, self.pid(), found, others).unwrap();
+        files.is_much(&prepared).unwrap();
+        meanwhile();
+        for _ in 0..early {
+            files.keep_early(self.pid(), &mut prepared).unwrap();
+            meanwhile();
+        }
+        let image = files.capture(prepared, &[]).unwrap();
+        assert_no_inode_twice(&image);
+        image
     }
 
     fn rollback(&self, files: &mut Files, images: &mut [&mut Image], to: usize) -> Put {
@@ -133,7 +152,15 @@ impl Place {
         let plans = files.plan(&mounts, images[to], &[]).unwrap();
         // Leaving out what is the same changes nothing.
         let [full, cut] = full_plan(files, &mounts, images[to], &plans).unwrap();
-        assert_eq!(full, cut);
+        let only = |one: &BTreeSet<String>, other: &BTreeSet<String>| {
+            let only = one.difference(other);
+            only.cloned().collect::<Vec<_>>()
+        };
+        let (in_full, in_cut) = (only(&full, &cut), only(&cut, &full));
+        assert!(
+            full == cut,
+            "only in the full plan {in_full:#?}, in the cut one {in_cut:#?}"
+        );
         let put = files.execute(&mounts, images[to], &plans).unwrap();
         files.settle(&mounts, images, to, &plans, &[], &[]).unwrap();
         files.rest();
@@ -191,6 +218,13 @@ fn fill_lowers(directory: &Path) {
         }
         symlink("a", layer.join("link")).unwrap();
     }
+}
+
+/// An inode is one node, whatever names it has.
+fn assert_no_inode_twice(image: &Image) {
+    let nodes = &image.areas[0].tree.nodes;
+    let numbers: BTreeSet<u64> = nodes.iter().map(|node| node.meta.stat.ino).collect();
+    assert_eq!(numbers.len(), nodes.len());
 }
 
 /// All there is to know of a name.
@@ -469,17 +503,24 @@ fn random_changes(sort: Sort) {
     for seed in seeds() {
         let place = Place::new(sort);
         let mut files = place.files();
+        if seed % 4 == 0 {
+            without_journal(&mut files);
+        }
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let run = std::panic::AssertUnwindSafe(|| {
             for _ in 0..40 {
                 change(&place.seen, &mut random);
             }
-            let mut first = place.checkpoint(&mut files);
+            let (early, some) = (random.below(3), random.below(10));
+            let mut meanwhile = || (0..some).for_each(|_| change(&place.seen, &mut random));
+            let mut first = place.checkpoint_after(&mut files, &[], early, &mut meanwhile);
             let was_first = see(&place);
             for _ in 0..30 {
                 change(&place.seen, &mut random);
             }
-            let mut second = place.checkpoint(&mut files);
+            let (early, some) = (random.below(3), random.below(10));
+            let mut meanwhile = || (0..some).for_each(|_| change(&place.seen, &mut random));
+            let mut second = place.checkpoint_after(&mut files, &[&first], early, &mut meanwhile);
             let was_second = see(&place);
             for round in 0..4 {
                 for _ in 0..25 {
@@ -525,6 +566,60 @@ fn volume_goes_back() {
 #[test]
 fn overlay_goes_back_by_sharing_blocks() {
     random_changes(Sort::Reflink);
+}
+
+/// Inodes, and when they were changed.
+fn changed_at(directory: &Path) -> BTreeMap<u64, (PathBuf, i64, i64)> {
+    let mut found = BTreeMap::new();
+    let mut pending = vec![directory.to_owned()];
+    while let Some(path) = pending.pop() {
+        let meta = fs::symlink_metadata(&path).unwrap();
+        if meta.is_dir() {
+            pending.extend(
+                fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path()),
+            );
+        }
+        found.insert(meta.ino(), (path, meta.ctime(), meta.ctime_nsec()));
+    }
+    found
+}
+
+#[test]
+fn the_journal_tells_of_every_change_of_ctime() {
+    for sort in [Sort::Overlay, Sort::Volume, Sort::Reflink] {
+        let place = Place::new(sort);
+        let Ok(mut changes) = crate::kernel::inode_changes::InodeChanges::start() else {
+            println!("SKIP no journal of inodes");
+            return;
+        };
+        let device = place.area.superblock().unwrap();
+        assert!(changes.watch(device));
+        let own = match &place.area.kind {
+            Kind::Overlay { upper, .. } => upper.clone(),
+            _ => place.directory.path().join("source"),
+        };
+        let mut random = Random(7);
+        for step in 0..300 {
+            changes.take(|_, _| {});
+            let before = changed_at(&own);
+            change(&place.seen, &mut random);
+            let mut told = BTreeSet::new();
+            assert!(changes.take(|_, number| {
+                told.insert(number);
+            }));
+            for (number, was) in changed_at(&own) {
+                let is_told = told.contains(&number);
+                match before.get(&number) {
+                    Some(other) if (other.1, other.2) != (was.1, was.2) => {
+                        assert!(is_told, "{sort:?} {step}: {other:?} became {was:?}");
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
 }
 
 /// Of a file that shares its blocks with the store only what was written since is another.

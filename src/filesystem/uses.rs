@@ -1,6 +1,6 @@
 //! What of the files a tree of processes has open or mapped.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::area::Area;
 use super::known::Trust;
-use super::tree::{Node, Tree};
+use super::tree::Node;
 
 /// A file that is open or mapped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,15 +77,28 @@ impl Use {
     }
 }
 
-/// Inodes that may change without a trace, because of how they are used.
-pub fn exposed(uses: &[Use], area: &Area, tree: &Tree, trust: Trust) -> HashSet<u64> {
+/// Inodes that may change without a trace, because of how they are used; `find` gives nodes that are shown to have a number.
+pub fn exposed<'a, N: IntoIterator<Item = &'a Node>>(
+    uses: &[Use],
+    area: &Area,
+    trust: Trust,
+    find: impl Fn(u64) -> N,
+) -> HashSet<u64> {
     let is_exposing = |using: &&Use| using.how == How::Mapped || trust != Trust::All;
-    let uses: Vec<&Use> = uses.iter().filter(is_exposing).collect();
-    let numbers: HashSet<u64> = uses.iter().map(|using| using.ino).collect();
-    let is_exposed = |node: &&Node| {
-        numbers.contains(&node.meta.stat.shown.1)
-            && uses.iter().any(|using| using.is_of(area, node))
-    };
-    let nodes = tree.nodes.iter().filter(is_exposed);
-    nodes.map(|node| node.meta.stat.ino).collect()
+    let mut exposed = HashSet::new();
+    for using in uses.iter().filter(is_exposing) {
+        let nodes = find(using.ino).into_iter();
+        let nodes = nodes.filter(|node| using.is_of(area, node));
+        exposed.extend(nodes.map(|node| node.meta.stat.ino));
+    }
+    exposed
+}
+
+/// Nodes that are shown to have each number.
+pub fn shown<'a>(nodes: impl IntoIterator<Item = &'a Node>) -> HashMap<u64, Vec<&'a Node>> {
+    let mut shown: HashMap<u64, Vec<&Node>> = HashMap::new();
+    for node in nodes {
+        shown.entry(node.meta.stat.shown.1).or_default().push(node);
+    }
+    shown
 }

@@ -3,7 +3,7 @@
 //! Of an overlay the upper directory is walked, and each of its names is looked at through the mount: whiteouts and opaque
 //! directories are seen above, everything else below.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,10 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::cut::Same;
+use super::index::Index;
 use super::journal::{Directory, Journal, Seen};
 use super::known::{Inodes, Trust};
-use super::meta::{Meta, Stat, names, open_directory, path_of, stat};
+use super::meta::{Meta, Stat, entries, open_directory, path_of, stat};
 use super::mounted::Mounted;
+use super::touched::Touched;
 use super::tree::{Content, Merged, Node, NodeId, ROOT, Tree};
 use super::{Error, Result};
 use crate::outcome::Refusal;
@@ -58,6 +60,17 @@ pub enum Watched<'a> {
     Stopped(&'a mut Journal, &'a Seen),
     /// It runs: what can't be looked at is passed over.
     Running(&'a mut Journal),
+    /// The journal of inodes tells of changes.
+    Inodes {
+        /// That.
+        touched: &'a mut Touched,
+        /// The device it tells of.
+        device: u64,
+        /// As for [`Self::Running`].
+        running: bool,
+    },
+    /// It runs, and nothing is kept of what is found.
+    Glance,
     /// Nobody does.
     Not,
 }
@@ -68,17 +81,46 @@ impl Watched<'_> {
             Self::Stopped(journal, _) | Self::Running(journal) => {
                 journal.watch(directory, key, trust != Trust::All);
             }
-            Self::Not => {}
+            Self::Inodes { .. } | Self::Glance | Self::Not => {}
         }
     }
 
-    fn is_unchanged(&self, directory: Directory, name: &OsStr) -> bool {
+    /// Whether nothing has happened to what is at a name since it was read last.
+    fn is_unchanged(&self, directory: Directory, name: &OsStr, inode: u64) -> bool {
         match self {
             Self::Stopped(_, seen) => seen.is_unchanged(directory, name),
             // What is known is compared again when the tree has stopped.
-            Self::Running(_) => true,
+            Self::Running(_) | Self::Glance => true,
+            Self::Inodes {
+                touched, device, ..
+            } => !touched.is_pending(*device, inode),
             Self::Not => false,
         }
+    }
+
+    fn looked_at(&mut self, inode: u64) {
+        if let Self::Inodes {
+            touched, device, ..
+        } = self
+        {
+            touched.looked_at(*device, inode);
+        }
+    }
+
+    fn again(&mut self, inode: u64) {
+        if let Self::Inodes {
+            touched, device, ..
+        } = self
+        {
+            touched.again(*device, inode);
+        }
+    }
+
+    fn runs(&self) -> bool {
+        matches!(
+            self,
+            Self::Running(_) | Self::Inodes { running: true, .. } | Self::Glance
+        )
     }
 }
 
@@ -120,6 +162,21 @@ pub fn walk_changed(
     Ok((others, live))
 }
 
+/// The same, but looks only at inodes with numbers that are `among`; others are as they were recorded.
+pub fn walk_among(
+    mounted: &Mounted,
+    known: &Inodes,
+    watched: Watched<'_>,
+    unknown: Unknown<'_>,
+    (recorded, index): (&Tree, &Index),
+    among: &HashSet<u64>,
+) -> Result<(Tree, Tree)> {
+    let same = Some(Same::but(recorded, index, among));
+    let (live, same) = walk_but(mounted, known, watched, unknown, same)?;
+    let others = same.map(|same| same.others()).unwrap_or_default();
+    Ok((others, live))
+}
+
 fn walk_but<'a>(
     mounted: &'a Mounted,
     known: &'a Inodes,
@@ -143,6 +200,7 @@ fn walk_but<'a>(
     let found = mounted.stat(Path::new("")).map_err(failed)?;
     let mut node = node(known, root, OsStr::new(""), found, false).map_err(failed)?;
     node.merged = mounted.upper.as_ref().map(|_| Merged::default());
+    walker.watched.looked_at(node.meta.stat.ino);
     walker.tree.nodes.push(node);
     let upper = mounted.upper.as_ref().map(|upper| upper.as_fd());
     walker.directory((ROOT, was), root, upper)?;
@@ -182,16 +240,33 @@ impl Walker<'_> {
         let key = (found.device, found.ino);
         // Before it is listed, so that nothing can happen in between.
         self.watched.watch(own, key, self.known.trust());
-        for name in names(own).map_err(self.failed(here))? {
+        for name in self.names((id, was), own)? {
             let done = self.name((id, was), directory, upper, key, name);
-            match (&self.watched, done) {
-                (Watched::Running(_), Err(Error::File { error, .. })) => {
+            match done {
+                Err(Error::File { error, .. }) if self.watched.runs() => {
                     tracing::debug!(%error, "passed over");
+                    self.watched.again(key.1);
                 }
-                (_, done) => done?,
+                done => done?,
             }
         }
         Ok(())
+    }
+
+    /// The names in a directory that have to be looked at.
+    fn names(&mut self, (id, was): Both, own: BorrowedFd<'_>) -> Result<Vec<OsString>> {
+        let failed = self.failed(OsStr::new(""));
+        let (Some(was), Some(same)) = (was, &mut self.same) else {
+            let all = entries(own).map_err(failed)?.into_iter();
+            return Ok(all.map(|entry| entry.name).collect());
+        };
+        if let Some(names) = same.names(was) {
+            self.tree.nodes[id].merged = same.merged(was).cloned();
+            return Ok(names);
+        }
+        let mut all = entries(own).map_err(failed)?;
+        all.retain(|entry| !same.passes_over(was, entry));
+        Ok(all.into_iter().map(|entry| entry.name).collect())
     }
 
     fn name(
@@ -209,11 +284,12 @@ impl Walker<'_> {
             }
             return Ok(());
         }
-        if let (Some(was), Some(same)) = (was, &mut self.same) {
-            let unchanged = self.watched.is_unchanged(key, &name);
-            if same.leaves_out(was, &name, self.known, &own, unchanged) {
-                return Ok(());
-            }
+        let unchanged = self.watched.is_unchanged(key, &name, own.ino);
+        self.watched.looked_at(own.ino);
+        if let (Some(was), Some(same)) = (was, &mut self.same)
+            && same.leaves_out(was, &name, self.known, &own, unchanged)
+        {
+            return Ok(());
         }
         let found = match upper {
             Some(_) => {
@@ -223,7 +299,7 @@ impl Walker<'_> {
             None => own,
         };
         let depth = self.path.components().count();
-        let done = self.entry((id, was), directory, upper, key, name, found);
+        let done = self.entry((id, was), directory, upper, unchanged, name, found);
         if done.is_err() {
             self.path = self.path.components().take(depth).collect();
         }
@@ -235,11 +311,10 @@ impl Walker<'_> {
         (parent, was): Both,
         directory: BorrowedFd<'_>,
         upper: Option<BorrowedFd<'_>>,
-        key: Directory,
+        unchanged: bool,
         name: OsString,
         found: Stat,
     ) -> Result<()> {
-        let unchanged = self.watched.is_unchanged(key, &name);
         let (ino, links, is_directory) = (found.ino, found.links, found.is_directory());
         if links > 1
             && !is_directory

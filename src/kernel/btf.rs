@@ -12,6 +12,7 @@ pub(super) struct Types {
 const HEADER: usize = 12;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
+const TYPEDEF: u32 = 8;
 const FUNCTION: u32 = 12;
 
 impl Types {
@@ -75,6 +76,12 @@ impl Types {
     /// The number of a function.
     pub(super) fn function(&self, name: &str) -> Option<u32> {
         self.find(FUNCTION, name).map(|number| number as u32)
+    }
+
+    /// The number of what a tracepoint's functions look like.
+    pub(super) fn tracepoint(&self, name: &str) -> Option<u32> {
+        let found = self.find(TYPEDEF, &format!("btf_trace_{name}"));
+        found.map(|number| number as u32)
     }
 
     /// The offset in bytes of a member of a structure, be it in one without a name.

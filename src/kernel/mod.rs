@@ -2,6 +2,7 @@
 
 pub mod anonymous;
 pub mod bootstrap;
+mod bpf;
 mod bpf_iterator;
 mod btf;
 pub mod cgroup_path;
@@ -10,6 +11,7 @@ pub mod credentials;
 pub mod detached;
 pub mod disposition;
 pub mod host_names;
+pub mod inode_changes;
 pub mod kcmp;
 pub mod keyring;
 pub mod last_pid;

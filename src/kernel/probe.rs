@@ -13,6 +13,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, getpid, pause};
 use serde::Serialize;
 
+use super::inode_changes::InodeChanges;
 use super::pagemap::{self, Backing, Scan};
 use super::proc_events::ProcEvents;
 use super::sock_diag::SockDiag;
@@ -225,6 +226,11 @@ const TESTS: &[Test] = &[
         "process events connector",
         "processes of a tree taken with --pid that leave their parents (daemons) are not found",
         |_| told(ProcEvents::open(1 << 16), ""),
+    ),
+    wants(
+        "tracepoints of ctime for BPF",
+        "a rollback of files looks at all of them, and watches all directories",
+        |_| told(InodeChanges::start(), ""),
     ),
     wants("cgroup.freeze", "no pause and resume", |_| cgroup_freeze()),
 ];

@@ -7,7 +7,8 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::bpf_iterator::{self as bpf, Instruction, Of, Program, step};
+use super::bpf::{self, Instruction, step};
+use super::bpf_iterator::{Of, Program};
 use super::btf;
 
 /// Words of `struct restart_block`.
