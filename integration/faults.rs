@@ -56,12 +56,18 @@ fn checkpoint_run(program: &str, start: Start<'_>) {
         let mut session = Session::new();
         let mut fixture = start();
         let members = fixture.family.members().len();
+        let descriptors = numbers::holdings(fixture.pid()).map(|held| held.descriptors);
         session.set(fault::VARIABLE, point);
         let answer = session.try_checkpoint(fixture.pid());
         assert_ne!(answer.status, DONE, "{point} was not reached: {answer:#?}");
         keeper_is_gone(&session, point);
         assert_untraced(&fixture, members, point);
         fixture.verify(point);
+        assert_eq!(
+            numbers::holdings(fixture.pid()).map(|held| held.descriptors),
+            descriptors,
+            "{point}: its descriptors"
+        );
         fixture.run_on();
         fixture.verify(point);
 

@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 use std::process::Command;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::support::fixture::{self, Fixture};
 use crate::support::fixture_tests;
@@ -140,6 +141,36 @@ fn events_of_aio_that_wait_are_refused() {
 fn an_epoll_entry_without_its_number_is_refused() {
     let object = "fd 90: epoll entry for fd 91";
     refused_at_checkpoint("epoll_closed_target", "", object);
+}
+
+/// With its mount point a mount goes from all namespaces: nothing that the tree has done.
+#[test]
+fn a_mount_that_the_machine_takes_away_is_not_missed() {
+    let mut session = Session::new();
+    let point = session.scratch().join("mounted");
+    std::fs::create_dir(&point).expect("making a directory");
+    let tmpfs = Some("tmpfs");
+    mount(tmpfs, &point, tmpfs, MsFlags::empty(), None::<&str>).expect("mounting a tmpfs");
+    let mut command = Command::new("unshare");
+    let program = fixture::build_directory().join("umask");
+    command.args(["--mount", "--propagation", "private"]);
+    command.arg(program);
+    let mut fixture = Fixture::launch("umask", command);
+    session.checkpoint(fixture.pid());
+    umount2(&point, MntFlags::MNT_DETACH).expect("unmounting it");
+    let is_mounted = |pid: i32| {
+        let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+        mounts.contains(point.to_str().unwrap())
+    };
+    assert!(is_mounted(fixture.pid()), "the namespace is its own");
+    std::fs::remove_dir(&point).expect("removing the mount point");
+    assert!(!is_mounted(fixture.pid()), "it has gone everywhere");
+    for _ in 0..2 {
+        fixture.mutate();
+        session.rollback(fixture.pid());
+        fixture.verify("after a rollback");
+        fixture.run_on();
+    }
 }
 
 #[test]

@@ -22,6 +22,7 @@ pub const POINTS: &[&str] = &[
     "keeper.request",
     "keeper.reply",
     "checkpoint.opening",
+    "checkpoint.mapped",
     "checkpoint.opened",
     "checkpoint.warm",
     "checkpoint.stopped",

@@ -299,28 +299,46 @@ fn capture(
 
     let mut context = Context::buffering()?;
     let found = objects::find(stopped)?;
-    task::capture(stopped, &mut context)?;
+    let asked = task::ask(stopped)?;
     phases.end("tasks");
+    let record = |asked: task::Asked, stopped: &Stopped, context: &mut Context| {
+        asked.record(stopped, context)?;
+        task::Standing::read(context)
+    };
+    let (begun, standing) = if spaces::is_any_known(spaces, &living) {
+        let standing = record(asked, stopped, &mut context)?;
+        phases.end("tasks");
+        let begun = spaces::begin(stopped, spaces, &living, Some(&standing))?;
+        phases.end("scan");
+        (begun, Ok(standing))
+    } else {
+        // None can be an increment: so they fork, and what can be looked at from outside is meanwhile.
+        let begun = spaces::begin(stopped, spaces, &living, None)?;
+        phases.end("scan");
+        let standing = record(asked, stopped, &mut context);
+        phases.end("tasks");
+        (begun, standing)
+    };
     fault::point("checkpoint.tasks");
-    let begun = spaces::begin(stopped, spaces, &living, &context)?;
-    phases.end("scan");
-    // While the processes fork, their descriptors are looked at from outside.
     let looked = found.look(&mut context);
     phases.end("objects");
     fault::point("checkpoint.objects");
     let ready = begun.finish(stopped);
     phases.end("fork");
     let ready = ready?;
-    let recorded = looked.and_then(|looked| looked.record(stopped, &mut context));
-    let objects = match recorded {
-        Ok(objects) => objects,
+    let recorded = standing.map_err(Error::from).and_then(|standing| {
+        let objects = looked?.record(stopped, &mut context)?;
+        Ok((standing, objects))
+    });
+    let (standing, objects) = match recorded {
+        Ok(recorded) => recorded,
         Err(error) => {
             ready.discard(stopped);
-            return Err(error.into());
+            return Err(error);
         }
     };
     phases.end("objects");
-    let taken = ready.capture(stopped, spaces, &mut context, images)?;
+    let taken = ready.capture(stopped, spaces, &standing, &mut context, images)?;
     phases.end("memory");
     fault::point("checkpoint.armed");
     let segments = memory::Segments::capture(stopped, images)?;

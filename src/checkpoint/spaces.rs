@@ -4,7 +4,7 @@ use nix::unistd::Pid;
 
 use super::{Result, Spaces};
 use crate::freeze::{self, Stopped};
-use crate::memory::{self, Changes, Forks, Fresh, Inquiry, SpaceImage};
+use crate::memory::{self, Changes, Forks, Fresh, Inquiry, Space, SpaceImage};
 use crate::record::Context;
 use crate::{fault, task};
 
@@ -13,7 +13,6 @@ pub(super) struct Begun {
     increments: Vec<(Pid, Changes, Inquiry)>,
     shadows: Vec<Whole>,
     forks: Forks,
-    standing: task::Standing,
 }
 
 /// A process that forks a shadow, and how it differs from what it was, if that is known.
@@ -23,23 +22,31 @@ type Whole = (Pid, Option<Changes>);
 pub(super) struct Ready {
     increments: Vec<(Pid, Changes, memory::Answers)>,
     shadows: Vec<(Whole, Fresh)>,
-    standing: task::Standing,
+}
+
+/// Whether any of these processes was taken before, so that it may be an increment now.
+pub(super) fn is_any_known(spaces: &Spaces, pids: &[Pid]) -> bool {
+    let mut known = pids.iter().filter_map(|pid| spaces.get(pid));
+    known.any(Space::is_known)
 }
 
 /// Finds out how each can be taken, and has them fork and answer, all at the same time. Until [`Begun::finish`] nothing may be
-/// done to their leaders.
+/// done to their leaders. Without `standing` all fork.
 pub(super) fn begin(
     stopped: &mut Stopped,
     spaces: &Spaces,
     living: &[Pid],
-    context: &Context,
+    standing: Option<&task::Standing>,
 ) -> Result<Begun> {
-    let standing = task::Standing::read(context)?;
     let mut increments = Vec::new();
     let mut shadows = Vec::new();
     for pid in living {
         let space = spaces.get(pid).ok_or(freeze::Error::Gone(*pid))?;
-        match space.changes(stopped, standing.of(*pid))? {
+        let changes = match standing {
+            Some(standing) => space.changes(stopped, standing.of(*pid))?,
+            None => None,
+        };
+        match changes {
             Some(changes) if !changes.want_shadow() => increments.push((*pid, changes)),
             changes => shadows.push((*pid, changes)),
         }
@@ -61,7 +68,6 @@ pub(super) fn begin(
         increments: asked,
         shadows,
         forks,
-        standing,
     };
     match failure {
         None => Ok(begun),
@@ -89,7 +95,6 @@ impl Begun {
         let ready = Ready {
             increments,
             shadows: self.shadows.into_iter().zip(made).collect(),
-            standing: self.standing,
         };
         match failure {
             None => Ok(ready),
@@ -104,8 +109,8 @@ impl Begun {
 impl Ready {
     /// Gives all of it up.
     pub(super) fn discard(self, stopped: &mut Stopped) {
-        for ((pid, _), shadow) in self.shadows {
-            shadow.discard(stopped, pid);
+        for (_, shadow) in self.shadows {
+            shadow.discard(stopped);
         }
     }
 
@@ -114,6 +119,7 @@ impl Ready {
         self,
         stopped: &mut Stopped,
         spaces: &mut Spaces,
+        standing: &task::Standing,
         context: &mut Context,
         images: &mut Vec<SpaceImage>,
     ) -> Result<Taken> {
@@ -123,11 +129,11 @@ impl Ready {
         for ((pid, changes), shadow) in shadows.by_ref() {
             let captured = match spaces.get_mut(&pid) {
                 Some(space) => {
-                    let standing = self.standing.of(pid).to_vec();
+                    let standing = standing.of(pid).to_vec();
                     space.capture(stopped, shadow, changes, standing, context)
                 }
                 None => {
-                    shadow.discard(stopped, pid);
+                    shadow.discard(stopped);
                     Err(freeze::Error::Gone(pid).into())
                 }
             };
@@ -146,7 +152,7 @@ impl Ready {
             fault::point("checkpoint.shadow");
         }
         if let Some(error) = failure {
-            shadows.for_each(|((pid, _), shadow)| shadow.discard(stopped, pid));
+            shadows.for_each(|(_, shadow)| shadow.discard(stopped));
             return Err(error.into());
         }
         for (pid, changes, answers) in self.increments {

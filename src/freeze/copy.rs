@@ -9,7 +9,8 @@ use crate::kernel::ptrace::{self, Event, Options};
 use crate::kernel::{procfs, runner};
 
 use super::batch::failure;
-use super::inject::{Bootstrap, await_birth, wait};
+use super::bootstrap::Bootstrap;
+use super::inject::{await_birth, wait};
 use super::stopped::Stopped;
 use super::{Context, Error, Result};
 
@@ -35,7 +36,7 @@ impl Stopped<'_> {
     ) -> Result<(std::result::Result<u64, Errno>, Option<Pid>)> {
         let maps = std::fs::File::open(procfs::path(shadow, "maps"))
             .context(|| format!("open /proc/{shadow}/maps"))?;
-        let place = Bootstrap::find(shadow, &maps)?;
+        let (place, _) = Bootstrap::find(shadow, &maps)?;
         ptrace::set_options(shadow, Options::HOLD_OR_KILL)
             .context(|| format!("ptrace options of shadow {shadow}"))?;
         let calls = |data| {

@@ -1,20 +1,18 @@
-//! The window into an address space, and running batches through it.
+//! Running batches through the window into an address space.
 
-use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::unistd::Pid;
 use zerocopy::IntoBytes;
 
-use crate::kernel::ptrace::{self, Event, Registers};
+use crate::kernel::ptrace::{self, Event};
 use crate::kernel::runner::{self, CODE_SIZE, Control, LIVENESS_OFFSET, REQUIRED, Step};
 use crate::kernel::window::Window;
-use crate::kernel::{maps, pidfd, procfs, remote_memory};
+use crate::kernel::{maps, procfs};
 
 use super::batch::{Batch, MOST_STEPS, Outputs, failure};
+use super::bootstrap::Bootstrap;
 use super::stopped::Stopped;
 use super::thread::Thread;
 use super::{Context, Error, Result, refuse};
@@ -27,8 +25,6 @@ pub(super) const DATA_OFFSET: usize =
     (STEPS_OFFSET + MOST_STEPS * size_of::<Step>()).next_multiple_of(64);
 const _: () = assert!(DATA_OFFSET + super::batch::MOST_DATA <= LIVENESS_OFFSET);
 
-/// User code segment of 64-bit tasks on x86-64.
-const USER_CS: u64 = 0x33;
 /// The flags register to start a batch with: interrupts enabled, direction forward.
 const CLEAN_FLAGS: u64 = 0x202;
 
@@ -59,6 +55,17 @@ struct UnderWay {
 }
 
 impl TargetWindow {
+    /// A window that was just mapped, of which the thread `opener` is held at its opening.
+    pub(super) fn new(address: u64, window: Window, bootstrap: Bootstrap, opener: Pid) -> Self {
+        Self {
+            address,
+            window,
+            bootstrap,
+            occupant: Some(opener),
+            under_way: None,
+        }
+    }
+
     /// Where a byte of the window is in the target.
     pub fn address_of(&self, offset: usize) -> u64 {
         self.address + offset as u64
@@ -155,137 +162,6 @@ impl Stopped<'_> {
             }
         }
     }
-
-    /// Makes sure that a process has a window with a page store of at least `store` bytes.
-    ///
-    /// The first use in an address space costs two injected calls and a batch.
-    pub fn open_window(&mut self, pid: Pid, store: usize) -> Result<()> {
-        self.open_window_at(pid, store, None)
-    }
-
-    /// As [`Stopped::open_window`], at an address of which nothing is known to be in the way of the window; what is there is
-    /// replaced.
-    pub fn open_window_at(&mut self, pid: Pid, store: usize, at: Option<u64>) -> Result<()> {
-        if self.member(pid)?.window.is_some() {
-            return Ok(());
-        }
-        let len = (STORE_OFFSET + store).next_multiple_of(4096);
-        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
-        let thread = process.threads.first_mut().ok_or(Error::Gone(pid))?;
-        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
-
-        let registers = *thread.registers()?;
-        if registers.cs != USER_CS {
-            return Err(refuse(
-                pid,
-                "a 32-bit program",
-                "only 64-bit programs can be taken",
-            ));
-        }
-        let place = Bootstrap::find(pid, &member.maps)?;
-        let memfd_flags = libc::MFD_CLOEXEC | MFD_EXEC;
-        let mut remote_fd = place.call(thread, &member.memory, libc::SYS_memfd_create, |name| {
-            [name, memfd_flags.into(), 0, 0, 0, 0]
-        })?;
-        if remote_fd == Err(Errno::EINVAL) {
-            // Before Linux 6.3 there is no MFD_EXEC.
-            remote_fd = place.call(thread, &member.memory, libc::SYS_memfd_create, |name| {
-                [name, libc::MFD_CLOEXEC.into(), 0, 0, 0, 0]
-            })?;
-        }
-        let remote_fd = remote_fd.map_err(|errno| {
-            refuse(
-                pid,
-                "its file table",
-                format!("one free descriptor is needed for a moment: {errno}; raise RLIMIT_NOFILE"),
-            )
-        })?;
-        let memfd: OwnedFd = pidfd::get_fd(member.pidfd.as_fd(), remote_fd as i32)
-            .context(|| format!("pidfd_getfd {pid} {remote_fd}"))?;
-        nix::unistd::ftruncate(&memfd, len as i64).context(|| "size a window".into())?;
-        let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-        let (wanted, flags) = match at {
-            Some(address) => (address, libc::MAP_SHARED | libc::MAP_FIXED),
-            None => (place.quiet, libc::MAP_SHARED),
-        };
-        let address = place.call(thread, &member.memory, libc::SYS_mmap, |_| {
-            [wanted, len as u64, prot as u64, flags as u64, remote_fd, 0]
-        })?;
-        place.erase(&member.memory)?;
-        let address = address.map_err(|errno| {
-            refuse(
-                pid,
-                "its address space",
-                format!("a window of {len} bytes can't be mapped: {errno}; raise RLIMIT_AS"),
-            )
-        })?;
-
-        let window = Window::map(&memfd, len).context(|| "map a window".into())?;
-        window.write(0, runner::code());
-        let mut target = TargetWindow {
-            address,
-            window,
-            bootstrap: place,
-            occupant: Some(pid),
-            under_way: None,
-        };
-        let mut batch = Batch::new();
-        let close = batch.call(libc::SYS_close, &[remote_fd.into()]);
-        let read_only = batch.call(
-            libc::SYS_mprotect,
-            &[
-                (address + LIVENESS_OFFSET as u64).into(),
-                (len - LIVENESS_OFFSET).into(),
-                libc::PROT_READ.into(),
-            ],
-        );
-        let not_inherited = batch.call(
-            libc::SYS_madvise,
-            &[address.into(), len.into(), libc::MADV_DONTFORK.into()],
-        );
-        let done = run(thread, &mut target, &batch)?;
-        for (step, what) in [
-            (close, "close"),
-            (read_only, "mprotect"),
-            (not_inherited, "madvise"),
-        ] {
-            done.result(step)
-                .map_err(|errno| Error::Call { pid, what, errno })?;
-        }
-        member.window = Some(target);
-        Ok(())
-    }
-
-    /// Notes that the kernel's own mappings in an address space are so many bytes further up now.
-    pub fn special_mappings_moved(&mut self, pid: Pid, offset: u64) -> Result<()> {
-        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
-        let window = member.window.as_mut().ok_or(Error::Gone(pid))?;
-        window.bootstrap.address = window.bootstrap.address.wrapping_add(offset);
-        Ok(())
-    }
-
-    /// Removes a process's window from its address space. What was in its page store is gone.
-    pub fn close_window(&mut self, pid: Pid) -> Result<()> {
-        let process = self.processes.get_mut(&pid).ok_or(Error::Gone(pid))?;
-        let thread = process.threads.first_mut().ok_or(Error::Gone(pid))?;
-        let member = self.tree.members.get_mut(&pid).ok_or(Error::Gone(pid))?;
-        let Some(mut target) = member.window.take() else {
-            return Ok(());
-        };
-        target.hide();
-        // The runner can't unmap itself and come back.
-        let place = target.bootstrap;
-        let result = place.call(thread, &member.memory, libc::SYS_munmap, |_| {
-            [target.address, target.window.len() as u64, 0, 0, 0, 0]
-        })?;
-        leave_call(thread.tid)?;
-        place.erase(&member.memory)?;
-        result.map(drop).map_err(|errno| Error::Call {
-            pid,
-            what: "munmap",
-            errno,
-        })
-    }
 }
 
 /// The number, in its own PID namespace, of the child that the last batch has forked in a window which a keeper that died
@@ -307,26 +183,14 @@ pub fn forked_last(memory: &std::fs::File, window: u64) -> Option<i32> {
     made.map(|pid| pid as i32).next_back()
 }
 
-/// The middle of the greatest gap between mappings. The kernel puts a program's next mappings right below the others,
-/// and programs rely on what they find there.
-fn quiet_place(vmas: &[maps::Vma]) -> u64 {
-    const ALIGNMENT: u64 = 2 << 20;
-    let gaps = vmas
-        .windows(2)
-        .filter(|pair| pair[1].end < 1 << 47)
-        .map(|pair| (pair[0].end, pair[1].start));
-    let (start, end) = gaps
-        .max_by_key(|(start, end)| end - start)
-        .unwrap_or((0, 0));
-    (start + (end - start) / 2) & !(ALIGNMENT - 1)
-}
-
-const MFD_EXEC: u32 = 0x10;
-const WINDOW_NAME: &CStr = c"snapback";
 /// What `/proc/PID/maps` calls a window.
 pub const WINDOW_MAPPING: &[u8] = b"/memfd:snapback (deleted)";
 
-fn run(thread: &mut Thread, target: &mut TargetWindow, batch: &Batch) -> Result<Outputs> {
+pub(super) fn run(
+    thread: &mut Thread,
+    target: &mut TargetWindow,
+    batch: &Batch,
+) -> Result<Outputs> {
     start(thread, target, batch)?;
     finish(thread, target)
 }
@@ -421,11 +285,8 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
     let mut born = Vec::new();
     loop {
         match wait(tid)? {
-            Event::Signal(libc::SIGTRAP) => return Ok(born),
-            Event::Forked(child) => {
-                await_birth(child)?;
-                born.push(child);
-            }
+            Event::Signal(libc::SIGTRAP) => break,
+            Event::Forked(child) => born.push(child),
             // The interrupt that stopped it may be reported once more.
             Event::Interrupted | Event::Other(_) => {}
             // These can't be blocked. It gets it when it runs on.
@@ -440,6 +301,9 @@ fn await_trap(thread: &mut Thread) -> Result<Vec<Pid>> {
         }
         ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
     }
+    // They get to their stops while their parent goes on.
+    born.iter().try_for_each(|child| await_birth(*child))?;
+    Ok(born)
 }
 
 /// Waits until a child that a traced task has made is stopped.
@@ -491,147 +355,5 @@ fn wait_for_init(tid: Pid) -> Result<Event> {
         }
         let pause = began.elapsed() / 16;
         std::thread::sleep(pause.clamp(Duration::from_micros(20), Duration::from_millis(5)));
-    }
-}
-
-/// Takes a thread from the end of a call to where it looks whether the call that the program was in is to be
-/// restarted, which it does for other stops only.
-pub(super) fn leave_call(tid: Pid) -> Result<()> {
-    ptrace::interrupt(tid).context(|| format!("interrupt {tid}"))?;
-    loop {
-        ptrace::resume(tid, 0).context(|| format!("resume {tid}"))?;
-        match wait(tid)? {
-            Event::Interrupted => return Ok(()),
-            Event::Exited(_) => return Err(Error::Gone(tid)),
-            _ => {}
-        }
-    }
-}
-
-/// Runs the thread to the beginning or end of a call.
-pub(super) fn await_call(thread: &mut Thread) -> Result<()> {
-    let tid = thread.tid;
-    loop {
-        ptrace::run_to_call(tid).context(|| format!("run {tid} to a call"))?;
-        match wait(tid)? {
-            Event::Signal(libc::SIGTRAP) => return Ok(()),
-            Event::Interrupted => {}
-            Event::Signal(libc::SIGSTOP) => thread.state.owed = Some(libc::SIGSTOP),
-            Event::Exited(_) => return Err(Error::Gone(tid)),
-            event => {
-                return Err(Error::Unexpected {
-                    tid,
-                    event: format!("{event:?}"),
-                });
-            }
-        }
-    }
-}
-
-/// A place in the target for the few instructions that make its first calls: the zero padding behind the vDSO's
-/// ELF image, which every address space has and nothing reads.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Bootstrap {
-    pub(super) address: u64,
-    /// Where a window is least in the way.
-    quiet: u64,
-}
-
-impl Bootstrap {
-    /// Room for the code, the name of the window's memfd and a signal mask.
-    pub(super) const SIZE: usize = 256;
-    /// Where in it, behind the code of a single call, what the call points to is.
-    pub(super) const DATA: u64 = 64;
-
-    pub(super) fn find(pid: Pid, held_maps: &std::fs::File) -> Result<Self> {
-        let text = procfs::read_held(held_maps).context(|| format!("read /proc/{pid}/maps"))?;
-        let vmas = maps::parse(&text).unwrap_or_default();
-        let vdso = vmas
-            .iter()
-            .find(|vma| &*vma.name == b"[vdso]")
-            .ok_or_else(|| {
-                refuse(
-                    pid,
-                    "its address space",
-                    "it has no vDSO (or the process has exec'd meanwhile)",
-                )
-            })?;
-        let address = vdso.end - Self::SIZE as u64;
-        let mut padding = [0; Self::SIZE];
-        let range = remote_memory::Range {
-            start: address,
-            len: Self::SIZE,
-        };
-        remote_memory::read(pid, &[range], &mut padding)
-            .context(|| format!("read the vDSO of {pid}"))?;
-        if padding != [0; Self::SIZE] {
-            return Err(refuse(
-                pid,
-                "its vDSO",
-                "it has no free room at its end; this kernel is not supported",
-            ));
-        }
-        Ok(Self {
-            address,
-            quiet: quiet_place(&vmas),
-        })
-    }
-
-    /// Makes one system call between two stops. `arguments` is given the address of the window's name.
-    fn call(
-        &self,
-        thread: &mut Thread,
-        memory: &std::fs::File,
-        number: libc::c_long,
-        arguments: impl Fn(u64) -> [u64; 6],
-    ) -> Result<std::result::Result<u64, Errno>> {
-        let tid = thread.tid;
-        let registers = *thread.registers()?;
-        let mut code = runner::bootstrap(&registers, thread.signal_mask()?);
-        let name_at = self.address + code.len() as u64;
-        code.extend(WINDOW_NAME.to_bytes_with_nul());
-        assert!(code.len() <= Self::SIZE);
-        memory
-            .write_all_at(&code, self.address)
-            .context(|| format!("write to the vDSO padding of {tid}"))?;
-
-        let [rdi, rsi, rdx, r10, r8, r9] = arguments(name_at);
-        let rip = self.address;
-        let call = Registers {
-            rax: number as u64,
-            orig_rax: u64::MAX,
-            rip,
-            rdi,
-            rsi,
-            rdx,
-            r10,
-            r8,
-            r9,
-            ..registers
-        };
-        thread.state.mask_differs = true;
-        thread.state.signals_blocked = false;
-        ptrace::set_signal_mask(tid, u64::MAX).context(|| format!("block signals of {tid}"))?;
-        thread.state.registers_differ = true;
-        ptrace::set_registers(tid, &call).context(|| format!("set registers of {tid}"))?;
-        // It stops at the beginning of the call and at its end.
-        for _ in 0..2 {
-            await_call(thread)?;
-        }
-        let result = ptrace::registers(tid)
-            .context(|| format!("registers of {tid}"))?
-            .rax;
-        let failed = result > -4096i64 as u64;
-        Ok(if failed {
-            Err(Errno::from_raw(-(result as i64) as i32))
-        } else {
-            Ok(result)
-        })
-    }
-
-    pub(super) fn erase(&self, memory: &std::fs::File) -> Result<()> {
-        memory
-            .write_all_at(&[0; Self::SIZE], self.address)
-            .context(|| "clean the vDSO padding".into())
     }
 }

@@ -4,12 +4,14 @@
 //! may be captured or changed. Nothing stays traced between operations but the shadows.
 
 mod batch;
+mod bootstrap;
 mod calls;
 mod copy;
 mod discover;
 mod inject;
 mod kill;
 mod lineage;
+mod open;
 mod orphans;
 mod pass;
 mod program;
@@ -23,6 +25,7 @@ mod watch;
 pub use batch::{Arg, Batch, MOST_DATA, MOST_STEPS, Output, Outputs, StepId};
 pub use copy::{InCopy, PlainCall};
 pub use inject::{STORE_OFFSET, TargetWindow, WINDOW_MAPPING, forked_last};
+pub use open::Made;
 pub use revive::LEAST_NO_PID;
 pub use stopped::{Process, Stopped};
 pub use thread::Thread;

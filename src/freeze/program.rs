@@ -5,7 +5,8 @@ use zerocopy::IntoBytes;
 
 use crate::kernel::ptrace::{self, Event, Options};
 
-use super::inject::{leave_call, wait};
+use super::bootstrap::leave_call;
+use super::inject::wait;
 use super::stopped::Stopped;
 use super::thread::Thread;
 use super::{Batch, Context, Error, Result};

@@ -5,7 +5,8 @@ use nix::unistd::Pid;
 use crate::kernel::ptrace::{self, Event, Registers};
 use crate::kernel::runner::goes_on_by_block;
 
-use super::inject::{DATA_OFFSET, await_call, wait};
+use super::bootstrap::await_call;
+use super::inject::{DATA_OFFSET, wait};
 use super::stopped::Stopped;
 use super::{Context, Error, Result, refuse};
 

@@ -1,6 +1,7 @@
 //! Typed, safe wrappers of the kernel interface. The only room that says `unsafe`.
 
 pub mod anonymous;
+pub mod bootstrap;
 mod bpf_iterator;
 mod btf;
 pub mod cgroup_path;

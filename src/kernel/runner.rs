@@ -229,52 +229,6 @@ pub fn goes_on_by_block(regs: &Registers) -> bool {
     regs.orig_rax as i64 >= 0 && regs.rax as i64 == -ERESTART_RESTARTBLOCK
 }
 
-/// Code that makes one system call and then puts back the signal mask and goes home with the registers `regs` by
-/// itself; for the first calls in a target that has no window yet. It needs no stack and no memory but its own.
-pub fn bootstrap(regs: &Registers, mask: u64) -> Vec<u8> {
-    let (home, _) = home(regs);
-    let mut code = vec![0x0f, 0x05]; // syscall
-    code.extend([0xb8, libc::SYS_rt_sigprocmask as u8, 0, 0, 0]); // mov eax, SYS_rt_sigprocmask
-    code.extend([0xbf, 2, 0, 0, 0]); // mov edi, SIG_SETMASK
-    code.extend([0x48, 0x8d, 0x35]); // lea rsi, [rip + mask]
-    let mask_offset_at = code.len();
-    code.extend([0; 4]);
-    code.extend([0x31, 0xd2]); // xor edx, edx
-    code.extend([0x41, 0xba, 8, 0, 0, 0]); // mov r10d, 8
-    code.extend([0x0f, 0x05]); // syscall
-    // System calls clobber rax, rcx and r11 only. The flags that `xor` changes are those of a thread that was
-    // interrupted; they are put back below.
-    let movabs: [(u8, u8, u64); 9] = [
-        (0x48, 0xb9, home[2]),                               // rcx
-        (0x48, 0xba, home[3]),                               // rdx
-        (0x48, 0xbe, home[4]),                               // rsi
-        (0x48, 0xbf, home[5]),                               // rdi
-        (0x49, 0xb8, home[7]),                               // r8
-        (0x49, 0xb9, home[8]),                               // r9
-        (0x49, 0xba, home[9]),                               // r10
-        (0x49, 0xbb, home[10]),                              // r11
-        (0x48, 0xb8, (regs.eflags & ARITHMETIC_FLAGS) << 8), // rax, for sahf
-    ];
-    for (rex, opcode, value) in movabs {
-        code.extend([rex, opcode]);
-        code.extend(value.to_le_bytes());
-    }
-    if regs.eflags & OVERFLOW_FLAG != 0 {
-        // 0x7f + 1 overflows; mov and sahf leave the overflow flag alone.
-        code.extend([0xb0, 0x7f, 0x04, 0x01]); // mov al, 0x7f; add al, 1
-    } // else `xor edx, edx` has cleared it
-    code.push(0x9e); // sahf
-    code.extend([0x48, 0xb8]); // movabs rax
-    code.extend(home[0].to_le_bytes());
-    code.extend([0xff, 0x25, 0, 0, 0, 0]); // jmp [rip + 0]
-    code.extend(home[16].to_le_bytes());
-    let mask_at = code.len();
-    code.extend(mask.to_le_bytes());
-    let offset = (mask_at - (mask_offset_at + 4)) as u32;
-    code[mask_offset_at..mask_offset_at + 4].copy_from_slice(&offset.to_le_bytes());
-    code
-}
-
 /// Code that makes up to four system calls, leaves their results in `r12` to `r15` and stops with `int3`. The task it
 /// runs in never runs on by itself.
 pub fn calls(calls: &[(libc::c_long, [u64; 3])]) -> Vec<u8> {
@@ -296,10 +250,6 @@ pub fn calls(calls: &[(libc::c_long, [u64; 3])]) -> Vec<u8> {
     code.push(0xcc); // int3
     code
 }
-
-/// SF, ZF, AF, PF and CF, which `sahf` sets from AH.
-const ARITHMETIC_FLAGS: u64 = 0xd5;
-const OVERFLOW_FLAG: u64 = 0x800;
 
 #[cfg(test)]
 mod tests {

@@ -9,10 +9,12 @@ use super::locks;
 use super::shadow::{self, Adoption, Shadow};
 use super::space::refuse;
 
-/// A shadow just made.
+/// A child that is being made a shadow.
 #[derive(Debug)]
 pub struct Fresh {
-    pub(super) shadow: Shadow,
+    parent: Pid,
+    pid: Pid,
+    adoption: Adoption,
     /// The program break of the address space.
     pub(super) brk: u64,
     /// How what is mapped from then on is to be locked.
@@ -20,9 +22,16 @@ pub struct Fresh {
 }
 
 impl Fresh {
+    /// Waits until it is a shadow. On failure it is gone.
+    pub(super) fn finish(self, stopped: &mut Stopped) -> Result<Shadow> {
+        let Self { parent, pid, .. } = self;
+        let adopted = self.adoption.finish();
+        adopted.inspect_err(|_| end(stopped, parent, pid))
+    }
+
     /// Gives it up.
-    pub fn discard(self, stopped: &mut Stopped, parent: Pid) {
-        end(stopped, parent, self.shadow.pid);
+    pub fn discard(self, stopped: &mut Stopped) {
+        end(stopped, self.parent, self.pid);
     }
 }
 
@@ -51,31 +60,20 @@ pub fn start_shadows(stopped: &mut Stopped, pids: &[Pid]) -> Forks {
 }
 
 impl Forks {
-    /// The shadows, in the order of the processes; on failure there are none.
+    /// The children, in the order of the processes; on failure there are none.
     pub fn finish(self, stopped: &mut Stopped) -> Result<Vec<Fresh>> {
         let Self { forks, mut failure } = self;
         let mut children = Vec::with_capacity(forks.len());
         for fork in forks {
-            let adopted = fork.finish(stopped);
-            children.extend(adopted.map_err(|error| failure.get_or_insert(error)).ok());
-        }
-        let mut made = Vec::with_capacity(children.len());
-        for child in children {
-            let (parent, pid) = (child.parent, child.pid);
-            match child.finish() {
-                Ok(fresh) => made.push((parent, fresh)),
-                Err(error) => {
-                    failure.get_or_insert(error);
-                    end(stopped, parent, pid);
-                }
-            }
+            let child = fork.finish(stopped);
+            children.extend(child.map_err(|error| failure.get_or_insert(error)).ok());
         }
         match failure {
-            None => Ok(made.into_iter().map(|(_, fresh)| fresh).collect()),
+            None => Ok(children),
             Some(error) => {
-                for (parent, fresh) in made {
-                    end(stopped, parent, fresh.shadow.pid);
-                }
+                children
+                    .into_iter()
+                    .for_each(|child| child.discard(stopped));
                 Err(error)
             }
         }
@@ -108,7 +106,7 @@ impl Fork {
         })
     }
 
-    fn finish(self, stopped: &mut Stopped) -> Result<Child> {
+    fn finish(self, stopped: &mut Stopped) -> Result<Fresh> {
         let parent = self.parent;
         let outputs = stopped.finish(parent)?;
         let inside = outputs.result(self.clone).map_err(|errno| {
@@ -118,7 +116,7 @@ impl Fork {
             return Err(freeze::Error::Gone(parent).into());
         };
         match Adoption::start(stopped, parent, pid, inside as i32) {
-            Ok(adoption) => Ok(Child {
+            Ok(adoption) => Ok(Fresh {
                 parent,
                 pid,
                 adoption,
@@ -130,25 +128,6 @@ impl Fork {
                 Err(error)
             }
         }
-    }
-}
-
-/// A child that is being made a shadow.
-struct Child {
-    parent: Pid,
-    pid: Pid,
-    adoption: Adoption,
-    brk: u64,
-    locks_future: u64,
-}
-
-impl Child {
-    fn finish(self) -> Result<Fresh> {
-        Ok(Fresh {
-            shadow: self.adoption.finish()?,
-            brk: self.brk,
-            locks_future: self.locks_future,
-        })
     }
 }
 

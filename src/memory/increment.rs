@@ -14,6 +14,7 @@ use crate::kernel::pagemap::{Categories, Scan};
 use crate::kernel::{procfs, remote_memory};
 use crate::record::Context;
 
+use super::capture::{append, pins};
 use super::execute::blocks;
 use super::flags;
 use super::history::State;
@@ -25,9 +26,7 @@ use super::page_map::PageMap;
 use super::plan;
 use super::ranges::{Ranges, Span};
 use super::source::{Base, Described, Resident, Source};
-use super::space::{
-    Copied, Space, Taken, append, check_layout, parse_map, pins, read_maps, system, window_span,
-};
+use super::space::{Copied, Space, Taken, check_layout, parse_map, read_maps, system, window_span};
 use super::{PAGE, Result};
 
 /// An image never has less than these pages by copy that a shadow of its own would spare it: 16 MiB.

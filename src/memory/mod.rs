@@ -6,6 +6,7 @@
 
 mod advice;
 mod aio;
+mod capture;
 mod content;
 mod execute;
 mod flags;

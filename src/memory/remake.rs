@@ -122,8 +122,8 @@ impl Space {
         if specials(&live).iter().any(in_the_way) {
             return Err(system(pid, "open its window", Errno::EEXIST));
         }
-        stopped.open_window_at(pid, store, Some(window.start))?;
-        Self::track(stopped, pid, store)
+        let made = stopped.open_window_at(pid, store, Some(window.start))?;
+        Self::track(stopped, pid, store, made)
     }
 
     /// Plans what makes the address space of a process that was made again equal to the image.

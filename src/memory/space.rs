@@ -1,35 +1,27 @@
 //! Capturing an address space, and what is kept of it as long as any checkpoint of it lives.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
-use zerocopy::IntoBytes;
 
 use crate::freeze::{self, Batch, STORE_OFFSET, Stopped};
 use crate::kernel::maps::Vma;
-use crate::kernel::pagemap::{self, Backing, Categories, Region, Scan};
+use crate::kernel::pagemap::{Categories, Region, Scan};
 use crate::kernel::userfaultfd::{USER_MODE_ONLY, WriteTracker};
 use crate::kernel::{pidfd, procfs};
 use crate::outcome::Refusal;
-use crate::record::{Context, Kind, ObjectId};
+use crate::record::Context;
 
-use super::fork::{self, Fresh};
+use super::fork::{self};
 use super::history::{History, State};
 use super::hot::Hot;
-use super::image::{AddressSpaceHeader, SpaceImage};
-use super::increment::{Changes, Foothold};
+use super::image::SpaceImage;
+use super::increment::Foothold;
 use super::layout::Layout;
-use super::locks;
-use super::page_map::PageMap;
 use super::page_store::PageStore;
 use super::plan::Plan;
 use super::ranges::{Ranges, Span};
-use super::source::{Base, Resident, Source};
 use super::store::Store;
 use super::{PAGE, Result};
 
@@ -89,31 +81,36 @@ impl Space {
     pub fn open(stopped: &mut Stopped, pid: Pid) -> Result<Self> {
         let resident = procfs::resident_bytes(pid).unwrap_or(0);
         let store = resident.max(LEAST_STORE) as usize;
-        stopped.open_window(pid, store)?;
-        let space = Self::track(stopped, pid, store)?;
+        let made = stopped.open_window(pid, store)?;
+        let space = Self::track(stopped, pid, store, made)?;
         space.clear_leftovers(stopped)?;
         Ok(space)
     }
 
-    /// Makes the write tracker of a process that has a window with a page store of `store` bytes.
-    pub(super) fn track(stopped: &mut Stopped, pid: Pid, store: usize) -> Result<Self> {
-        let mut batch = Batch::new();
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
-        let made = batch.call(libc::SYS_userfaultfd, &[flags.into()]);
-        let outputs = stopped.run(pid, &batch)?;
-        let remote = outputs.result(made).map_err(|errno| {
+    /// Makes the write tracker of a process that has a window with a page store of `store` bytes. `made`: the userfaultfd
+    /// that was made with the window.
+    pub(super) fn track(
+        stopped: &mut Stopped,
+        pid: Pid,
+        store: usize,
+        made: Option<freeze::Made>,
+    ) -> Result<Self> {
+        let made = match made {
+            Some(made) => made,
+            None => make_userfaultfd(stopped, pid)?,
+        };
+        let failed = |what: &str| {
             refuse(
                 pid,
                 "write tracking",
-                format!("userfaultfd(2) failed: {errno}; see `snapback check`"),
+                format!("{what}; see `snapback check`"),
             )
-        })?;
-        let taken = pidfd::get_fd(stopped.member(pid)?.pidfd.as_fd(), remote as i32);
-        let mut batch = Batch::new();
-        batch.call(libc::SYS_close, &[remote.into()]);
-        stopped.run(pid, &batch)?;
-        let tracker = taken.and_then(WriteTracker::enable).map_err(|errno| {
-            refuse(pid, "write tracking", format!("asynchronous write-protection failed: {errno}; Linux 6.7 has it, see `snapback check`"))
+        };
+        let fd = made.map_err(|errno| failed(&format!("userfaultfd(2) failed: {errno}")))?;
+        let tracker = WriteTracker::enable(fd).map_err(|errno| {
+            failed(&format!(
+                "asynchronous write-protection, of Linux 6.7, failed: {errno}"
+            ))
         })?;
         Ok(Self {
             pid,
@@ -177,6 +174,11 @@ impl Space {
         self.generation == member.generation
     }
 
+    /// Whether a checkpoint of it was taken before.
+    pub fn is_known(&self) -> bool {
+        self.history.now().is_some()
+    }
+
     /// Whether an image is of this address space.
     pub fn is_of(&self, image: &SpaceImage) -> bool {
         (self.pid, self.generation) == (image.pid, image.generation)
@@ -232,85 +234,6 @@ impl Space {
         if let Some(Err(error)) = armed {
             tracing::debug!(%error, "not armed before the stop");
         }
-    }
-
-    /// Takes an image of the address space of which a shadow was made just now: VMA list, populated pages; and arms the
-    /// tracking. On failure the shadow is gone. `before` tells how it differs from what it was equal to last, `standing` of the
-    /// process what the shadow has of it.
-    pub fn capture(
-        &mut self,
-        stopped: &mut Stopped,
-        Fresh {
-            shadow,
-            brk,
-            locks_future,
-        }: Fresh,
-        before: Option<Changes>,
-        standing: Vec<u8>,
-        context: &mut Context,
-    ) -> Result<(SpaceImage, Copied)> {
-        let of_shadow = shadow.pid;
-        let base = Arc::new(Base::new(shadow, standing));
-        let captured = self.capture_whole(stopped, base, (brk, locks_future), before, context);
-        captured.inspect_err(|_| fork::end(stopped, self.pid, of_shadow))
-    }
-
-    fn capture_whole(
-        &mut self,
-        stopped: &mut Stopped,
-        base: Arc<Base>,
-        asked: (u64, u64),
-        before: Option<Changes>,
-        context: &mut Context,
-    ) -> Result<(SpaceImage, Copied)> {
-        let pid = self.pid;
-        let member = stopped.member(pid)?;
-        let generation = member.generation;
-        let window = window_span(stopped, pid)?;
-        let text = read_maps(member)?;
-        let layout = parse_map(pid, &text, window)?;
-        check_layout(pid, &layout)?;
-        self.register(&layout)?;
-        let failed = |errno| system(pid, "scan its pages", errno);
-        let mut written = Vec::new();
-        layout
-            .scan(&member.pagemap, Scan::Rearm, Span::ALL, &mut written)
-            .map_err(failed)?;
-        self.hot.all_armed();
-        let written: Ranges = written.iter().map(Span::from).collect();
-        let populated = layout.populated(&member.pagemap).map_err(failed)?;
-        let differing = before.map(|before| before.differing(&written));
-        self.history.armed(&written);
-
-        let id = append(context, pid, &base, (&text, window), &populated, asked)?;
-        super::aio::check(pid, &layout)?;
-        let mut pages = PageMap::new(self.pages.clone());
-        let lacking = lacking(&base, &layout, &populated)?;
-        self.copy_out(stopped, &lacking, &mut pages)?;
-        let pins = pins(pid, &base, &layout, &BTreeMap::new())?;
-        self.taken = Some(Taken {
-            state: State {
-                base: base.id,
-                pages: pages.clone(),
-                populated: populated.clone(),
-                layout: layout.clone(),
-            },
-            differing,
-            is_increment: false,
-            besides: Ranges::new(),
-        });
-        let source = Source::Resident(Resident {
-            base,
-            pages,
-            described: None,
-        });
-        let mut image = SpaceImage::new(id, pid, generation, source, layout, asked.1);
-        image.pins = pins;
-        let armed = Copied {
-            pages: populated.pages(),
-            bytes: lacking.bytes(),
-        };
-        Ok((image, armed))
     }
 
     /// The checkpoint that was being taken has come about, with this image, or it has not.
@@ -403,6 +326,23 @@ impl Space {
     }
 }
 
+/// Has a process that has a window make a userfaultfd of its address space.
+fn make_userfaultfd(stopped: &mut Stopped, pid: Pid) -> Result<freeze::Made> {
+    let mut batch = Batch::new();
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+    let made = batch.call(libc::SYS_userfaultfd, &[flags.into()]);
+    let outputs = stopped.run(pid, &batch)?;
+    let remote = match outputs.result(made) {
+        Ok(remote) => remote,
+        Err(errno) => return Ok(Err(errno)),
+    };
+    let taken = pidfd::get_fd(stopped.member(pid)?.pidfd.as_fd(), remote as i32);
+    let mut batch = Batch::new();
+    batch.call(libc::SYS_close, &[remote.into()]);
+    stopped.run(pid, &batch)?;
+    Ok(taken)
+}
+
 /// Refuses what can't be kept.
 pub(super) fn check_layout(pid: Pid, layout: &Layout) -> Result<()> {
     match layout.private().find(|vma| vma.is_of_huge_pages()) {
@@ -414,101 +354,6 @@ pub(super) fn check_layout(pid: Pid, layout: &Layout) -> Result<()> {
         )),
         None => Ok(()),
     }
-}
-
-/// Writes the records of an image.
-pub(super) fn append(
-    context: &mut Context,
-    pid: Pid,
-    base: &Base,
-    (text, window): (&[u8], Span),
-    populated: &Ranges,
-    (brk, locks_future): (u64, u64),
-) -> Result<ObjectId> {
-    let id = context.new_object();
-    let header = AddressSpaceHeader {
-        pid: pid.as_raw() as u32,
-        shadow: base.shadow.pid.as_raw() as u32,
-        brk,
-        window_start: window.start,
-        window_end: window.end,
-        locks_future,
-    };
-    context.append(Kind::VmaList, id, &[text])?;
-    context.put_list(Kind::PopulatedRanges, id, populated.spans())?;
-    context.put(
-        Kind::AddressSpace,
-        id,
-        &header,
-        locks::read(pid)?.as_bytes(),
-    )?;
-    Ok(id)
-}
-
-/// The populated pages that fork has not given to a shadow.
-///
-/// `MADV_DONTFORK` leaves out the VMA, `MADV_WIPEONFORK` all pages of it, as does a VMA that was only read, which has but
-/// the zero page: so the first page of each tells of the rest.
-fn lacking(base: &Base, layout: &Layout, populated: &Ranges) -> Result<Ranges> {
-    let shadow = &base.shadow;
-    let in_shadow = base.vmas()?;
-    let mut lacking = Ranges::new();
-    for vma in layout.private() {
-        let pages = populated.intersection(&Ranges::from_iter([Span::from(vma)]));
-        let Some(first) = pages.spans().first() else {
-            continue;
-        };
-        let is_there = |vma: &Vma| vma.start <= first.start && first.start < vma.end;
-        let has_it = in_shadow.iter().any(is_there) && {
-            let what = Scan::Populated(Backing::Nothing);
-            let mut found = Vec::new();
-            let end = first.start + PAGE;
-            pagemap::scan(&shadow.pagemap, what, first.start, end, &mut found)
-                .map_err(|errno| system(shadow.pid, "scan a shadow", errno))?;
-            !found.is_empty()
-        };
-        if !has_it {
-            pages.spans().iter().for_each(|span| lacking.push(*span));
-        }
-    }
-    Ok(lacking)
-}
-
-/// Pins of the files that are mapped and not in a shadow: nothing else may lead there later. Those that are pinned already
-/// stay so.
-pub(super) fn pins(
-    pid: Pid,
-    base: &Base,
-    layout: &Layout,
-    before: &BTreeMap<(u64, u64), Arc<File>>,
-) -> Result<BTreeMap<(u64, u64), Arc<File>>> {
-    let in_shadow: BTreeSet<(u64, u64)> = base.vmas()?.iter().map(inode).collect();
-    let mut pins = BTreeMap::new();
-    let files = layout
-        .vmas
-        .iter()
-        .filter(|vma| !vma.is_anonymous() && !vma.is_special());
-    for vma in files.filter(|vma| !in_shadow.contains(&inode(vma))) {
-        if pins.contains_key(&inode(vma)) {
-            continue;
-        }
-        let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
-        let pin = match before.get(&inode(vma)) {
-            Some(pin) => Arc::clone(pin),
-            None => OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_PATH)
-                .open(procfs::path(pid, &name))
-                .map(Arc::new)
-                .map_err(|error| system(pid, &format!("pin the file mapped at {vma:?}"), error))?,
-        };
-        pins.insert(inode(vma), pin);
-    }
-    Ok(pins)
-}
-
-fn inode(vma: &Vma) -> (u64, u64) {
-    (vma.device, vma.inode)
 }
 
 /// Where the window of a process is in its address space.

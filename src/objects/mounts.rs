@@ -3,7 +3,8 @@
 //! What was mounted since is taken down, what was unmounted is mounted again, flags are set back. That is done in the
 //! namespace, but not by its processes, so it takes no privilege of theirs. A copy of all mounts (open_tree(2)) keeps file
 //! systems that are unmounted, and what is in them. In our own mount namespace nothing is looked at: it is the machine's.
-//! Nor is what the machine has mounted into the namespace since, or unmounted there, by propagation.
+//! Nor is what the machine has mounted into the namespace since, or unmounted there, by propagation; or by removing the
+//! mount point, with which a mount goes from all namespaces (Linux 3.18).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
@@ -59,6 +60,8 @@ pub struct Held {
     view: View,
     /// A copy of all mounts.
     copy: OwnedFd,
+    /// Which of the mounts the machine had at the same place.
+    of_machine: Vec<bool>,
     /// Whether it has changed since it was found to be as recorded.
     changed: std::sync::atomic::AtomicBool,
 }
@@ -119,6 +122,17 @@ fn read(bytes: &[u8]) -> std::io::Result<Vec<Mount>> {
     Ok(mounts.collect())
 }
 
+/// What is mounted in our own namespace.
+fn of_machine() -> std::io::Result<Vec<Mount>> {
+    read(&std::fs::read("/proc/self/mountinfo")?)
+}
+
+/// Whether a mount of another namespace is among these.
+fn is_among(mount: &Mount, others: &[Mount]) -> bool {
+    let is_it = |other: &Mount| (&other.what, &other.point) == (&mount.what, &mount.point);
+    others.iter().any(is_it)
+}
+
 /// Those that are not where the machine mounts and unmounts.
 fn inner(mounts: &[Mount]) -> impl Iterator<Item = &Mount> {
     let is_slave = |id: u64| mounts.iter().any(|mount| mount.id == id && mount.slave);
@@ -147,21 +161,29 @@ pub(super) fn capture(
         let view = View::open(Pid::from_raw(holder.pid)).map_err(text(&name))?;
         let copy = view.enter(mount_view::copy_all).map_err(own("open_tree"))?;
         let mounts = view.text().and_then(|bytes| read(&bytes));
-        recorded.push(Namespace {
-            mounts: mounts.map_err(text(&name))?,
-            holder: name,
-        });
+        let mounts = mounts.map_err(text(&name))?;
+        let ours = of_machine().map_err(text("ours"))?;
         all_held.push(Held {
             view,
             copy,
+            of_machine: mounts.iter().map(|mount| is_among(mount, &ours)).collect(),
             changed: false.into(),
+        });
+        recorded.push(Namespace {
+            mounts,
+            holder: name,
         });
     }
     Ok((recorded, all_held))
 }
 
-/// What makes `now` as recorded, or what can't be undone.
-fn difference(then: &[Mount], now: &[Mount]) -> Result<Change, Complaint> {
+/// What makes `now` as recorded, or what can't be undone. `is_lost` tells of a mount that is gone whether the machine has
+/// taken it away.
+fn difference(
+    then: &[Mount],
+    now: &[Mount],
+    is_lost: impl Fn(usize) -> bool,
+) -> Result<Change, Complaint> {
     let mut change = Change::default();
     let same = |mount: &Mount, other: &Mount| mount.id == other.id && mount.what == other.what;
     for (index, was) in then.iter().enumerate() {
@@ -170,6 +192,9 @@ fn difference(then: &[Mount], now: &[Mount]) -> Result<Change, Complaint> {
         }
         let object = || format!("the mount at {}", was.point.display());
         let Some(is) = now.iter().find(|is| same(was, is)) else {
+            if is_lost(index) {
+                continue;
+            }
             if !was.visible {
                 let problem = "it was unmounted since the checkpoint, when another was mounted over it; mount it again, then try again";
                 return Err((object(), problem.into()));
@@ -224,7 +249,7 @@ pub fn prepare(capture: &Capture) -> Result<Plan, Error> {
             holder: recorded.holder.clone(),
             remedy,
         };
-        let change = difference(&recorded.mounts, &now).map_err(refuse)?;
+        let change = held.difference(recorded, &now).map_err(refuse)?;
         if change == Change::default() {
             held.changed.store(false, Relaxed);
             continue;
@@ -241,6 +266,16 @@ fn each(capture: &Capture) -> impl Iterator<Item = (usize, (&Namespace, &Held))>
 }
 
 impl Held {
+    /// What makes the namespace, where `now` is mounted, as recorded.
+    fn difference(&self, recorded: &Namespace, now: &[Mount]) -> Result<Change, Complaint> {
+        let ours = std::cell::LazyCell::new(|| of_machine().ok());
+        let is_lost = |index: usize| {
+            let was = &recorded.mounts[index];
+            self.of_machine[index] && ours.as_ref().is_some_and(|ours| !is_among(was, ours))
+        };
+        difference(&recorded.mounts, now, is_lost)
+    }
+
     fn read(&self, recorded: &Namespace) -> Result<Vec<Mount>, Error> {
         let mounts = self.view.text().and_then(|bytes| read(&bytes));
         mounts.map_err(text(&recorded.holder))
@@ -320,7 +355,7 @@ pub fn execute(capture: &mut Capture, plan: &Plan) -> Result<(), Error> {
             let was = &mut recorded.mounts[*index];
             was.parent = *renamed.get(&was.parent).unwrap_or(&was.parent);
         }
-        if difference(&recorded.mounts, &now) != Ok(Change::default()) {
+        if held.difference(recorded, &now) != Ok(Change::default()) {
             return Err(own("putting mounts back")(Errno::EBUSY));
         }
     }
@@ -332,7 +367,7 @@ pub(super) fn verify(capture: &Capture) -> Result<Vec<Difference>, Error> {
     let mut differences = Vec::new();
     for (_, (recorded, held)) in each(capture) {
         let now = held.read(recorded)?;
-        let what = match difference(&recorded.mounts, &now) {
+        let what = match held.difference(recorded, &now) {
             Ok(change) if change == Change::default() => continue,
             Ok(change) => format!("{change:?} to be done"),
             Err((object, problem)) => format!("{object}: {problem}"),
@@ -359,7 +394,17 @@ mod tests {
 
     fn change(now: &str) -> Result<Change, Complaint> {
         let [then, now] = [THEN, now].map(|text| read(text.as_bytes()).unwrap());
-        difference(&then, &now)
+        difference(&then, &now, |_| false)
+    }
+
+    #[test]
+    fn what_the_machine_has_taken_away_is_not_missed() {
+        let [then, now] = [THEN, &without(3)].map(|text| read(text.as_bytes()).unwrap());
+        assert_eq!(
+            difference(&then, &now, |index| index == 2),
+            Ok(Change::default())
+        );
+        assert!(is_among(&then[2], &then) && !is_among(&then[2], &now));
     }
 
     fn without(id: u64) -> String {

@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
 
-use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::fstatfs;
 use nix::unistd::Pid;
@@ -12,45 +11,41 @@ use zerocopy::IntoBytes;
 use crate::freeze::{Stopped, refuse};
 use crate::kernel::host_names::{self, NOBODYS};
 use crate::kernel::namespaces::{self, Inodes};
-use crate::kernel::ptrace::{self, Queue, Registers};
+use crate::kernel::ptrace::SignalInfo;
 use crate::kernel::{pidfd, procfs, registers};
 use crate::record::{Context, Kind, ObjectId, ObjectKey};
 
-use super::layout::{
-    Identity, ProcessRecord, ProcessState, Rights, ThreadRecord, ThreadState, TimerValue,
-};
+use super::ask::{Asked, AskedProcess, AskedThread, Told};
+use super::layout::{Identity, ProcessRecord, ProcessState, ThreadRecord};
 use super::settings::{self, Settings};
 use super::time_left::{self, Blocks};
-use super::{About, Result, interrupted, pending, posix_timers, probe};
+use super::{About, Result, interrupted};
 
-/// Room for the extended state of any processor so far: AMX has 11 KiB.
-pub(super) const XSTATE_ROOM: usize = 16 << 10;
-
-/// Records every process and thread of a stopped tree. Every process but zombies needs a window, and [`prepare`] must
-/// have been called.
-///
-/// The records of a process and its threads are found through [`Recorded::read`].
-///
-/// [`prepare`]: super::prepare
-/// [`Recorded::read`]: super::Recorded::read
-pub fn capture(stopped: &mut Stopped<'_>, context: &mut Context) -> Result<()> {
-    let pids: Vec<Pid> = stopped.processes().map(|process| process.pid).collect();
-    for pid in pids {
-        let identity = identify(stopped, pid)?;
-        let key = ObjectKey::new(Kind::Process, identity.pid as u64, identity.start_time);
-        let id = context.intern(key).id();
-        if identity.zombie != 0 {
-            let record = ProcessRecord {
-                identity,
-                state: ProcessState::nothing(),
-                settings: Settings::nothing(),
-            };
-            context.put(Kind::Process, id, &record, b"")?;
-        } else {
-            capture_process(stopped, context, identity, id)?;
+impl Asked {
+    /// Records them all, with what `/proc` tells of them. Batches may run in the tree meanwhile.
+    ///
+    /// The records of a process and its threads are found through [`Recorded::read`].
+    ///
+    /// [`Recorded::read`]: super::Recorded::read
+    pub fn record(self, stopped: &Stopped<'_>, context: &mut Context) -> Result<()> {
+        for AskedProcess { pid, told } in self.0 {
+            let identity = identify(stopped, pid)?;
+            let key = ObjectKey::new(Kind::Process, identity.pid as u64, identity.start_time);
+            let id = context.intern(key).id();
+            match told {
+                Some(told) => record_process(stopped, context, identity, id, told)?,
+                None => {
+                    let record = ProcessRecord {
+                        identity,
+                        state: ProcessState::nothing(),
+                        settings: Settings::nothing(),
+                    };
+                    context.put(Kind::Process, id, &record, b"")?;
+                }
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// What names a process of the stopped tree.
@@ -99,14 +94,14 @@ pub(super) fn pidfd_inode(stopped: &Stopped<'_>, pid: Pid) -> Result<u64> {
     Ok(fstat(pidfd.as_raw_fd()).about(pid, "pidfd")?.st_ino)
 }
 
-fn capture_process(
-    stopped: &mut Stopped<'_>,
+fn record_process(
+    stopped: &Stopped<'_>,
     context: &mut Context,
     identity: Identity,
     id: ObjectId,
+    told: Told,
 ) -> Result<()> {
     let pid = Pid::from_raw(identity.pid);
-    // Before any batch: it tells of the thread as the program left it.
     let rights = rights(stopped, pid)?;
     if rights
         .lines()
@@ -119,22 +114,7 @@ fn capture_process(
         )
         .into());
     }
-    let (mut observed, leader) = probe::process(stopped, pid)?;
-    let timers = posix_timers::list_with_times(stopped, pid)?;
-    // One that has fired, and whose signal waits, has no time left until that is taken; setting it so would disarm it.
-    let due = |[interval, left]: &&mut TimerValue| *interval != [0, 0] && *left == [0, 0];
-    let of_interval = observed.timers.interval.iter_mut();
-    of_interval.filter(due).for_each(|[_, left]| *left = [0, 1]);
-
-    if observed.state.local_descriptors != 0 {
-        return Err(refuse(
-            pid,
-            "its local descriptor table (modify_ldt)",
-            "it can't be put back yet; such programs, Wine among them, can't be taken",
-        )
-        .into());
-    }
-
+    let mut observed = told.observed;
     if host_names::are_ours(pid).about(pid, "its UTS namespace")? {
         observed.state.host_names = NOBODYS;
     }
@@ -147,87 +127,46 @@ fn capture_process(
     let directory = observed.directory.unwrap_or_default();
     context.put(Kind::Process, id, &record, &directory)?;
     context.put_list(Kind::SignalHandlers, id, &observed.actions)?;
-    context.put(Kind::Timers, id, &observed.timers, timers.as_bytes())?;
+    context.put(Kind::Timers, id, &observed.timers, told.timers.as_bytes())?;
     context.append(Kind::Credentials, id, &[rights.as_bytes()])?;
-    let shared = ptrace::pending_signals(pid, Queue::Shared).about(pid, "pending signals")?;
-    put_pending(context, id, pid, &shared)?;
-
-    let tids: Vec<Pid> = match stopped.process(pid) {
-        Some(process) => process.threads.iter().map(|thread| thread.tid).collect(),
-        None => Vec::new(),
-    };
-    let count = tids.len();
+    put_pending(context, id, &told.pending)?;
+    let count = told.threads.len();
     let blocks = Blocks::of(pid);
-    for tid in tids {
-        let mut state = if tid == pid {
-            leader
-        } else {
-            probe::thread(stopped, pid, tid)?
+    for thread in told.threads {
+        let namespaces = match looks_at_namespaces(pid, thread.tid, count) {
+            true => namespaces_of(stopped, pid, thread.tid)?,
+            false => Inodes::default(),
         };
-        state.rights.filters = filters(pid, tid, &state.rights, 0)?;
-        let namespaces = if looks_at_namespaces(pid, tid, count) {
-            namespaces_of(stopped, pid, tid)?
-        } else {
-            Inodes::default()
-        };
-        let thread = capture_thread(stopped, context, (pid, tid), id, state, namespaces)?;
-        let (thread, registers, number) = thread;
-        time_left::capture(context, thread, (tid, &registers, number), &blocks)?;
+        let record = record_thread(context, id, &thread, namespaces)?;
+        let call = (thread.tid, &thread.registers, thread.number);
+        time_left::capture(context, record, call, &blocks)?;
     }
     Ok(())
 }
 
-/// Returns the id of its record, its registers, and the number of the call that it is in.
-fn capture_thread(
-    stopped: &mut Stopped<'_>,
+/// Returns the id of its record.
+fn record_thread(
     context: &mut Context,
-    (pid, tid): (Pid, Pid),
     process_id: ObjectId,
-    state: ThreadState,
+    thread: &AskedThread,
     namespaces: Inodes,
-) -> Result<(ObjectId, Registers, u64)> {
-    let gone = crate::freeze::Error::Gone(tid);
-    let thread = stopped
-        .process_mut(pid)
-        .and_then(|process| process.threads.iter_mut().find(|thread| thread.tid == tid))
-        .ok_or(gone)?;
-    let rseq = ptrace::rseq(tid).about(tid, "rseq configuration")?;
-    let registers = *thread.registers()?;
-    let signal_mask = thread.signal_mask()?;
-    let number = stopped.number_of_call(tid, &registers).ok_or_else(|| {
-        refuse(
-            pid,
-            format!("thread {tid}: the system call it is in"),
-            "it was interrupted before, and /proc/PID/syscall and stack do not tell which it is; try again",
-        )
-    })?;
-    let to_record = interrupted::to_record(&registers, number);
+) -> Result<ObjectId> {
+    let registers = interrupted::to_record(&thread.registers, thread.number);
     let record = ThreadRecord {
         process: context.refer(process_id)?,
-        tid: tid.as_raw() as u64,
-        registers: registers::to_words(&to_record),
-        signal_mask,
-        rseq_address: rseq.address,
-        rseq_size: rseq.size,
-        rseq_signature: rseq.signature,
+        tid: thread.tid.as_raw() as u64,
+        registers: registers::to_words(&registers),
+        signal_mask: thread.signal_mask,
+        rseq_address: thread.rseq.address,
+        rseq_size: thread.rseq.size,
+        rseq_signature: thread.rseq.signature,
         namespaces,
-        state,
+        state: thread.state,
     };
-    let mut xstate = [0; XSTATE_ROOM];
-    let len = ptrace::xstate(tid, &mut xstate).about(tid, "extended state")?;
-    if len == XSTATE_ROOM {
-        return Err(refuse(
-            pid,
-            format!("thread {tid}: its extended state"),
-            "it is larger than that of any processor known to this version",
-        )
-        .into());
-    }
     let id = context.new_object();
-    context.put(Kind::Thread, id, &record, &xstate[..len])?;
-    let private = ptrace::pending_signals(tid, Queue::Private).about(tid, "pending signals")?;
-    put_pending(context, id, pid, &private)?;
-    Ok((id, registers, number))
+    context.put(Kind::Thread, id, &record, &thread.xstate)?;
+    put_pending(context, id, &thread.pending)?;
+    Ok(id)
 }
 
 /// Whether the namespaces of a thread are looked at, of a process that has `count`: of the main thread always, of others
@@ -249,42 +188,8 @@ pub(super) fn namespaces_of(stopped: &Stopped<'_>, pid: Pid, tid: Pid) -> Result
     inodes.about(tid, "namespaces")
 }
 
-/// The number of seccomp filters of a thread, which is not less than `known`: a filter is never taken away.
-pub(super) fn filters(pid: Pid, tid: Pid, rights: &Rights, known: u64) -> Result<u64> {
-    if rights.seccomp != u64::from(libc::SECCOMP_MODE_FILTER) {
-        return Ok(0);
-    }
-    let mut count = known;
-    loop {
-        match ptrace::has_seccomp_filter(tid, count) {
-            Ok(true) => count += 1,
-            Ok(false) => return Ok(count),
-            // We are filtered ourselves.
-            Err(Errno::EACCES) => break,
-            Err(errno) => return Err(errno).about(tid, "seccomp filters"),
-        }
-    }
-    let path = format!("/proc/{pid}/task/{tid}/status");
-    let status = std::fs::read_to_string(path).about(tid, "status")?;
-    let count = procfs::status_line(&status, "Seccomp_filters");
-    Ok(count.and_then(|count| count.parse().ok()).unwrap_or(0))
-}
-
 /// Most queues are empty, and have no record.
-fn put_pending(
-    context: &mut Context,
-    id: ObjectId,
-    pid: Pid,
-    signals: &[ptrace::SignalInfo],
-) -> Result<()> {
-    if signals.len() > pending::MOST {
-        return Err(refuse(
-            pid,
-            format!("{} signals that wait", signals.len()),
-            format!("not more than {} can be kept", pending::MOST),
-        )
-        .into());
-    }
+fn put_pending(context: &mut Context, id: ObjectId, signals: &[SignalInfo]) -> Result<()> {
     if !signals.is_empty() {
         context.put_list(Kind::PendingSignals, id, signals)?;
     }

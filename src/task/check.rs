@@ -16,7 +16,7 @@ use super::probe::{self, Leader, ProcessProbe};
 use super::recorded::{Recorded, RecordedProcess};
 use super::revive::check_ended;
 use super::settings::{CGROUP, LOGIN_USER, Settings};
-use super::{About, Error, Result, capture};
+use super::{About, Error, Result, ask, capture};
 
 /// The live state of the recorded processes and threads before a rollback, for [`restore`](super::restore) to compare.
 #[derive(Debug, Clone, Default)]
@@ -290,7 +290,7 @@ fn observe(
         .threads
         .get(&pid)
         .map_or(0, |thread| thread.record.state.rights.filters);
-    leader.rights.filters = capture::filters(pid, pid, &leader.rights, known)?;
+    leader.rights.filters = ask::filters(pid, pid, &leader.rights, known)?;
     check_state(process, &live)?;
     check_directory(stopped, process, &live)?;
     observed.processes.insert(pid, live);
@@ -311,7 +311,7 @@ fn observe(
         } else {
             let mut state = probe::thread(stopped, pid, *tid)?;
             let known = thread.record.state.rights.filters;
-            state.rights.filters = capture::filters(pid, *tid, &state.rights, known)?;
+            state.rights.filters = ask::filters(pid, *tid, &state.rights, known)?;
             state
         };
         check_thread_rights(process, *tid, &thread.record.state.rights, &state.rights)?;

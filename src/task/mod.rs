@@ -5,7 +5,7 @@
 //! | function | when | what |
 //! |---|---|---|
 //! | [`prepare`] | after every stop, before any batch | makes it safe to run something else on a thread: restartable sequences are aborted, calls that only the stop has ended start again |
-//! | [`capture`] | checkpoint | live state to records |
+//! | [`ask`], [`Asked::record`] | checkpoint | live state to records |
 //! | [`Recorded::read`] | rollback | a view of the records, in place |
 //! | [`Lost`], [`Questions`], [`check_from_outside`], [`check`] | rollback, before anything is touched | observes the live state; which processes are to be made again; refuses what can't be undone |
 //! | [`kill_born`] | rollback | ends processes and threads born since, and has them reaped |
@@ -29,6 +29,7 @@
 //!   that it had when it was queued.
 //! - Processor time (`times(2)`, `ITIMER_PROF`'s clock) goes on; timers on such clocks get back their remaining time.
 
+mod ask;
 mod born;
 mod capture;
 mod check;
@@ -52,8 +53,9 @@ mod time_left;
 mod transplant;
 mod verify;
 
+pub use ask::{Asked, ask};
 pub use born::kill_born;
-pub use capture::{capture, identify};
+pub use capture::identify;
 pub use check::{Changed, Observed, check, check_from_outside};
 pub use layout::{
     Action, Identity, ProcessRecord, ProcessState, ThreadRecord, ThreadState, TimersRecord,

@@ -11,7 +11,7 @@ use crate::kernel::host_names::{self, NOBODYS};
 use crate::kernel::ptrace::{self, Queue, RseqConfiguration, SignalInfo};
 use crate::kernel::scheduling;
 
-use super::capture::XSTATE_ROOM;
+use super::ask::XSTATE_ROOM;
 use super::check::{Observed, path_input};
 use super::layout::{
     Action, INTERVAL_TIMERS, LIMITS, MemoryPolicy, SIGNALS, ThreadRecord, ThreadState,

@@ -80,7 +80,8 @@ impl Subject {
     fn checkpoint(&mut self) -> Context {
         let mut context = Context::buffering().expect("a context");
         let mut stopped = self.stop();
-        capture(&mut stopped, &mut context).expect("capture");
+        let asked = ask(&mut stopped).expect("ask");
+        asked.record(&stopped, &mut context).expect("record");
         stopped.resume().expect("resume");
         context.finish().expect("finish");
         context

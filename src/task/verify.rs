@@ -13,7 +13,7 @@ use crate::kernel::ptrace::{self, Queue, SignalInfo};
 use crate::kernel::{procfs, registers, scheduling};
 use crate::outcome::Difference;
 
-use super::capture::{XSTATE_ROOM, filters};
+use super::ask::{XSTATE_ROOM, filters};
 use super::check::{comm, holder};
 use super::layout::{Action, MemoryPolicy, ThreadState, TimerValue};
 use super::probe::ProcessProbe;
