@@ -2,8 +2,8 @@
 //! is dead and the answer says so. What it never is: reported as rolled back and wrong.
 
 use crate::support::fixture::{self, Fixture};
-use crate::support::numbers;
 use crate::support::session::{DONE, LOST, REFUSED, Session};
+use crate::support::{numbers, wait};
 
 #[track_caller]
 fn assert_refused(answer: &crate::support::session::Answer) {
@@ -40,10 +40,9 @@ fn honest_run(program: &str) {
                 "a refused rollback changed something"
             );
         }
-        LOST => assert!(
-            !numbers::is_alive(fixture.pid()),
-            "lost, but alive: {answer:#?}"
-        ),
+        LOST => wait::until("what is lost has ended", || {
+            !numbers::is_alive(fixture.pid())
+        }),
         _ => panic!("{answer:#?}"),
     }
 }
@@ -93,4 +92,43 @@ honesty_tests! {
     thread_credentials,
     vdso_moved,
     vfork_waits,
+}
+
+/// A file that a process outside has the same description of, and writes to: what was written to it stays, and nobody writes over it.
+#[test]
+fn a_log_that_is_shared_with_the_outside_is_not_written_over() {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    let path = tempfile::NamedTempFile::new()
+        .expect("a file")
+        .into_temp_path();
+    let mut log = std::fs::File::create(&path).expect("a log");
+    let shared = log.try_clone().expect("its description");
+    let mut cat = Command::new("cat");
+    let cat = cat.stdin(Stdio::piped()).stdout(shared).spawn();
+    let mut cat = cat.expect("starting cat");
+    let mut input = cat.stdin.take().expect("a pipe");
+    let holds = |expected: &str| {
+        let is = || std::fs::read_to_string(&path).expect("reading the log");
+        wait::until("cat has written", || is().len() >= expected.len());
+        assert_eq!(is(), expected);
+    };
+    input.write_all(b"one\n").expect("writing to cat");
+    holds("one\n");
+    let mut session = Session::new();
+    let pid = cat.id() as i32;
+    session.checkpoint(pid);
+    for (after, outside) in [("one\ntwo\n", ""), ("one\ntwo\ntwo\n", "again\n")] {
+        input.write_all(b"two\n").expect("writing to cat");
+        holds(after);
+        log.write_all(outside.as_bytes())
+            .expect("writing to the log");
+        session.rollback(pid);
+    }
+    input.write_all(b"three\n").expect("writing to cat");
+    holds("one\ntwo\ntwo\nagain\nthree\n");
+    session.release(pid).expect(DONE, "release");
+    drop(input);
+    assert!(cat.wait().expect("waiting for cat").success());
 }

@@ -115,12 +115,11 @@ impl Files {
         }
     }
 
-    /// Forgets what is known of live files: the tree has ended, and another is to take its place. What checkpoints have is kept.
+    /// Forgets what is known of live files: the tree has ended, and another is to take its place. What checkpoints have is kept; so
+    /// is the journal of inodes, by which moments of theirs count.
     pub fn start_again(&mut self) {
         self.known.clear();
         self.journal = None;
-        self.touched = None;
-        self.tried = false;
     }
 
     /// Keeps a content for a file of an area that is told by `read`, as far as it is no hole.

@@ -14,8 +14,8 @@ use super::state::State;
 use super::survey::{Expected, Sighting, Survey, compare, sharing, survey};
 use super::tcp_queue::complete;
 use super::{
-    Error, epoll_watch, file, locks, mounts, pipe, records, side_by_side, socket, socket_diag,
-    sysv, terminal,
+    Error, epoll_watch, file, locks, mounts, outside, pipe, records, side_by_side, socket,
+    socket_diag, sysv, terminal,
 };
 use crate::freeze::Stopped;
 use crate::kernel::kcmp;
@@ -151,9 +151,12 @@ impl Looked<'_> {
         context: &mut Context,
     ) -> Result<Capture, Error> {
         let Self {
-            found: Found {
-                holders, survey, ..
-            },
+            found:
+                Found {
+                    root,
+                    holders,
+                    survey,
+                },
             lives,
             states,
             pipes,
@@ -199,6 +202,10 @@ impl Looked<'_> {
             .map(|(place, index, holders)| (ids[index], lives[index].common, place, holders));
         recorded.locks = locks::held(files)?;
         let all: Vec<_> = ids.iter().copied().zip(&lives).collect();
+        let places = all
+            .iter()
+            .map(|(id, live)| (*id, live.place(), &live.common));
+        recorded.shared_outside = outside::shared(*root, places);
         recorded.sysv = sysv::capture(stopped, holders)?;
         recorded.terminals = terminal::capture(stopped, recorded, &all)?;
         records::write(context, recorded)?;

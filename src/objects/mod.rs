@@ -44,6 +44,7 @@ pub mod mounts;
 mod moved;
 pub mod multicast;
 pub mod observe;
+mod outside;
 pub mod pipe;
 pub mod plan;
 mod proc_file;

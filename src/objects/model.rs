@@ -1,6 +1,6 @@
 //! What is recorded of file tables and open file descriptions, and what is found of them later.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -174,6 +174,8 @@ pub struct Recorded {
     pub terminals: Vec<Terminal>,
     /// Names of the processes, for refusals.
     pub names: BTreeMap<i32, String>,
+    /// Files whose offset others outside write at too. It stays where it is; images don't have this.
+    pub shared_outside: BTreeSet<ObjectId>,
 }
 
 /// `st_dev` and `st_ino`.

@@ -258,7 +258,10 @@ pub fn plan(recorded: &Recorded, observed: &Observed) -> Result<Plan, Refusal> {
     }
     for (id, description) in &recorded.descriptions {
         let now = found.get(id).filter(|_| !replaced.contains(id));
-        let settle = settle(description, now.map(|live| (&live.common, live.owner)));
+        let mut settle = settle(description, now.map(|live| (&live.common, live.owner)));
+        if now.is_some() && recorded.shared_outside.contains(id) {
+            settle.offset = None;
+        }
         if settle != Settle::default() {
             plan.settle.push((*id, settle));
         }

@@ -186,7 +186,9 @@ impl Oracle<'_> {
                 .entry(description.common.inode())
                 .or_default()
                 .push(place);
-            for what in self.description(description, place)? {
+            let is_ours = !self.recorded.shared_outside.contains(id);
+            let offset = Some(description.common.offset).filter(|at| *at >= 0 && is_ours);
+            for what in self.description(description, offset, place)? {
                 self.differ(self.name(place), what);
             }
         }
@@ -217,7 +219,13 @@ impl Oracle<'_> {
         Ok(())
     }
 
-    fn description(&self, then: &Description, place: Place) -> Result<Vec<String>, Error> {
+    /// `at_offset` is the offset, if that goes back.
+    fn description(
+        &self,
+        then: &Description,
+        at_offset: Option<i64>,
+        place: Place,
+    ) -> Result<Vec<String>, Error> {
         let path = format!("/proc/{}/fd/{}", place.pid, place.fd);
         let info = Fdinfo::read(place.pid, place.fd)?;
         let at = match then.common.file_type() {
@@ -235,8 +243,8 @@ impl Oracle<'_> {
             differences.push(format!("flags {now:o} instead of {recorded:o}"));
         }
         let offset: i64 = info.number("pos")?;
-        if then.common.offset >= 0 && offset != then.common.offset {
-            differences.push(format!("offset {offset} instead of {}", then.common.offset));
+        if let Some(expected) = at_offset.filter(|expected| *expected != offset) {
+            differences.push(format!("offset {offset} instead of {expected}"));
         }
         if let Some(at) = at
             && (at.dev(), at.ino()) != then.common.inode()

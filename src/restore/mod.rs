@@ -12,8 +12,8 @@ mod processes;
 pub use origin::Origin;
 
 use crate::checkpoint::{self, Checkpoint, Spaces};
-use crate::filesystem::{self, Files, StoredArea};
-use crate::freeze::{self, OnTracerDeath, Tree};
+use crate::filesystem::{self, Files, Image, Mounts, StoredArea};
+use crate::freeze::{self, OnTracerDeath, Stopped, Tree};
 use crate::outcome::Refusal;
 use crate::phases::Phases;
 use crate::rollback::{self, Done, Failure};
@@ -117,7 +117,26 @@ pub fn run(
     let mut stopped = tree.stop(OnTracerDeath::Die)?;
     phases.end("stop");
     fault::point("restore.stopped");
-    let work = Work::new(&mut stopped, spaces, origin, verify)?;
+    let from = (origin, image, &mounts);
+    let made = make(&mut stopped, spaces, from, files, (name, verify), phases);
+    // Before it is let go: not an instruction is executed in a state that never was.
+    let made = made.inspect_err(|_| stopped.tree_mut().kill())?;
+    fault::point("restore.resuming");
+    stopped.resume()?;
+    phases.end("resume");
+    Ok(made)
+}
+
+/// Makes the stopped tree what `origin` says.
+fn make(
+    stopped: &mut Stopped,
+    spaces: &mut Spaces,
+    (origin, image, mounts): (&Origin, Image, &Mounts),
+    files: &mut Files,
+    (name, verify): (&str, bool),
+    phases: &mut Phases,
+) -> Result<(Checkpoint, Done)> {
+    let work = Work::new(stopped, spaces, origin, verify)?;
     let mut checkpoint = work.run(name, phases)?;
     checkpoint.files = image;
     for image in &checkpoint.spaces {
@@ -127,11 +146,11 @@ pub fn run(
     fault::point("restore.made");
     let mut checkpoints = [checkpoint];
     let done = rollback::bring_back(
-        &mut stopped,
+        stopped,
         spaces,
         &mut checkpoints,
         files,
-        &mounts,
+        mounts,
         (0, verify),
         phases,
     )?;
@@ -139,13 +158,10 @@ pub fn run(
     if !checkpoint.files.areas.is_empty() {
         // Only now are they open.
         checkpoint.uses =
-            checkpoint::files_in_use(&stopped, &checkpoint.objects, &checkpoint.spaces)?;
+            checkpoint::files_in_use(stopped, &checkpoint.objects, &checkpoint.spaces)?;
         files.expose(&checkpoint.files, &checkpoint.uses);
     }
-    rollback::wait_on(&mut stopped, &checkpoint, phases)?;
-    fault::point("restore.resuming");
-    stopped.resume()?;
-    phases.end("resume");
+    rollback::wait_on(stopped, &checkpoint, phases)?;
     Ok((checkpoint, done))
 }
 

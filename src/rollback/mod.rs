@@ -85,8 +85,17 @@ pub fn run(
         &mounts,
         (to, verify),
         phases,
-    )?;
-    wait_on(&mut stopped, &checkpoints[to], phases).map_err(Failure::HalfWay)?;
+    );
+    let waiting = |done| match wait_on(&mut stopped, &checkpoints[to], phases) {
+        Ok(()) => Ok(done),
+        Err(error) => Err(Failure::HalfWay(error)),
+    };
+    let done = done.and_then(waiting).inspect_err(|failure| {
+        if !matches!(failure, Failure::Untouched(_)) {
+            // Before it is let go: not an instruction is executed in a state that never was.
+            stopped.tree_mut().kill();
+        }
+    })?;
     fault::point("rollback.resuming");
     stopped
         .resume()
