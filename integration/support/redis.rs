@@ -30,7 +30,7 @@ impl Client {
     /// Connects to a socket in the file system.
     pub(crate) fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(300)))?;
         Ok(Self {
             stream: BufReader::new(stream),
         })
