@@ -247,7 +247,15 @@ pub(crate) fn note_running(root: &Path, id: &str) -> Result<(), Error> {
 /// Creates the container's view of libcontainer from its state.
 pub(super) fn load(id: &str, directory: &Path) -> Result<Container, Error> {
     let directory = fs::canonicalize(directory).map_err(Error::io("opening", directory))?;
-    Container::load(directory).map_err(Error::runtime(format!(
+    let load = || Container::load(directory.clone());
+    let loaded = load().or_else(|error| {
+        // It may have been half written, which ours waits for.
+        match locate::load_state(&directory, id, &directory) {
+            Ok(_) => load(),
+            Err(_) => Err(error),
+        }
+    });
+    loaded.map_err(Error::runtime(format!(
         "reading the state of container {id:?}"
     )))
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libcontainer::container::{ContainerStatus, State};
 use nix::fcntl::{Flock, FlockArg};
@@ -290,9 +290,12 @@ pub fn list(root: &Path) -> Result<Vec<Result<Located, Error>>, Error> {
         .collect())
 }
 
-fn load_state(root: &Path, id: &str, directory: &Path) -> Result<State, Error> {
+/// How long a state may be half written: as long as its writer waits for a processor.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+pub(super) fn load_state(root: &Path, id: &str, directory: &Path) -> Result<State, Error> {
     let path = State::file_path(directory);
-    let mut tries = 0;
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let text = fs::read(&path).map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => Error::Unknown {
@@ -304,8 +307,7 @@ fn load_state(root: &Path, id: &str, directory: &Path) -> Result<State, Error> {
         match serde_json::from_slice(&text) {
             Ok(state) => return Ok(state),
             // libcontainer truncates the file and writes it anew: what we see may be half of it.
-            Err(error) if error.is_eof() && tries < 50 => {
-                tries += 1;
+            Err(error) if error.is_eof() && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(1));
             }
             Err(error) => {
