@@ -7,7 +7,7 @@ use snapback::fault;
 use crate::containers::{PROGRAMS, bundle};
 use crate::restore::{next, real_bundle, with_restorable};
 use crate::support::container::{Containers, unique};
-use crate::support::fixture::Fixture;
+use crate::support::fixture::{Fixture, build_directory};
 use crate::support::redis;
 use crate::support::session::{Answer, DONE, ERROR, REFUSED};
 use crate::support::{numbers, skip, wait};
@@ -499,6 +499,41 @@ fn rollbacks_at_the_same_time_make_one_container() {
         assert!(command.wait().expect("waiting").success());
     }
     container.fixture.verify("made again");
+    container.delete();
+}
+
+/// What can't be made of a container that was created is told, the one that has ended is there, and made again when it can be.
+#[test]
+fn a_container_that_cannot_be_filled_is_still_the_one_that_ended() {
+    let program = "brk_grow";
+    let containers = Containers::new();
+    let programs = containers.session.scratch().join("programs");
+    let file = programs.join(program);
+    std::fs::create_dir(&programs).expect("making a directory");
+    std::fs::copy(build_directory().join(program), &file).expect("copying");
+    let mount = format!("{}:/fixtures:ro", programs.display());
+    let path = format!("/fixtures/{program}");
+    let arguments = ["host", "--mount", &mount, "--cwd", "/tmp", "--", &path];
+    let bundle = containers.bundle("bundle", &arguments);
+    let mut container = Container::start(containers, program, &bundle, true);
+    container.checkpoint("default");
+    container.fixture.mutate();
+    container.end(false);
+    // Another file of that name, a byte longer.
+    let away = file.with_extension("away");
+    std::fs::rename(&file, &away).expect("taking the program away");
+    std::fs::copy(&away, &file).expect("copying");
+    let other = std::fs::File::options().append(true).open(&file);
+    std::io::Write::write_all(&mut other.expect("opening it"), b"x").expect("writing");
+    for _ in 0..2 {
+        let answer = container.run(&["rollback"]).expect(ERROR, "rollback");
+        assert!(answer.err.contains(&path), "{answer:#?}");
+        container.has_ended();
+    }
+    std::fs::rename(&away, &file).expect("putting it back");
+    container.back("made again");
+    container.fixture.mutate();
+    container.back("rolled back");
     container.delete();
 }
 

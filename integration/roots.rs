@@ -59,20 +59,23 @@ fn start(program: &str) -> Fixture {
 #[test]
 fn files_of_a_root_that_has_ended_go_back() {
     let _numbers = numbers_go_on();
-    let script = "mount -t tmpfs none /mnt; exec \"$0\"";
+    // A root of its own, which is a tmpfs.
+    let script = "mount -t tmpfs none /mnt; cd /mnt; mkdir usr proc fixtures old; ln -s usr/bin usr/lib usr/lib64 .; \
+                  mount --bind /usr usr; mount --rbind /proc proc; mount --bind \"$0\" fixtures; pivot_root . old; \
+                  umount -l /old; exec /fixtures/brk_grow";
     let mut command = below_reaper("unshare");
     command.args(["--mount", "sh", "-e", "-c", script]);
-    command.arg(build_directory().join("brk_grow"));
+    command.arg(build_directory());
     let mut fixture = Fixture::launch_below_reaper("brk_grow", command);
     let mut session = Session::new();
-    let file = |pid: i32| format!("/proc/{pid}/root/mnt/file");
+    let file = |pid: i32| format!("/proc/{pid}/root/file");
     let write = |pid: i32, text: &str| std::fs::write(file(pid), text).expect("writing a file");
     write(fixture.pid(), "before");
     session.will_release(fixture.pid());
     let pid = fixture.pid().to_string();
-    let taken = session.run(&["checkpoint", "--json", "--volume", "/mnt", "--pid", &pid]);
+    let taken = session.run(&["checkpoint", "--json", "--pid", &pid]);
     let taken = taken.expect(DONE, "checkpoint");
-    assert_eq!(taken.report["files"]["included"][0], "/mnt", "{taken:#?}");
+    assert_eq!(taken.report["files"]["included"][0], "/", "{taken:#?}");
     for round in 0..2 {
         fixture.mutate();
         write(fixture.pid(), "after");

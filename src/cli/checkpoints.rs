@@ -21,7 +21,8 @@ Examples:
   snapback checkpoints --json --pid 4711
 
 FROM is the checkpoint that one came from: the last that was taken or rolled back to before; if that was released, the one
-before it. MARK says which one the container was equal to last (`current`), and which are released by name only (`pinned`).
+before it. MARK says which one the container was equal to last (`current`), which are released by name only (`pinned`), and
+which were taken before the container ended (`ended`).
 HEADERS is all that a checkpoint holds besides page contents, which stay shared with the running processes until they
 are changed; PAGES were copied, since they had changed since the one it came from; SHARE compares it with the memory that was resident when the checkpoint was taken. FILES is content of files;
 what several checkpoints have in common is kept once and shown with each. WHERE is `resident` (in RAM only), `persisting` (being

@@ -11,7 +11,7 @@ use crate::keeper::protocol::Request;
 /// Roll the container back to a checkpoint, in place
 ///
 /// Processes keep their PIDs, what was born since the checkpoint is killed. The checkpoint is kept: roll back to it
-/// as often as you like.
+/// as often as you like. A container that has ended is made again, under its ID, with mounts and cgroup as the bundle says.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

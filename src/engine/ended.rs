@@ -156,7 +156,9 @@ impl Engine {
             Ok(made) => made,
             Err(error) => {
                 self.tree.kill();
-                freeze::collect_all_deaths();
+                if !freeze::collect_all_deaths() {
+                    tracing::error!("what was made of the container has not ended in time");
+                }
                 self.tree = ended;
                 self.spaces.clear();
                 self.files.start_again();
