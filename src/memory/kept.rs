@@ -8,9 +8,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use memmap2::MmapMut;
 use nix::unistd::Pid;
 
 use crate::kernel::maps::Vma;
+use crate::kernel::memory_file::map_memory_file;
 use crate::kernel::pagemap::Scan;
 use crate::kernel::procfs;
 
@@ -32,7 +34,7 @@ struct Copies {
     ranges: Ranges,
     /// Where each of the ranges begins in `bytes`.
     begins: Vec<usize>,
-    bytes: Vec<u8>,
+    bytes: MmapMut,
 }
 
 /// Copies out of a shadow which [is about to end](Shadow::is_ending) all that it has.
@@ -102,18 +104,15 @@ fn open_path(path: &Path) -> io::Result<File> {
 impl Copies {
     fn read(shadow: &Shadow, ranges: Ranges) -> io::Result<Self> {
         let len = ranges.bytes() as usize;
-        let mut bytes = Vec::new();
-        bytes
-            .try_reserve_exact(len)
-            .map_err(|_| io::Error::from(ErrorKind::OutOfMemory))?;
-        bytes.resize(len, 0);
+        // A mapping cannot be empty.
+        let mut bytes = map_memory_file(c"snapback kept", len.max(1))?;
         let mut begins = Vec::with_capacity(ranges.spans().len());
         let mut at = 0;
         for span in ranges.spans() {
             begins.push(at);
             at += span.len() as usize;
         }
-        let mut rest = &mut bytes[..];
+        let mut rest = &mut bytes[..len];
         let mut pieces: Vec<Span> = Vec::new();
         let mut gathered = 0;
         for piece in ranges.pieces(PIECE) {
@@ -189,10 +188,10 @@ mod tests {
             end: page(end),
         };
         let ranges: Ranges = [span(1, 3), span(7, 8)].into_iter().collect();
-        let bytes: Vec<u8> = [1, 2, 7]
-            .into_iter()
-            .flat_map(|number| vec![number; PAGE as usize])
-            .collect();
+        let mut bytes = map_memory_file(c"test", 3 * PAGE as usize).unwrap();
+        for (page, number) in bytes.chunks_mut(PAGE as usize).zip([1, 2, 7]) {
+            page.fill(number);
+        }
         let copies = Copies {
             ranges,
             begins: vec![0, 2 * PAGE as usize],
