@@ -25,6 +25,8 @@ const MARK: &[u8] = b"snapback";
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bootstrap {
     pub(super) address: u64,
+    /// Whether there was code of a tracer that has died.
+    is_left: bool,
 }
 
 impl Bootstrap {
@@ -55,19 +57,20 @@ impl Bootstrap {
         };
         remote_memory::read(pid, &[range], &mut padding)
             .context(|| format!("read the vDSO of {pid}"))?;
-        if padding != [0; Self::SIZE] && !padding.ends_with(MARK) {
+        let is_left = padding.ends_with(MARK);
+        if padding != [0; Self::SIZE] && !is_left {
             return Err(refuse(
                 pid,
                 "its vDSO",
                 "it has no free room at its end; this kernel is not supported",
             ));
         }
-        Ok((Self { address }, vmas))
+        Ok((Self { address, is_left }, vmas))
     }
 
-    /// Whether a thread with these registers is in code there: on its way home, as a tracer has died.
-    pub(super) fn holds(&self, registers: &Registers) -> bool {
-        registers.rip.wrapping_sub(self.address) < Self::SIZE as u64
+    /// Whether a thread with these registers is in code that a tracer has left there when it died: on its way home.
+    pub(super) fn leads_home(&self, registers: &Registers) -> bool {
+        self.is_left && registers.rip.wrapping_sub(self.address) < Self::SIZE as u64
     }
 
     /// Has a thread make what a window is made of, and stop: what memfd_create(2), mmap(2) and userfaultfd(2) have returned. The

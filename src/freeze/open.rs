@@ -62,8 +62,7 @@ impl Stopped<'_> {
         }
         let (place, vmas) = Bootstrap::find(pid, &member.maps)?;
         for thread in &mut process.threads {
-            // One that a shadow has made there has no way back.
-            if at.is_none() && place.holds(thread.registers()?) {
+            if place.leads_home(thread.registers()?) {
                 return Err(refuse(
                     pid,
                     format!("thread {}", thread.tid),
