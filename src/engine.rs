@@ -307,7 +307,7 @@ impl Engine {
     /// [`Error::Refused`] and [`Error::Failed`]: nothing was touched. [`Error::Lost`]: it failed after changes began, or
     /// the comparison found a difference, and every process of the tree was killed.
     pub fn rollback(&mut self, name: &str, options: RollbackOptions) -> Result<Report, Error> {
-        if let Ok(ended) = self.find_ended(name) {
+        if let Some(ended) = self.find_ended(name) {
             return Err(self.cannot_go_back_to(&self.ended[ended]));
         }
         let to = self.find(name)?;
@@ -402,7 +402,7 @@ impl Engine {
             shared_bytes: checkpoint.shared.iter().map(|shared| shared.bytes()).sum(),
             file_bytes: checkpoint.files.bytes(),
             durability: self.durability(&checkpoint.name),
-            has_ended: self.find_ended(&checkpoint.name).is_ok(),
+            has_ended: self.find_ended(&checkpoint.name).is_some(),
         };
         all.iter().map(info).collect()
     }
@@ -416,7 +416,7 @@ impl Engine {
     pub fn release(&mut self, name: Option<&str>) -> Result<(), Error> {
         self.prepared = None;
         let to_free = match name {
-            Some(name) if self.find_ended(name).is_ok() => {
+            Some(name) if self.find_ended(name).is_some() => {
                 self.free_ended(name);
                 return Ok(());
             }
@@ -501,8 +501,8 @@ impl Engine {
     /// A checkpoint, be it that its container has ended.
     fn get(&self, name: &str) -> Result<&Held, Error> {
         match self.find_ended(name) {
-            Ok(index) => Ok(&self.ended[index]),
-            Err(_) => Ok(&self.checkpoints[self.find(name)?]),
+            Some(index) => Ok(&self.ended[index]),
+            None => Ok(&self.checkpoints[self.find(name)?]),
         }
     }
 

@@ -103,7 +103,7 @@ impl Engine {
     pub fn prepare_again(&mut self, name: &str) -> Result<[Option<Stream>; 3], Error> {
         self.prepared = None;
         self.await_end()?;
-        let held = &self.ended[self.find_ended(name)?];
+        let held = &self.ended[self.ended_at(name)?];
         // An image of it, and the container.
         memory::check_available(&self.target.label, 2 * held.resident_pages * memory::PAGE)?;
         let parts = image::Parts::of(held)?;
@@ -146,7 +146,7 @@ impl Engine {
             let message = format!("{name:?} was not prepared");
             return Err(Error::Failed(message));
         };
-        let old = self.find_ended(name)?;
+        let old = self.ended_at(name)?;
         fault::point("ended.prepared");
         let tree = Tree::new(Pid::from_raw(root))?;
         let ended = std::mem::replace(&mut self.tree, tree);
@@ -199,7 +199,7 @@ impl Engine {
     /// Frees one of these.
     pub(super) fn free_ended(&mut self, name: &str) {
         self.prepared = None;
-        if let Ok(index) = self.find_ended(name) {
+        if let Some(index) = self.find_ended(name) {
             let ended = self.ended.remove(index);
             self.lineage.drop(ended.number);
             self.forget_on_disk(name);
@@ -208,8 +208,11 @@ impl Engine {
         }
     }
 
-    pub(super) fn find_ended(&self, name: &str) -> Result<usize, Error> {
-        let found = self.ended.iter().position(|held| held.name == name);
-        found.ok_or_else(|| self.no_such(name))
+    fn ended_at(&self, name: &str) -> Result<usize, Error> {
+        self.find_ended(name).ok_or_else(|| self.no_such(name))
+    }
+
+    pub(super) fn find_ended(&self, name: &str) -> Option<usize> {
+        self.ended.iter().position(|held| held.name == name)
     }
 }
