@@ -171,8 +171,7 @@ impl Space {
         if plan.remade {
             let outputs = stopped.run(pid, &std::mem::take(&mut batch))?;
             self.check(&outputs)?;
-            let memory = &stopped.member(pid)?.memory;
-            fill::new(&self.tracker, memory, pid, image, &overflow)?;
+            fill::new(&self.tracker, stopped.member(pid)?, image, &overflow)?;
         }
         if image.locks_future != 0 || self.has_future_to_unlock(stopped, image)? {
             self.flush(stopped, &mut batch, 1)?;
