@@ -4,8 +4,8 @@ use std::path::Path;
 
 use snapback::fault;
 
-use crate::containers::{PROGRAMS, bundle};
-use crate::restore::{next, real_bundle, with_restorable};
+use crate::containers::bundle;
+use crate::restore::{come_back, confined_and_real, next, real_bundle, with_restorable};
 use crate::support::container::{Containers, unique};
 use crate::support::fixture::{Fixture, build_directory};
 use crate::support::redis;
@@ -153,47 +153,8 @@ fn comes_back(program: &str, options: &[&str]) {
     comes_back_in(Container::of(program, options));
 }
 
-macro_rules! come_back {
-    ($($program:ident),+ $(,)?) => {
-        $(#[test]
-        fn $program() {
-            comes_back(stringify!($program), &[]);
-        })+
-    };
-}
-
 with_restorable!(come_back);
-
-#[test]
-fn confined_by_a_seccomp_profile() {
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &["--seccomp"]));
-}
-
-#[test]
-fn confined_as_another_user() {
-    let options = ["--seccomp", "--user", "1000:1000"];
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &options));
-}
-
-#[test]
-fn confined_to_a_read_only_root() {
-    let options = ["--read-only", "--allow-new-privileges"];
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &options));
-}
-
-#[test]
-fn confined_to_a_user_namespace() {
-    let options = ["--user-namespace", "--user", "1000:1000"];
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &options));
-}
+confined_and_real!();
 
 /// A program of `fixtures/real`, run by this command line before its path.
 #[track_caller]
@@ -204,31 +165,6 @@ fn real_comes_back(name: &str, command: &[&str]) {
     let containers = Containers::new();
     let bundle = real_bundle(&containers, name, command);
     comes_back_in(Container::start(containers, name, &bundle, true));
-}
-
-#[test]
-fn real_python() {
-    real_comes_back("bank.py", &["/usr/bin/python3"]);
-}
-
-#[test]
-fn real_python_pool() {
-    real_comes_back("pool.py", &["/usr/bin/python3"]);
-}
-
-#[test]
-fn real_shell_pipeline() {
-    real_comes_back("pipeline.sh", &["/usr/bin/bash"]);
-}
-
-#[test]
-fn real_node() {
-    real_comes_back("bank.js", &["/usr/bin/node"]);
-}
-
-#[test]
-fn real_java() {
-    real_comes_back("Bank.java", &["/usr/bin/java", "-XX:-UsePerfData"]);
 }
 
 /// What the supervisor sees: another PID in the PID file and in the state, the same container otherwise; inside its PID is 1.

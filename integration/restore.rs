@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use snapback::fault;
 
-use crate::containers::{PROGRAMS, bundle};
+use crate::containers::bundle;
 use crate::support::container::{Containers, unique};
 use crate::support::fixture::{Fixture, real};
 use crate::support::session::{Answer, DONE, ERROR, REFUSED, Session};
@@ -282,6 +282,7 @@ macro_rules! with_restorable {
 }
 pub(crate) use with_restorable;
 
+/// A test of each of these programs, by a function `comes_back`.
 macro_rules! come_back {
     ($($program:ident),+ $(,)?) => {
         $(#[test]
@@ -290,64 +291,72 @@ macro_rules! come_back {
         })+
     };
 }
+pub(crate) use come_back;
+
+/// Tests in every confinement, by a function `comes_back`, and of programs as users run them, by `real_comes_back`.
+macro_rules! confined_and_real {
+    () => {
+        #[test]
+        fn confined_by_a_seccomp_profile() {
+            crate::containers::PROGRAMS
+                .iter()
+                .for_each(|program| comes_back(program, &["--seccomp"]));
+        }
+
+        #[test]
+        fn confined_as_another_user() {
+            let options = ["--seccomp", "--user", "1000:1000"];
+            crate::containers::PROGRAMS
+                .iter()
+                .for_each(|program| comes_back(program, &options));
+        }
+
+        #[test]
+        fn confined_to_a_read_only_root() {
+            let options = ["--read-only", "--allow-new-privileges"];
+            crate::containers::PROGRAMS
+                .iter()
+                .for_each(|program| comes_back(program, &options));
+        }
+
+        #[test]
+        fn confined_to_a_user_namespace() {
+            let options = ["--user-namespace", "--user", "1000:1000"];
+            crate::containers::PROGRAMS
+                .iter()
+                .for_each(|program| comes_back(program, &options));
+        }
+
+        #[test]
+        fn real_python() {
+            real_comes_back("bank.py", &["/usr/bin/python3"]);
+        }
+
+        #[test]
+        fn real_python_pool() {
+            real_comes_back("pool.py", &["/usr/bin/python3"]);
+        }
+
+        #[test]
+        fn real_shell_pipeline() {
+            real_comes_back("pipeline.sh", &["/usr/bin/bash"]);
+        }
+
+        #[test]
+        fn real_node() {
+            real_comes_back("bank.js", &["/usr/bin/node"]);
+        }
+
+        #[test]
+        fn real_java() {
+            real_comes_back("Bank.java", &["/usr/bin/java", "-XX:-UsePerfData"]);
+        }
+    };
+}
+pub(crate) use confined_and_real;
 
 with_restorable!(come_back);
-
-#[test]
-fn confined_by_a_seccomp_profile() {
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &["--seccomp"]));
-}
-
-#[test]
-fn confined_as_another_user() {
-    let options = ["--seccomp", "--user", "1000:1000"];
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &options));
-}
-
-#[test]
-fn confined_to_a_read_only_root() {
-    let options = ["--read-only", "--allow-new-privileges"];
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &options));
-}
-
-#[test]
-fn confined_to_a_user_namespace() {
-    let options = ["--user-namespace", "--user", "1000:1000"];
-    PROGRAMS
-        .iter()
-        .for_each(|program| comes_back(program, &options));
-}
-
-#[test]
-fn real_python() {
-    real_comes_back("bank.py", &["/usr/bin/python3"]);
-}
-
-#[test]
-fn real_python_pool() {
-    real_comes_back("pool.py", &["/usr/bin/python3"]);
-}
-
-#[test]
-fn real_shell_pipeline() {
-    real_comes_back("pipeline.sh", &["/usr/bin/bash"]);
-}
-
-#[test]
-fn real_node() {
-    real_comes_back("bank.js", &["/usr/bin/node"]);
-}
-
-#[test]
-fn real_java() {
-    real_comes_back("Bank.java", &["/usr/bin/java", "-XX:-UsePerfData"]);
-}
+confined_and_real!();
 
 /// What an image holds that no container can be made with: refused by name, and none is made.
 #[track_caller]
