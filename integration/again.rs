@@ -108,16 +108,8 @@ impl Container {
     /// No container, no keeper, no process, no cgroup, no file.
     #[track_caller]
     fn leaves_nothing(&self) {
+        self.containers.leave_nothing(&self.id);
         let session = &self.containers.session;
-        assert_eq!(session.run(&["list", "-q"]).out, "");
-        wait::until("the keeper has ended", || session.keepers().is_empty());
-        let named = |pid: i32| {
-            let path = format!("/proc/{pid}/cgroup");
-            std::fs::read_to_string(path).is_ok_and(|text| text.contains(&self.id))
-        };
-        wait::until("no process is left", || {
-            !numbers::processes().into_keys().any(named)
-        });
         for above in [".", ".keepers", ".again", ".overlays", ".locks"] {
             let listed = std::fs::read_dir(session.root().join(above));
             let names = listed.into_iter().flatten().flatten();

@@ -10,7 +10,7 @@ use crate::containers::bundle;
 use crate::support::container::{Containers, unique};
 use crate::support::fixture::{Fixture, real};
 use crate::support::session::{Answer, DONE, ERROR, REFUSED, Session};
-use crate::support::{numbers, skip, wait};
+use crate::support::{skip, wait};
 
 /// `run` in the foreground.
 fn started(session: &Session, bundle: &Path, id: &str, layer: &[&str]) -> Command {
@@ -422,16 +422,7 @@ impl Persisted {
     /// No container, no keeper, no process.
     #[track_caller]
     fn leaves_nothing(&self) {
-        let session = &self.containers.session;
-        assert_eq!(session.run(&["list", "-q"]).out, "");
-        wait::until("the keeper has ended", || session.keepers().is_empty());
-        let named = |pid: i32| {
-            let path = format!("/proc/{pid}/cgroup");
-            std::fs::read_to_string(path).is_ok_and(|text| text.contains(&self.id))
-        };
-        wait::until("no process is left", || {
-            !numbers::processes().into_keys().any(named)
-        });
+        self.containers.leave_nothing(&self.id);
     }
 }
 

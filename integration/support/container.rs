@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use super::session::{Answer, DONE, Session, finish};
-use super::wait;
+use super::{numbers, wait};
 
 /// A session whose containers are gone when it is.
 #[derive(Debug)]
@@ -22,6 +22,21 @@ impl Containers {
         Self {
             session: Session::new(),
         }
+    }
+
+    /// No container, no keeper, and no process of the container `id`.
+    #[track_caller]
+    pub(crate) fn leave_nothing(&self, id: &str) {
+        let session = &self.session;
+        assert_eq!(session.run(&["list", "-q"]).out, "");
+        wait::until("the keeper has ended", || session.keepers().is_empty());
+        let named = |pid: i32| {
+            let path = format!("/proc/{pid}/cgroup");
+            std::fs::read_to_string(path).is_ok_and(|text| text.contains(id))
+        };
+        wait::until("no process is left", || {
+            !numbers::processes().into_keys().any(named)
+        });
     }
 
     /// Makes a bundle with `fixtures/bundles/make.sh`: its kind, options and arguments.

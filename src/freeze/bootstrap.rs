@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
-use crate::kernel::bootstrap::{self, Opened, Opening};
+use crate::kernel::bootstrap::{self, Opening};
 use crate::kernel::ptrace::{self, Event, Registers};
 use crate::kernel::{maps, procfs, remote_memory, runner};
 
@@ -102,7 +102,7 @@ impl Bootstrap {
                 event: "a SIGTRAP of its own".into(),
             });
         }
-        Ok(Opened::of(&found).results.map(returned))
+        Ok(bootstrap::opened(&found).map(returned))
     }
 
     /// Makes calls, one after the other, each between two stops. Returns the first failure of one.

@@ -28,13 +28,6 @@ pub struct Opening<'n> {
     pub userfaultfd_flags: i32,
 }
 
-/// What [`opening`] has found, as the registers tell of a thread that it has stopped.
-#[derive(Debug, Clone, Copy)]
-pub struct Opened {
-    /// What memfd_create(2), mmap(2) and userfaultfd(2) have returned; the last two were not called if the first had failed.
-    pub results: [u64; 3],
-}
-
 /// Code that makes a memfd, maps it, makes a userfaultfd and stops with `SIGTRAP`. Resumed, it takes all of that back and
 /// goes home to where `regs` are, with the signal mask `mask`. Also returns where it stops, counted from its start.
 pub fn opening(what: &Opening<'_>, regs: &Registers, mask: u64) -> (Vec<u8>, u64) {
@@ -89,13 +82,10 @@ pub fn opening(what: &Opening<'_>, regs: &Registers, mask: u64) -> (Vec<u8>, u64
     (code.0, stops_at)
 }
 
-impl Opened {
-    /// What is in the registers of a thread that has stopped there.
-    pub fn of(regs: &Registers) -> Self {
-        Self {
-            results: [regs.r8, regs.r9, regs.r10],
-        }
-    }
+/// What memfd_create(2), mmap(2) and userfaultfd(2) have returned to a thread that has stopped at the end of [`opening`]; the last
+/// two were not called if the first had failed.
+pub fn opened(regs: &Registers) -> [u64; 3] {
+    [regs.r8, regs.r9, regs.r10]
 }
 
 /// Machine code that is being written.
@@ -201,7 +191,7 @@ mod tests {
     use super::*;
     use crate::kernel::registers::{WORDS, from_words};
 
-    fn opened(eflags: u64) -> (Vec<u8>, u64) {
+    fn opening_with(eflags: u64) -> (Vec<u8>, u64) {
         let registers = Registers {
             eflags,
             ..from_words(&[0; WORDS])
@@ -219,7 +209,7 @@ mod tests {
     #[test]
     fn it_stops_right_behind_a_system_call_and_ends_with_the_name() {
         for eflags in [0, OVERFLOW_FLAG] {
-            let (code, stops_at) = opened(eflags);
+            let (code, stops_at) = opening_with(eflags);
             let stop = stops_at as usize;
             assert_eq!(code[stop - 2..stop], [0x0f, 0x05]);
             assert!(code.ends_with(b"name\0"));
